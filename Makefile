@@ -1,0 +1,43 @@
+# `make bench` and `make test` do all the set-up: a virtual environment in .venv, the dependencies, the build.
+# With a GPU, torch comes from PyPI as usual. Without one, a CPU build of torch is a tenth of the download:
+#     make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?=
+
+.PHONY: help install bench test lint types format clean
+
+help:
+	@echo "make bench    install, build, and run the throughput benchmark (random weights, under 3 minutes)"
+	@echo "make test     install, build, then lint, type checks and tests"
+	@echo "make format   rewrite the sources in the project's format"
+	@echo "make clean    remove everything that make made"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
+	touch $@
+
+bench: install
+	$(BIN)/python -m guardengine.bench
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -P -m pytest
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info guardengine/*.so

@@ -1,0 +1,83 @@
+"""guardengine: the runtime for streaming safety moderation with Qwen3Guard.
+
+Names are loaded on first use, so importing the package (or only its policy and errors) does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from guardengine._version import __version__
+
+if TYPE_CHECKING:
+    from guardengine.compat import AutoGuard
+    from guardengine.config import EngineConfig, ModelConfig
+    from guardengine.engine import Engine
+    from guardengine.errors import (
+        CheckpointError,
+        ConfigError,
+        GuardEngineError,
+        IntegrityError,
+        InvalidText,
+        InvalidTokens,
+        Overloaded,
+        StreamClosed,
+        StreamTooLong,
+    )
+    from guardengine.labels import Label, Moderation, Verdict
+    from guardengine.policy import Policy
+    from guardengine.stream import Stream
+
+_HOME = {
+    "AutoGuard": "compat",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "Engine": "engine",
+    "EngineConfig": "config",
+    "GuardEngineError": "errors",
+    "IntegrityError": "errors",
+    "InvalidText": "errors",
+    "InvalidTokens": "errors",
+    "Label": "labels",
+    "ModelConfig": "config",
+    "Moderation": "labels",
+    "Overloaded": "errors",
+    "Policy": "policy",
+    "Stream": "stream",
+    "StreamClosed": "errors",
+    "StreamTooLong": "errors",
+    "Verdict": "labels",
+}
+
+__all__ = [
+    "AutoGuard",
+    "CheckpointError",
+    "ConfigError",
+    "Engine",
+    "EngineConfig",
+    "GuardEngineError",
+    "IntegrityError",
+    "InvalidText",
+    "InvalidTokens",
+    "Label",
+    "ModelConfig",
+    "Moderation",
+    "Overloaded",
+    "Policy",
+    "Stream",
+    "StreamClosed",
+    "StreamTooLong",
+    "Verdict",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

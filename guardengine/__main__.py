@@ -1,0 +1,7 @@
+"""`python -m guardengine` is the `guardengine` command."""
+
+import sys
+
+from guardengine.cli import main
+
+sys.exit(main())

@@ -1,0 +1,94 @@
+"""build_batch(): the one place where lists of chunks become tensors.
+
+A batch is ragged: the chunks' tokens stand one after another without padding, and `cu_seqlens_q` says where
+each stream's begin. Shapes follow the dimension key of guardengine.kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from guardengine.scheduler import Chunk
+from guardengine.state import Wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a ragged batch: each one's position in its stream, and where each stream's rows begin."""
+
+    positions: Tensor  # [T] int64
+    cu_seqlens_q: Tensor  # [B+1] int32
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's input."""
+
+    input_ids: Tensor  # [T] int64
+    rows: Rows  # all T rows
+    slot_mapping: Tensor  # [T] int64
+    block_tables: Tensor  # [B, M] int32, -1 past a stream's last block
+    label_index: Tensor  # [W] int64, the rows whose label is wanted, ascending
+    label_rows: Rows  # those W rows
+
+
+def build_batch(
+    chunks: list[Chunk], block_size: int, device: torch.device
+) -> tuple[Batch, list[list[tuple[int, Wanted]]]]:
+    """Lay out the chunks as one batch.
+
+    Also returns, for each chunk, the labels that it completes: (row of the step's logits, what is wanted).
+    """
+    starts = np.array([chunk.stream.num_computed_tokens for chunk in chunks])
+    lengths = np.array([chunk.num_tokens for chunk in chunks])
+    cu_seqlens = _cumulative(lengths)
+    positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+    input_ids = np.concatenate(
+        [np.asarray(c.stream.token_ids[s : s + n]) for c, s, n in zip(chunks, starts, lengths, strict=True)]
+    )
+
+    tables = [chunk.stream.block_table for chunk in chunks]
+    block_tables = np.full((len(chunks), max(map(len, tables))), -1, dtype=np.int32)
+    for row, table in enumerate(tables):
+        block_tables[row, : len(table)] = table
+    owner = np.repeat(np.arange(len(chunks)), lengths)
+    slots = (
+        block_tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    )
+
+    label_index: list[int] = []
+    label_counts: list[int] = []
+    completed: list[list[tuple[int, Wanted]]] = []
+    for chunk, start, first_row in zip(chunks, starts.tolist(), cu_seqlens.tolist(), strict=False):
+        labels: list[tuple[int, Wanted]] = []
+        before = len(label_index)
+        for wanted in chunk.stream.wanted_in(start, start + chunk.num_tokens):
+            row = first_row + wanted.position - start
+            if not label_index or label_index[-1] != row:  # both roles may want the same position
+                label_index.append(row)
+            labels.append((len(label_index) - 1, wanted))
+        label_counts.append(len(label_index) - before)
+        completed.append(labels)
+
+    def tensor(values: npt.NDArray[np.integer], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.from_numpy(values).to(device=device, dtype=dtype)
+
+    index = np.array(label_index, dtype=np.int64)
+    batch = Batch(
+        input_ids=tensor(input_ids),
+        rows=Rows(tensor(positions), tensor(cu_seqlens, torch.int32)),
+        slot_mapping=tensor(slots),
+        block_tables=tensor(block_tables, torch.int32),
+        label_index=tensor(index),
+        label_rows=Rows(tensor(positions[index]), tensor(_cumulative(np.array(label_counts)), torch.int32)),
+    )
+    return batch, completed
+
+
+def _cumulative(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.concatenate(([0], np.cumsum(lengths)))

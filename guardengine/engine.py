@@ -1,0 +1,300 @@
+"""Engine: the public runtime. Joins checkpoint, template, policy and EngineCore; single-threaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from guardengine._version import __version__
+from guardengine.block_pool import BlockPool
+from guardengine.chat import ChatTemplate
+from guardengine.checkpoint import open_checkpoint
+from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
+from guardengine.conversation import Feed, feed_ids, feed_messages
+from guardengine.core import EngineCore
+from guardengine.errors import CheckpointError, ConfigError
+from guardengine.hub import resolve_checkpoint
+from guardengine.kernels import BACKENDS, load
+from guardengine.labels import Label, Moderation, Role
+from guardengine.policy import Policy
+from guardengine.readout import Readout
+from guardengine.runner import Runner, block_bytes
+from guardengine.stream import Stream
+from guardengine.tokenizer import Tokenizer
+from guardengine.weights import load_weights
+
+logger = logging.getLogger("guardengine")
+
+Messages = Sequence[Mapping[str, Any]]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DEFAULT_KV_CACHE_BYTES = 4 * 2**30
+
+
+class Engine:
+    """Moderates many conversations at once. Make one with `from_pretrained`; also a context manager.
+
+    Not thread-safe: call it from one thread.
+    """
+
+    def __init__(self, core: EngineCore, chat: ChatTemplate | None, heads: GuardHeadsConfig) -> None:
+        self.core = core
+        self._chat, self._heads = chat, heads
+
+    @staticmethod
+    def from_pretrained(
+        path_or_id: str | Path,
+        *,
+        device: str = "auto",
+        backend: str = "auto",
+        dtype: str = "auto",
+        quantization: str | None = None,
+        revision: str | None = None,
+        progress: bool = False,
+        **limits: Any,
+    ) -> Engine:
+        """Load a checkpoint folder or hub id. `limits` are the fields of EngineConfig.
+
+        dtype "auto" is the checkpoint's own (float32 for float16 ones); a hub id needs a pinned `revision`
+        unless it is one whose revision ships with guardengine.
+
+        Raises CheckpointError for what is wrong with the files and ConfigError for what is wrong with the options.
+        """
+        options = EngineConfig.from_options(limits)
+        ops, torch_device = _choose_backend(backend, device, quantization)
+        if dtype not in ("auto", *_DTYPES):
+            raise ConfigError(f"dtype={dtype!r}: 'auto', 'float32' or 'bfloat16' is needed")
+        folder = resolve_checkpoint(path_or_id, revision)
+        with open_checkpoint(folder) as checkpoint:
+            config = checkpoint.config
+            if config.heads is None:
+                raise CheckpointError(
+                    f"{folder}: a Gen checkpoint ({config.kind}); this version runs Stream checkpoints "
+                    "(Qwen3ForGuardModel) only"
+                )
+            max_model_len = _max_model_len(options, config)
+            chosen = _DTYPES["bfloat16" if config.dtype == "bfloat16" else "float32"]
+            model_dtype = chosen if dtype == "auto" else _DTYPES[dtype]
+            kv_dtype = model_dtype if options.kv_dtype == "auto" else _DTYPES[options.kv_dtype]
+            num_blocks = _num_blocks(options, config, max_model_len, kv_dtype)
+            weights = load_weights(checkpoint, model_dtype, torch_device, progress=progress)
+        if weights.heads is None:
+            raise CheckpointError(
+                f"{folder}: the guard heads are missing; use a Qwen3Guard-Stream checkpoint"
+            )
+        if options.num_threads is not None:
+            torch.set_num_threads(options.num_threads)
+        runner = Runner(
+            ops,
+            config,
+            weights,
+            weights.heads,
+            num_blocks=num_blocks,
+            block_size=options.block_size,
+            max_model_len=max_model_len,
+            kv_dtype=kv_dtype,
+        )
+        core = EngineCore(
+            config,
+            runner,
+            Readout(config.heads),
+            BlockPool(num_blocks, options.block_size),
+            max_model_len=max_model_len,
+            max_num_streams=options.max_num_streams,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+        )
+        engine = Engine(core, _load_chat(folder), config.heads)
+        logger.info("loaded %s: %s", folder, engine.stats())
+        return engine
+
+    # -- streams -------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        messages: Messages | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        role: Role = "user",
+        policy: Policy | None = None,
+        stream_id: str | None = None,
+    ) -> Stream:
+        """Open a stream, from messages or from raw token ids; nothing is computed before `step`.
+
+        messages: rendered with the checkpoint's chat template, content as plain text whatever it spells. The
+        prompt label is read at the <|im_end|> of the last user turn. A final assistant message is the beginning
+        of the reply: its tokens are labelled, and more may be appended.
+        token_ids: fed as they are. Role "user": one prompt label, at the last of them. Role "assistant": one
+        label for each.
+
+        `policy` is Policy.strict() by default. Raises InvalidText or InvalidTokens, StreamTooLong, Overloaded,
+        ConfigError or StreamClosed; nothing is opened then.
+        """
+        self.core.check_engine_open()
+        if (messages is None) == (token_ids is None):
+            raise ConfigError("open() needs either messages or token_ids")
+        if token_ids is not None:
+            feed = feed_ids(self.core.check_token_ids(token_ids), role)
+        else:
+            feed = self._feed_messages(messages or [], is_complete=False)
+        return self._open(feed, policy, stream_id)
+
+    def step(self) -> list[Label]:
+        """Run one batched forward over all streams with pending tokens and return the labels that it completed.
+
+        [] when nothing is pending, or when the step computed only parts of prompts. An exception from the model
+        leaves every stream as it was, the same tokens pending.
+        """
+        return self.core.step()
+
+    def run(self) -> list[Label]:
+        """Step until nothing is pending; returns all labels."""
+        labels = self.step()
+        while self.core.num_pending_tokens:
+            labels += self.step()
+        return labels
+
+    # -- whole conversations -------------------------------------------------------------------------------
+
+    def moderate(self, messages: Messages, policy: Policy | None = None) -> Moderation:
+        """Moderate one finished conversation. See `moderate_many`."""
+        return self.moderate_many([messages], policy)[0]
+
+    def moderate_many(
+        self, conversations: Sequence[Messages], policy: Policy | None = None
+    ) -> list[Moderation]:
+        """Moderate finished conversations, as many at a time as fit, in one batch a step.
+
+        The labels are those of the last assistant message's tokens up to and including its <|im_end|>; response is
+        None where the conversation ends with the user. Other streams of the engine advance too and their labels
+        come with the next `step`. Raises as `open` does, before anything is computed.
+        """
+        self.core.check_engine_open()
+        feeds = [self._feed_messages(messages, is_complete=True) for messages in conversations]
+        return [
+            Moderation(
+                prompt=state.prompt_labels[-1],
+                response=state.verdict if state.labels else None,
+                labels=state.labels,
+            )
+            for state in self.core.run_feeds(feeds, self._checked(policy))
+        ]
+
+    # -- the engine itself ---------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start and gauges of now, as a plain dict."""
+        self.core.check_engine_open()
+        core, runner = self.core, self.core.runner
+        return {
+            **core.counters,
+            "streams_open": len(core.streams),
+            "tokens_pending": core.num_pending_tokens,
+            "kv_blocks_total": core.pool.num_blocks,
+            "kv_blocks_free": core.pool.num_free,
+            "kv_cache_bytes": runner.kv_cache.nbytes,
+            "block_size": core.pool.block_size,
+            "max_model_len": core.max_model_len,
+            "max_num_streams": core.max_num_streams,
+            "backend": runner.ops.__name__.rpartition(".")[2],
+            "device": str(runner.device),
+            "dtype": str(runner.weights.embed.dtype).removeprefix("torch."),
+            "kv_dtype": str(runner.kv_cache.dtype).removeprefix("torch."),
+            "num_threads": torch.get_num_threads(),
+            "version": __version__,
+        }
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if the engine's books contradict each other. For tests and debugging."""
+        self.core.check_integrity()
+
+    def close(self) -> None:
+        """Close every stream and free weights and KV cache. Every later call raises StreamClosed."""
+        self.core.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # -- internals -----------------------------------------------------------------------------------------
+
+    def _open(self, feed: Feed, policy: Policy | None, stream_id: str | None) -> Stream:
+        return Stream(self.core, self._chat, self.core.open(feed, self._checked(policy), stream_id))
+
+    def _checked(self, policy: Policy | None) -> Policy:
+        policy = policy or Policy.strict()
+        heads = self._heads
+        policy.check_names(
+            tuple(dict.fromkeys(heads.response_risks + heads.query_risks)),
+            tuple(dict.fromkeys(heads.response_categories + heads.query_categories)),
+        )
+        return policy
+
+    def _feed_messages(self, messages: Messages, *, is_complete: bool) -> Feed:
+        if self._chat is None:
+            raise ConfigError(
+                "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "
+                "add Qwen3's tokenizer.json to it, or pass token ids"
+            )
+        return feed_messages(self._chat, messages, is_complete=is_complete)
+
+
+def _choose_backend(backend: str, device: str, quantization: str | None) -> tuple[ModuleType, torch.device]:
+    """The operators and the device to run on. Raises ConfigError, naming what there is, never falls back."""
+    if quantization is not None:
+        raise ConfigError(f"quantization={quantization!r}: not available in this version; leave it None")
+    name = "reference" if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise ConfigError(f"backend={backend!r}: choose 'auto' or one of {', '.join(BACKENDS)}")
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"device={device!r}: this version runs on 'cpu' (or 'auto') only")
+    return load(name), torch.device("cpu")
+
+
+def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
+    if options.max_model_len is None:
+        return config.max_position_embeddings
+    if options.max_model_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={options.max_model_len}: the model was trained for "
+            f"{config.max_position_embeddings} tokens (max_position_embeddings); ask for no more"
+        )
+    return options.max_model_len
+
+
+def _num_blocks(options: EngineConfig, config: ModelConfig, max_model_len: int, kv_dtype: torch.dtype) -> int:
+    """KV blocks that `kv_cache_bytes` buys; without it, what all streams could use, up to a default's worth."""
+    size = block_bytes(config, options.block_size, kv_dtype)
+    if options.kv_cache_bytes is None:
+        usable = options.max_num_streams * -(-max_model_len // options.block_size)
+        return max(1, min(usable, min(_DEFAULT_KV_CACHE_BYTES, _available_memory() // 2) // size))
+    if options.kv_cache_bytes < size:
+        raise ConfigError(
+            f"kv_cache_bytes={options.kv_cache_bytes}: one block of {options.block_size} tokens takes {size} bytes"
+        )
+    return options.kv_cache_bytes // size
+
+
+def _available_memory() -> int:
+    """Bytes that can be allocated without swapping; Linux's estimate, else what is free."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _load_chat(folder: Path) -> ChatTemplate | None:
+    if not (folder / "tokenizer.json").exists():
+        logger.warning("%s has no tokenizer.json: token ids can be moderated, text cannot", folder)
+        return None
+    return ChatTemplate.from_dir(folder, Tokenizer.from_dir(folder))

@@ -1,0 +1,41 @@
+"""Every error that guardengine raises on purpose.
+
+Each message names the offending value, the limit it broke and what to do about it. An error from a public
+call means that nothing changed: no stream, block or label was touched.
+"""
+
+
+class GuardEngineError(Exception):
+    """Base of all guardengine errors."""
+
+
+class CheckpointError(GuardEngineError):
+    """A checkpoint that cannot be found, read or trusted: names the file, the tensor or key, and the mend."""
+
+
+class ConfigError(GuardEngineError):
+    """An option that is unknown, out of range, or not supported on this machine or by this checkpoint."""
+
+
+class InvalidTokens(GuardEngineError):
+    """Token ids that cannot be fed: out of range, empty, or control tokens where content is expected."""
+
+
+class InvalidText(InvalidTokens):
+    """Messages or text that cannot be rendered to token ids: wrong roles or types, or not valid Unicode."""
+
+
+class StreamClosed(GuardEngineError):
+    """A call on a stream (or engine) that has been closed."""
+
+
+class StreamTooLong(GuardEngineError):
+    """Tokens that would take a stream past `max_model_len`. The whole call is refused."""
+
+
+class Overloaded(GuardEngineError):
+    """No room now: too many open streams, or not enough free KV cache blocks. Retry after closing streams."""
+
+
+class IntegrityError(GuardEngineError):
+    """The engine's books contradict each other: a bug in guardengine. Raised by `check_integrity` only."""

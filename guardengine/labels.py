@@ -1,0 +1,63 @@
+"""What users get back: Label (one per moderated token), Verdict (one per stream), Moderation (one per
+conversation). Plain immutable data; no torch, no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Role = Literal["user", "assistant"]
+Action = Literal["allow", "flag", "block"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Label:
+    """The model's reading of a stream up to and including one token.
+
+    role "user": the query heads' label of the whole prompt, read at its last token.
+    role "assistant": the response heads' label of the response so far.
+    Probabilities are the softmax of the logits, at full precision; category is the argmax even when risk is
+    "Safe" (the model has no "no violation" class), so read it only for other risks.
+    """
+
+    stream_id: str
+    role: Role
+    position: int  # index into stream.token_ids
+    token_id: int
+    risk: str
+    category: str
+    risk_probs: dict[str, float]
+    category_probs: dict[str, float]
+    risk_logits: npt.NDArray[np.float32]  # [R], config order
+    category_logits: npt.NDArray[np.float32]  # [C of the role], config order
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a policy makes of a stream's labels so far. Monotonic: once "flag" or "block", it stays so until
+    the stream is rolled back past the deciding token.
+
+    risk and category are those that decided ("Safe" and None while nothing did); position is the deciding
+    token's, None while nothing decided; rule names the rule that decided; cleared counts the assistant tokens
+    that may be shown to the reader.
+    """
+
+    action: Action
+    risk: str
+    category: str | None
+    position: int | None
+    rule: str
+    cleared: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moderation:
+    """One whole conversation: the prompt's label, the verdict on the last response (None when the
+    conversation ends with the user) and the labels of the response's tokens."""
+
+    prompt: Label | None
+    response: Verdict | None
+    labels: list[Label]

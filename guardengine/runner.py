@@ -1,0 +1,61 @@
+"""Runner: owns the weights and the KV cache on one device and runs batches. Knows no streams."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from guardengine.batch import Batch
+from guardengine.config import ModelConfig
+from guardengine.model import forward, guard_logits
+from guardengine.weights import HeadWeights, Weights
+
+
+class Runner:
+    """Executes the model over a paged KV cache of `num_blocks` blocks of `block_size` tokens."""
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        config: ModelConfig,
+        weights: Weights,
+        heads: HeadWeights,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        kv_dtype: torch.dtype,
+    ) -> None:
+        self.ops, self.config, self.weights, self.heads = ops, config, weights, heads
+        self.device = weights.embed.device
+        # Never read before written, so left unset: pages of blocks that are never used cost no memory.
+        self.kv_cache = torch.empty(
+            (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim),
+            dtype=kv_dtype,
+            device=self.device,
+        )
+        self.cos_sin = ops.rope_table(config.head_dim, config.rope_theta, max_model_len).to(self.device)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Compute one batch.  Returns the logits of its wanted rows, [W, C], in the order of `label_index`."""
+        weights = self.weights
+        hidden = forward(self.ops, self.config, weights, self.cos_sin, self.kv_cache, batch)
+        return guard_logits(self.ops, self.config, self.heads, weights.norm, hidden).cpu().numpy()
+
+    @torch.inference_mode()
+    def copy_block(self, source: int, destination: int) -> None:
+        """Copy one block's keys and values in every layer."""
+        self.kv_cache[:, :, destination] = self.kv_cache[:, :, source]
+
+    def close(self) -> None:
+        """Free the weights and the KV cache; nothing can run afterwards."""
+        del self.weights, self.heads, self.kv_cache
+
+
+def block_bytes(config: ModelConfig, block_size: int, kv_dtype: torch.dtype) -> int:
+    """Bytes that one block takes over all layers, keys and values."""
+    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * kv_dtype.itemsize

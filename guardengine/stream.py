@@ -1,0 +1,106 @@
+"""Stream: the handle that users hold on one conversation. Checks nothing and computes nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from guardengine.chat import ChatTemplate
+from guardengine.conversation import feed_more
+from guardengine.core import EngineCore
+from guardengine.labels import Label, Role, Verdict
+from guardengine.state import StreamState
+
+
+class Stream:
+    """A handle on one conversation in an engine. Made by `Engine.open` and `Stream.fork`.
+
+    Also a context manager that closes it. What was labelled stays readable after close.
+    """
+
+    def __init__(self, core: EngineCore, chat: ChatTemplate | None, state: StreamState) -> None:
+        self._core, self._chat, self._state = core, chat, state
+
+    def append(self, token_ids: Sequence[int], role: Role = "assistant") -> None:
+        """Accept more tokens; `Engine.step` computes them.
+
+        Role "assistant": every token gets a label. Role "user": a further user turn, with one prompt label at its
+        end. On a stream opened from messages the ids are the message's content and the template's tokens around
+        it are added here; an assistant's reply may end with <|im_end|>, which closes it, and may begin with
+        <think> when the LLM reasons. On a stream opened from token ids everything is fed as it is.
+
+        Raises InvalidTokens, StreamTooLong, Overloaded, StreamClosed or ConfigError; the stream is then unchanged.
+        """
+        self._core.check_open(self._state)
+        self._core.accept(
+            self._state, feed_more(self._chat, self._state, self._core.check_token_ids(token_ids), role)
+        )
+
+    def fork(self, stream_id: str | None = None) -> Stream:
+        """Branch off a stream with the same tokens, labels and verdict, sharing the computed KV blocks.
+
+        Labels that the parent has emitted are the branch's too and keep the parent's stream_id; labels that are
+        still pending will be emitted by both.
+
+        Raises Overloaded, StreamClosed or ConfigError (a stream_id in use).
+        """
+        return Stream(self._core, self._chat, self._core.fork(self._state, stream_id))
+
+    def rollback(self, num_tokens: int) -> None:
+        """Drop the last `num_tokens` tokens with their labels, and what the policy concluded from them.
+
+        On a stream opened from messages only tokens of the last turn's content can be dropped.
+        Raises InvalidTokens (more than there are, or template tokens) or StreamClosed.
+        """
+        self._core.rollback(self._state, num_tokens)
+
+    def close(self) -> None:
+        """Free the stream's KV blocks and its place in the engine. Closing twice is fine."""
+        self._core.close_stream(self._state)
+
+    @property
+    def stream_id(self) -> str:
+        return self._state.stream_id
+
+    @property
+    def is_closed(self) -> bool:
+        return self._state.is_closed
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All ids fed so far, the template's included."""
+        return self._state.token_ids.tolist()
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens accepted and not yet computed."""
+        return self._state.num_pending_tokens
+
+    @property
+    def prompt_label(self) -> Label | None:
+        """The label of the latest user turn, read at its end; None while it is pending."""
+        state = self._state
+        if not state.prompt_labels or any(wanted.role == "user" for wanted in state.wanted):
+            return None
+        return state.prompt_labels[-1]
+
+    @property
+    def labels(self) -> list[Label]:
+        """The labels of the assistant tokens so far, in order."""
+        return self._state.labels[:]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the stream's policy makes of the labels so far."""
+        return self._state.verdict
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = self._state
+        status = "closed" if state.is_closed else f"{state.num_pending_tokens} pending"
+        return f"<Stream {state.stream_id}: {state.num_tokens} tokens, {status}>"

@@ -1,0 +1,27 @@
+"""The model's operators, one module per backend; a module is the interface, there are no classes.
+
+Every backend defines the same functions with the same signatures and contracts as `reference`, which states
+each formula in plain PyTorch and is the specification that the others are tested against.
+
+Dimension key, used in every shape comment of this package and of the engine:
+    T tokens (rows) in a batch    W rows whose label is wanted    B streams in a batch
+    E hidden size                 F intermediate size             V vocabulary
+    H query heads                 Hkv key/value heads             D head dimension
+    N blocks in the KV cache      S tokens per block              M blocks per block table
+    G inner size of the guard heads    C logits per row: response risk | response category | query risk | query category
+A slot is one token's place in the KV cache: slot = block * S + offset.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+BACKENDS = ("reference",)
+
+
+def load(backend: str) -> ModuleType:
+    """Import one backend's operators. Raises KeyError for a name that is not in `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise KeyError(backend)
+    return importlib.import_module(f"{__name__}.{backend}")
