@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +87,7 @@ class Checkpoint:
         """
         entry = self.entry(name)
         if not self._is_open:
-            raise CheckpointError(
-                f"{self.path}: tensor {name} wanted after close(); open the checkpoint again"
-            )
+            raise CheckpointError(f"{self.path}: tensor {name} wanted after close(); open it again")
         dtype = _READABLE.get(entry.dtype)
         if dtype is None:
             raise CheckpointError(
@@ -133,9 +130,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Reads the JSON and the safetensors headers and maps the files; no weight is read.
     Raises: CheckpointError naming the file, the tensor or key where there is one, and the mend.
     """
-    path = Path(path)
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
+    try:
+        return _open(Path(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); check its permissions") from error
+
+
+def _open(path: Path) -> Checkpoint:
+    if not os.path.isdir(path):  # not path.is_dir(): that raises for a name that is too long
+        what = "is a file" if os.path.exists(path) else "does not exist"
         raise CheckpointError(
             f"{path} {what}; give the folder that holds config.json and the *.safetensors files"
         )
@@ -166,8 +169,8 @@ def _no_weights(path: Path) -> str:
         return f"{missing}, only {shards[0]}; download model.safetensors.index.json from the same place"
     if pickles:
         return (
-            f"{missing}, only {pickles[0]}: pickle files are never read, loading one runs code from it; download "
-            "the *.safetensors files"
+            f"{missing}, only {pickles[0]}: pickle files are never read, loading one runs its code; "
+            "download the *.safetensors files"
         )
     return f"{missing}; download the *.safetensors files of the checkpoint"
 
@@ -220,26 +223,20 @@ def _open_shards(path: Path, config: ModelConfig, index: Path) -> Checkpoint:
 
 def _open_safetensors(path: Path) -> tuple[dict[str, TensorEntry], mmap.mmap]:
     """Check the header of one file, then map it."""
-    try:
-        with path.open("rb") as file:
-            entries = _read_header(path, file)
-            # Copy on write instead of read-only: torch warns about read-only buffers. Pages that are only
-            # read stay in the page cache and cost no memory of the process's own.
-            return entries, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); check the file and its permissions"
-        ) from error
+    _refuse_special(path)
+    with path.open("rb") as file:
+        entries = _read_header(path, file)
+        # Copy on write instead of read-only: torch warns about read-only buffers. Pages that are only
+        # read stay in the page cache and cost no memory of the process's own.
+        return entries, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _read_header(path: Path, file: BinaryIO) -> dict[str, TensorEntry]:
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is not a regular file; {_AGAIN}")
+    file_bytes = os.fstat(file.fileno()).st_size
     start = file.read(len(_GIT_LFS))
     _refuse_git_lfs(path, start)
     if len(start) < 8:
-        raise CheckpointError(f"{path} is cut off: {status.st_size} bytes, not even a header size; {_AGAIN}")
+        raise CheckpointError(f"{path} is cut off: {file_bytes} bytes, not even a header size; {_AGAIN}")
     header_bytes = int.from_bytes(start[:8], "little")
     if not 2 <= header_bytes <= MAX_HEADER_BYTES:
         raise CheckpointError(
@@ -247,9 +244,9 @@ def _read_header(path: Path, file: BinaryIO) -> dict[str, TensorEntry]:
             f"so it is damaged or not a safetensors file; {_AGAIN}"
         )
     data_start = 8 + header_bytes
-    if data_start > status.st_size:
+    if data_start > file_bytes:
         raise CheckpointError(
-            f"{path} is cut off: {status.st_size} bytes, the header alone ends at {data_start}; {_AGAIN}"
+            f"{path} is cut off: {file_bytes} bytes, the header alone ends at {data_start}; {_AGAIN}"
         )
     file.seek(8)
     text = file.read(header_bytes)
@@ -260,7 +257,7 @@ def _read_header(path: Path, file: BinaryIO) -> dict[str, TensorEntry]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: `__metadata__` does not map text to text; {_AGAIN}")
     entries = {name: _entry(path, name, raw, data_start) for name, raw in header.items()}
-    _check_spans(path, entries, data_start, status.st_size)
+    _check_spans(path, entries, data_start, file_bytes)
     return entries
 
 
@@ -316,13 +313,9 @@ def _is_size(value: Any) -> bool:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); check the file and its permissions"
-        ) from error
+    _refuse_special(path)
+    with path.open("rb") as file:
+        text = file.read(_MAX_JSON_BYTES + 1)
     if len(text) > _MAX_JSON_BYTES:
         raise CheckpointError(f"{path} is longer than {_MAX_JSON_BYTES} bytes; {_AGAIN}")
     _refuse_git_lfs(path, text)
@@ -347,6 +340,12 @@ def _parse_json(path: Path, text: bytes) -> Any:
         return json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} holds no valid JSON ({error}); {_AGAIN}") from error
+
+
+def _refuse_special(path: Path) -> None:
+    # Before opening: opening a pipe would wait for a writer for ever.
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file; {_AGAIN}")
 
 
 def _refuse_git_lfs(path: Path, start: bytes) -> None:

@@ -5,7 +5,6 @@ Knows no tensors and no files other than the dict it is given; errors name the k
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -25,6 +24,8 @@ QUERY_CATEGORIES = (
     "Jailbreak",
 )
 RESPONSE_CATEGORIES = QUERY_CATEGORIES[:-1]
+
+_LARGEST_FLOAT = 1e30  # of any float in config.json: all of them are used in float32
 
 # The architectures this engine runs, and what each one's extra weights are.
 ARCHITECTURES: dict[str, Literal["stream", "gen"]] = {
@@ -88,10 +89,13 @@ class _Reader:
         self.raw, self.source = raw, source
 
     def fail(self, key: str, problem: str, mend: str) -> CheckpointError:
+        if len(problem) > 300:
+            problem = f"{problem[:297]}..."
         return CheckpointError(f"{self.source}: `{key}` {problem}; {mend}")
 
     def positive_int(self, key: str, default: int | None = None, largest: int = 2**31 - 1) -> int:
-        value = self.raw.get(key, default)
+        value = self.raw.get(key)
+        value = default if value is None else value
         if value is None:
             raise self.fail(key, "is missing", "restore the key from the published config.json")
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
@@ -99,8 +103,8 @@ class _Reader:
         return value
 
     def positive_float(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.fail(key, f"is {value!r}", "a positive finite number is needed")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_FLOAT:
+            raise self.fail(key, f"is {value!r}", f"a number above 0 and below {_LARGEST_FLOAT:g} is needed")
         return float(value)
 
     def must_be(self, key: str, wanted: Any, why: str) -> None:
@@ -109,15 +113,17 @@ class _Reader:
             raise self.fail(key, f"is {value!r}", f"only {wanted!r} is supported: {why}")
 
     def rope_theta(self) -> float:
-        rope = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
-        if not isinstance(rope, Mapping):
-            raise self.fail("rope_parameters", f"is {rope!r}", "an object with `rope_theta` is needed")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise self.fail(
-                "rope_parameters", f"has rope_type {kind!r}", "only 'default' (unscaled) RoPE is supported"
-            )
-        theta = self.raw.get("rope_theta", rope.get("rope_theta"))
+        theta = self.raw.get("rope_theta")
+        for key in ("rope_parameters", "rope_scaling"):
+            rope = self.raw.get(key)
+            if rope is None:
+                continue
+            if not isinstance(rope, Mapping):
+                raise self.fail(key, f"is {rope!r}", "an object with `rope_theta` is needed")
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind != "default":
+                raise self.fail(key, f"has rope_type {kind!r}", "only 'default' (unscaled) RoPE is supported")
+            theta = rope.get("rope_theta") if theta is None else theta
         if theta is None:
             raise self.fail(
                 "rope_theta",
@@ -127,9 +133,10 @@ class _Reader:
         return self.positive_float("rope_theta", theta)
 
     def dtype(self) -> Literal["float32", "bfloat16", "float16"]:
-        value = self.raw.get("dtype", self.raw.get("torch_dtype", "bfloat16"))
+        key = "torch_dtype" if self.raw.get("dtype") is None else "dtype"
+        value = self.raw.get(key, "bfloat16")
         if value not in ("float32", "bfloat16", "float16"):
-            raise self.fail("dtype", f"is {value!r}", "float32, bfloat16 or float16 is needed")
+            raise self.fail(key, f"is {value!r}", "float32, bfloat16 or float16 is needed")
         return value  # type: ignore[no-any-return]
 
     def label_names(self, key: str, count_key: str, default: tuple[str, ...]) -> tuple[str, ...]:
@@ -142,17 +149,12 @@ class _Reader:
             return default
         if not isinstance(names, Mapping) or not all(isinstance(v, str) and v for v in names.values()):
             raise self.fail(key, f"is {names!r}", 'an object such as {"0": "Safe", ...} is needed')
-        try:
-            by_index = {int(k): v for k, v in names.items()}
-        except ValueError:
-            raise self.fail(key, f"has keys {list(names)!r}", "keys must be the class indices") from None
-        if sorted(by_index) != list(range(count)) or len(set(by_index.values())) != count:
-            raise self.fail(
-                key,
-                f"names {names!r}",
-                f"exactly the indices 0..{count - 1} (`{count_key}`) with distinct names",
-            )
-        return tuple(by_index[i] for i in range(count))
+        by_index = {str(index): name for index, name in names.items()}
+        labels = tuple(by_index.get(str(index), "") for index in range(len(names)))
+        if len(labels) != count or "" in labels or len(set(labels)) != count:
+            wanted = f"distinct names for the indices 0 to {count - 1} (`{count_key}`) are needed"
+            raise self.fail(key, f"names {names!r}", wanted)
+        return labels
 
     def heads(self) -> GuardHeadsConfig:
         heads = GuardHeadsConfig(
@@ -177,7 +179,7 @@ class _Reader:
     def model_config(self) -> ModelConfig:
         architectures = self.raw.get("architectures")
         name = architectures[0] if isinstance(architectures, list) and architectures else None
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             raise self.fail(
                 "architectures",
                 f"is {architectures!r}",
@@ -187,9 +189,10 @@ class _Reader:
         self.must_be("hidden_act", "silu", "Qwen3 uses SiLU")
         self.must_be("attention_bias", False, "Qwen3 has no attention biases")
         self.must_be("use_sliding_window", False, "Qwen3Guard attends to the whole context")
+        self.must_be("quantization_config", None, "use the published bfloat16 checkpoint")
         layer_types = self.raw.get("layer_types")
         if layer_types is not None and (
-            not isinstance(layer_types, list) or set(layer_types) - {"full_attention"}
+            not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
         ):
             raise self.fail(
                 "layer_types", f"is {layer_types!r}", "only 'full_attention' layers are supported"

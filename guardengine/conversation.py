@@ -32,13 +32,16 @@ def feed_ids(token_ids: list[int], role: Role, start: int = 0) -> Feed:
     return Feed(token_ids, [Wanted(position, role) for position in range(first, end)], None)
 
 
-def feed_messages(chat: ChatTemplate, messages: Sequence[Mapping[str, Any]], *, is_complete: bool) -> Feed:
+def feed_messages(
+    chat: ChatTemplate, messages: Sequence[Mapping[str, Any]], *, is_complete: bool, max_tokens: int
+) -> Feed:
     """Feed a conversation from its start to the end of its last message.
 
     The last message, when it is the assistant's, is the response whose tokens are labelled; `is_complete` says
-    whether its <|im_end|> is fed (and labelled) too or more of it may follow.
+    whether its <|im_end|> is fed (and labelled) too or more of it may follow. Text that cannot fit into
+    `max_tokens` is refused early.
     """
-    rendered = chat.render(messages)
+    rendered = chat.render(messages, max_tokens=max_tokens)
     prompt_end = rendered.prompt_end
     wanted = [Wanted(prompt_end, "user")]
     turns: tuple[Turn, ...] = (Turn("user", 0, prompt_end, True),)

@@ -243,7 +243,9 @@ class Engine:
                 "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "
                 "add Qwen3's tokenizer.json to it, or pass token ids"
             )
-        return feed_messages(self._chat, messages, is_complete=is_complete)
+        return feed_messages(
+            self._chat, messages, is_complete=is_complete, max_tokens=self.core.max_model_len
+        )
 
 
 def _choose_backend(backend: str, device: str, quantization: str | None) -> tuple[ModuleType, torch.device]:
@@ -295,6 +297,6 @@ def _available_memory() -> int:
 
 def _load_chat(folder: Path) -> ChatTemplate | None:
     if not (folder / "tokenizer.json").exists():
-        logger.warning("%s has no tokenizer.json: token ids can be moderated, text cannot", folder)
+        logger.info("%s has no tokenizer.json: token ids can be moderated, text cannot", folder)
         return None
     return ChatTemplate.from_dir(folder, Tokenizer.from_dir(folder))

@@ -5,6 +5,7 @@ Downloads data files only, at one pinned commit, into Hugging Face's own cache. 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -27,6 +28,7 @@ ALLOW_PATTERNS = (
 )
 _TIMEOUT_S = 5.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -40,25 +42,26 @@ def resolve_checkpoint(path_or_id: str | Path, revision: str | None = None) -> P
     name = str(path_or_id)
     if not name:
         raise CheckpointError("the checkpoint's name is empty; give a folder or a hub id such as org/name")
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    # os.path answers False where Path raises: no such user's home, names that are too long.
+    path = Path(os.path.expanduser(path_or_id))
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{path} is a file; give the folder that holds it")
     is_path = isinstance(path_or_id, Path) or name.startswith((".", "/", "~"))
     if is_path or not _HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"{name}: there is no such folder (looked at {path.absolute()}); check the path"
+            f"{name}: no such folder ({path.absolute()}); check the path, or give a hub id as org/name"
         )
     commit = revision or PINNED_REVISIONS.get(name)
     if commit is None:
         raise CheckpointError(
-            f"{name}: there is no such folder here, and as a hub id it needs a pinned revision; give revision= the "
+            f"{name}: no such folder is here, and as a hub id it needs a pinned revision; give revision= the "
             f"full 40-digit commit, as shown at https://huggingface.co/{name}/commits/main"
         )
     if not _COMMIT.fullmatch(commit):
         raise CheckpointError(
-            f"{name}: revision={commit!r} can come to mean other files; give the full commit, 40 digits 0-9a-f"
+            f"{name}: revision={commit!r} may come to mean other files; give the full commit: 40 digits 0-9a-f"
         )
     return _download(name, commit)
 
@@ -117,18 +120,18 @@ def _explain(name: str, commit: str, cache: Path, error: Exception) -> Checkpoin
         return CheckpointError(f"{start} HF_HUB_OFFLINE forbids a download; unset it, or {mend}")
     if isinstance(error, errors.GatedRepoError):
         return CheckpointError(
-            f"{start} the repository is gated; accept its terms on huggingface.co and run `hf auth login`, or {mend}"
+            f"{start} it is gated; accept its terms on huggingface.co and run `hf auth login`, or {mend}"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return CheckpointError(f"{start} the hub has no such commit; give a commit of {name} as revision=")
     if isinstance(error, errors.RepositoryNotFoundError):
         return CheckpointError(
-            f"{start} the hub knows no such repository (or it is private: then run `hf auth login`); check the id"
+            f"{start} the hub knows no such id (if it is private: run `hf auth login`); check the id"
         )
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return CheckpointError(f"{start} the hub answered {status}; try again later, or {mend}")
-    if getattr(error, "errno", None) is not None:
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return CheckpointError(f"{start} it cannot be stored there ({error}); make room, or set HF_HUB_CACHE")
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return CheckpointError(f"{start} this machine is offline or the hub is out of reach ({reason}); {mend}")

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import secrets
 import shutil
 import statistics
@@ -115,7 +116,7 @@ def make_checkpoint(
         # The published files store the head even where it is tied to the embedding.
         shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     item_bytes = _DTYPES[config.dtype][1].itemsize
-    target = Path(directory).expanduser().resolve()
+    target = Path(os.path.expanduser(directory)).resolve()
     try:
         _refuse_folder_in_use(target)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +124,8 @@ def make_checkpoint(
         free = shutil.disk_usage(target.parent).free
         if needed > free:
             raise ConfigError(
-                f"{target}: {preset} needs {needed / 1e9:.2f} GB of disk space, {free / 1e9:.2f} GB are free; "
-                "make room or choose another folder"
+                f"{target}: {preset} needs {needed / 1e9:.2f} GB on disk, {free / 1e9:.2f} GB are free; make "
+                "room or choose another folder"
             )
         # A sibling, so that the rename at the end stays on one file system and is all or nothing.
         partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
@@ -138,7 +139,7 @@ def make_checkpoint(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and os.path.exists(target):
             raise ConfigError(f"{target} came into use meanwhile; give a new or empty folder") from error
         raise ConfigError(
             f"{target} cannot be written ({error}); choose a folder that can be written, with enough room"
@@ -222,8 +223,8 @@ def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
 
     if not write_tokenizer_files(folder, config.max_position_embeddings):
         logger.warning(
-            "no tokenizer written: the public Qwen vocabulary is not at hand. The checkpoint takes token ids, "
-            "not text; for text `pip install dashscope` and make it again, or copy a Qwen3 tokenizer.json into it"
+            "no tokenizer written, as the public Qwen vocabulary is not at hand: the checkpoint takes token "
+            "ids, not text; for text `pip install dashscope` and make it again, or add Qwen3's tokenizer.json"
         )
 
 
@@ -312,11 +313,9 @@ class _WeightSource:
         mean, std = 0.0, self.weight_std or 0.64 / shape[-1] ** 0.5
         if len(shape) == 1:
             mean, std = 1.0, 0.1  # norms
-        elif "embed_tokens" in name or (name == "lm_head.weight" and self.config.tie_word_embeddings):
-            std = self.weight_std or 0.02 if self.config.kind == "gen" else 0.3
         elif name.endswith("_pre.weight"):
             std = 1.0 / shape[-1] ** 0.5
-        elif name.endswith("_head.weight"):
+        elif name.endswith(("_head.weight", "embed_tokens.weight")):
             std = 2.0 / shape[-1] ** 0.5  # logits of standard deviation 2: lively, and labels differ
         values = torch.from_numpy(mean + std * _normal_quantiles()).to(self.dtype)
         as_stored = values if self.dtype == torch.float32 else values.view(torch.uint16)

@@ -6,16 +6,23 @@ tokens; every label comes once, in order; every refused call leaves everything a
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from guardengine import (
     AutoGuard,
@@ -131,7 +138,7 @@ class Machine(RuleBasedStateMachine):
             branch = stream.fork()
         except Overloaded:
             return
-        self.live.append((branch, copy.deepcopy(model)))
+        self.live.append((branch, Model(model.ids[:], model.owed[:], model.given[:])))
 
     @precondition(lambda self: self.live)
     @rule(index=st.integers(0, 99), num_tokens=st.integers(0, 20))
@@ -227,8 +234,6 @@ class Machine(RuleBasedStateMachine):
 
 @lru_cache(maxsize=512)
 def _fresh_logits(oracle: AutoGuard, ids: tuple[int, ...]):
-    import torch
-
     return oracle(torch.tensor([ids]))
 
 
@@ -236,12 +241,10 @@ def test_random_operations(checkpoints) -> None:
     folder = checkpoints(vocab_size=VOCAB, dtype="float32", num_hidden_layers=2)
     Machine.checkpoint = folder
     Machine.oracle = AutoGuard.from_pretrained(folder, kv_cache_bytes=2**22, max_model_len=MAX_LEN)
-    from hypothesis.stateful import run_state_machine_as_test
-
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=60,
+            max_examples=150,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

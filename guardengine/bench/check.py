@@ -1,0 +1,85 @@
+"""Correctness before speed: the engine's labels against transformers on one small conversation."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from guardengine.bench.hf import GuardOutput, HFGuard
+from guardengine.bench.workload import random_ids
+from guardengine.engine import Engine
+from guardengine.errors import GuardEngineError
+
+_PROMPT_LEN, _RESPONSE_LEN = 12, 20
+_FP32_LIMIT = 1e-3  # of logits; two correct float32 computations stay well below, a wrong one is far above
+
+
+class LabelsDiffer(GuardEngineError):
+    """The engine's logits are not the model's: what it does in what time means nothing then."""
+
+
+def check_labels(
+    engine: Engine, folder: Path, *, vocab_size: int, dtype: str, seed: int, num_weights: int
+) -> dict[str, Any]:
+    """Compare all logits of one conversation, fed in several pieces. Raises LabelsDiffer.
+
+    float32: no logit may differ by more than 1e-3 from transformers'. bfloat16: the mean error against float32
+    may be at most twice that of transformers in bfloat16, and the largest at most three times its largest.
+    Where transformers is missing, or float32 weights do not fit, the result says so under "skipped".
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return {"skipped": "transformers is not installed (pip install guardengine[bench])"}
+    needed, memory = 4 * num_weights, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory // 2:
+        return {
+            "skipped": f"float32 weights take {needed / 1e9:.0f} GB of this machine's {memory / 1e9:.0f} GB"
+        }
+    ids = random_ids(1, _PROMPT_LEN + _RESPONSE_LEN, vocab_size, seed)[0]
+    ours = _engine_logits(engine, ids)
+    tokens = torch.tensor([ids])
+    exact = _hf_logits(HFGuard(folder, dtype=torch.float32).forward(tokens))
+    error = np.abs(ours - exact)
+    report = {
+        "num_logits": int(ours.size),
+        "mean_error": float(error.mean()),
+        "largest_error": float(error.max()),
+    }
+    if dtype == "float32":
+        report |= {"mean_limit": _FP32_LIMIT, "largest_limit": _FP32_LIMIT}
+    else:
+        plain = np.abs(_hf_logits(HFGuard(folder, dtype=torch.bfloat16).forward(tokens)) - exact)
+        report |= {"mean_limit": 2 * float(plain.mean()), "largest_limit": 3 * float(plain.max())}
+    # Negated, so that NaN does not pass.
+    if not (
+        report["mean_error"] <= report["mean_limit"] and report["largest_error"] <= report["largest_limit"]
+    ):
+        raise LabelsDiffer(
+            f"the engine's {dtype} logits differ from transformers' by {report['mean_error']:.3g} on average and "
+            f"{report['largest_error']:.3g} at most; {report['mean_limit']:.3g} and "
+            f"{report['largest_limit']:.3g} are allowed. Nothing was timed; run the test suite to find the cause"
+        )
+    return report
+
+
+def _engine_logits(engine: Engine, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """The prompt label's logits, then each response token's, in one row."""
+    with engine.open(token_ids=ids[:_PROMPT_LEN], role="user") as stream:
+        labels = engine.run()
+        for start, end in ((0, 1), (1, 8), (8, _RESPONSE_LEN)):
+            stream.append(ids[_PROMPT_LEN + start : _PROMPT_LEN + end])
+            labels += engine.run()
+        return np.concatenate([part for x in labels for part in (x.risk_logits, x.category_logits)])
+
+
+def _hf_logits(out: GuardOutput) -> npt.NDArray[np.float32]:
+    query = torch.cat([out.query_risk_level_logits, out.query_category_logits], -1)[0, _PROMPT_LEN - 1]
+    response = torch.cat([out.risk_level_logits, out.category_logits], -1)[0, _PROMPT_LEN:]
+    logits: npt.NDArray[np.float32] = torch.cat([query, response.flatten()]).float().numpy()
+    return logits

@@ -1,0 +1,36 @@
+"""The weights that a benchmark runs on: a folder the user names, or random ones kept in a cache folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from guardengine.errors import ConfigError
+from guardengine.make_checkpoint import PRESETS, make_checkpoint
+
+STREAM_PRESETS = tuple(name for name in PRESETS if name.startswith("stream-"))
+
+
+def cache_folder() -> Path:
+    """$GUARDENGINE_CACHE, or ~/.cache/guardengine."""
+    chosen = os.environ.get("GUARDENGINE_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "guardengine"
+
+
+def cached_checkpoint(preset: str, *, seed: int = 0, progress: bool = True, **overrides: Any) -> Path:
+    """The folder of a preset's random weights, made on first use. Raises ConfigError."""
+    if preset not in STREAM_PRESETS:
+        raise ConfigError(
+            f"preset {preset!r}: the benchmark runs Stream checkpoints: {', '.join(STREAM_PRESETS)}"
+        )
+    parts = [preset, f"seed{seed}", *(f"{key}={value}" for key, value in sorted(overrides.items()))]
+    folder = cache_folder() / "-".join(parts)
+    if not (folder / "config.json").is_file():
+        try:
+            make_checkpoint(folder, preset, seed=seed, progress=progress, **overrides)
+        except ConfigError:
+            # Another run may have put the same weights there meanwhile.
+            if not (folder / "config.json").is_file():
+                raise
+    return folder

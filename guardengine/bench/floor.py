@@ -1,0 +1,86 @@
+"""The least time that this machine could take for a step: what must be read over what it can read a second, or
+what must be computed over what it can compute, whichever is longer.
+
+Counts only work that no implementation can leave out: every weight once a step, every cached key and value of
+the streams in it once, and the multiplications of the rows that are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from guardengine.config import ModelConfig
+from guardengine.labels import Label
+
+
+class Work(NamedTuple):
+    num_bytes: float
+    flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Counts bytes and floating point operations of one model in one dtype."""
+
+    config: ModelConfig
+    weight_bytes: int  # a value
+    kv_bytes: int  # a value
+
+    def of_tokens(self, positions: Sequence[Sequence[int]], num_wanted: int | None = None) -> Work:
+        """One step over the tokens at `positions` of each stream in it, `num_wanted` of them labelled (None: all).
+
+        Past its keys and values the last layer is needed for labelled tokens only.
+        """
+        config, tokens = self.config, sum(map(len, positions))
+        wanted = tokens if num_wanted is None else num_wanted
+        hidden, heads = config.hidden_size, config.heads
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        qkv = hidden * (width + 2 * kv_width)
+        rest = width * hidden + 3 * hidden * config.intermediate_size
+        classify = heads.inner_size * (2 * hidden + heads.num_logits) if heads else 0
+        full_rows = (config.num_layers - 1) * tokens + wanted
+        attended = sum(position + 1 for stream in positions for position in stream)
+        attended_rows = attended * (config.num_layers - 1 + wanted / max(tokens, 1))
+        flops = 2.0 * (qkv * config.num_layers * tokens + rest * full_rows + classify * wanted)
+        flops += 4 * width * attended_rows
+        weights = (qkv + rest) * config.num_layers + classify + hidden * tokens
+        cached = sum(stream[-1] + 1 for stream in positions if stream)
+        return Work(
+            weights * self.weight_bytes + 2 * kv_width * config.num_layers * cached * self.kv_bytes, flops
+        )
+
+    def of_labels(self, labels: Iterable[Label]) -> Work:
+        """The step that computed just these labels."""
+        positions: dict[str, list[int]] = {}
+        for label in labels:
+            positions.setdefault(label.stream_id, []).append(label.position)
+        return self.of_tokens(list(positions.values()))
+
+    def of_prompts(self, num_streams: int, prompt_len: int, num_steps: int) -> Work:
+        """Prompts of equal length in `num_steps` steps, one label each; every step reads the weights."""
+        once = self.of_tokens([range(prompt_len)] * num_streams, num_wanted=num_streams)
+        no_tokens = self.of_tokens([])
+        return Work(once.num_bytes + (num_steps - 1) * no_tokens.num_bytes, once.flops)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the machine showed it can do, in the dtype at hand, right beside a measurement."""
+
+    read_bytes_per_s: float
+    flops_per_s: float
+
+    @staticmethod
+    def best_of(probes: Sequence[Any], dtype: str) -> Limits:
+        """The best that any of the probes (`guardengine.machine.Ceilings`) reached."""
+        peaks = [
+            max(p.fp32_flops or 0.0, (p.bf16_flops or 0.0) if dtype == "bfloat16" else 0.0) for p in probes
+        ]
+        return Limits(max(p.read_bytes_per_s for p in probes), max(peaks))
+
+    def seconds(self, work: Work) -> tuple[float, str]:
+        """The floor and what sets it: "bandwidth" or "compute"."""
+        reading, computing = work.num_bytes / self.read_bytes_per_s, work.flops / self.flops_per_s
+        return max(reading, computing), "bandwidth" if reading >= computing else "compute"

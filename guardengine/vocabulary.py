@@ -1,0 +1,206 @@
+"""Write Qwen3's tokenizer files from the public byte-pair ranks that PyPI's `dashscope` ships.
+
+For checkpoints made here (random weights), which come without a tokenizer. In: the ranks file of the installed
+package, found without importing it. Out: tokenizer.json and tokenizer_config.json as the released models have
+them. Nothing is downloaded and nothing is cached.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import importlib.util
+import json
+import logging
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from guardengine.errors import CheckpointError
+
+logger = logging.getLogger("guardengine")
+
+NUM_RANKS = 151_643  # ranks 0..151642 are the byte-level tokens; added tokens follow
+_CONTROL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# Added tokens that the released file does not mark as special: `skip_special_tokens` keeps them.
+_MARKUP_TOKENS = (
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
+_SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def write_tokenizer_files(directory: Path, model_max_length: int) -> bool:
+    """Write tokenizer.json and tokenizer_config.json into `directory`; takes a few seconds.
+
+    Returns False, having written nothing, when the package with the ranks is not installed.
+    Raises CheckpointError when its file is not the vocabulary expected.
+    """
+    path = _ranks_file()
+    if path is None:
+        logger.info("no Qwen vocabulary at hand (pip install dashscope): no tokenizer files written")
+        return False
+    tokenizer = tokenizer_json(_read_ranks(path))
+    for name, content in (
+        ("tokenizer.json", tokenizer),
+        ("tokenizer_config.json", _tokenizer_config(model_max_length)),
+    ):
+        text = json.dumps(content, ensure_ascii=False, indent=2)
+        (directory / name).write_text(text, encoding="utf-8", newline="\n")
+    return True
+
+
+def tokenizer_json(ranks: dict[bytes, int]) -> dict[str, Any]:
+    """The content of Qwen3's tokenizer.json for these ranks (rank = id = merge priority)."""
+    letters = _byte_letters()
+    spelled = {token: "".join(map(letters.__getitem__, token)) for token in ranks}
+    merges = [
+        [spelled[left], spelled[right]]
+        for left, right in (_last_merge(t, ranks) for t in ranks if len(t) > 1)
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": token_id, **entry} for token_id, entry in _added_tokens().items()],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": _SPLIT_PATTERN},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                byte_level,
+            ],
+        },
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {spelled[token]: rank for token, rank in ranks.items()},
+            "merges": merges,
+        },
+    }
+
+
+def _tokenizer_config(model_max_length: int) -> dict[str, Any]:
+    template = resources.files("guardengine").joinpath("qwen3_chat.jinja").read_text(encoding="utf-8")
+    return {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(token_id): entry for token_id, entry in _added_tokens().items()},
+        "additional_special_tokens": list(_CONTROL_TOKENS[1:]),
+        "bos_token": None,
+        "chat_template": template,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": model_max_length,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+
+
+def _added_tokens() -> dict[int, dict[str, Any]]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        NUM_RANKS + index: {"content": content, **flags, "special": index < len(_CONTROL_TOKENS)}
+        for index, content in enumerate(_CONTROL_TOKENS + _MARKUP_TOKENS)
+    }
+
+
+def _ranks_file() -> Path | None:
+    spec = importlib.util.find_spec("dashscope")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        path = Path(folder) / "resources" / "qwen.tiktoken"
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    mend = "reinstall dashscope (2.0.2 is known to work)"
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines()):
+        token, _, rank = line.partition(b" ")
+        try:
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (binascii.Error, ValueError):
+            raise CheckpointError(
+                f"{path}: line {number + 1} is {line[:80]!r}, not `base64 rank`; {mend}"
+            ) from None
+    if list(ranks.values()) != list(range(NUM_RANKS)) or any(bytes([b]) not in ranks for b in range(256)):
+        raise CheckpointError(
+            f"{path}: {len(ranks)} tokens, not the {NUM_RANKS} with ranks in order that are expected; {mend}"
+        )
+    return ranks
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens whose merge made `token`: byte-pair encode it with the lower ranks only."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    # Ranks of parts[i] + parts[i + 1]; only the two beside a merge change.
+    pairs = [ranks.get(token[i : i + 2], NUM_RANKS) for i in range(len(token) - 1)]
+    limit = ranks[token]
+    while len(parts) > 2:
+        best = min(pairs)
+        if best >= limit:
+            raise CheckpointError(
+                f"token {token!r} (rank {limit}) cannot be built from lower ranks; not BPE ranks"
+            )
+        i = pairs.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        del pairs[i]
+        if i < len(pairs):
+            pairs[i] = ranks.get(parts[i] + parts[i + 1], NUM_RANKS)
+        if i:
+            pairs[i - 1] = ranks.get(parts[i - 1] + parts[i], NUM_RANKS)
+    return parts[0], parts[1]
+
+
+def _byte_letters() -> list[str]:
+    """The printable character that byte-level BPE files write for each byte (GPT-2's table)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,0 +1,142 @@
+"""The shape of the tree: which module may import which, file sizes, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import guardengine
+from guardengine import kernels
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "guardengine"
+MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+# Modules whose tests need no tensors and whose users must not pay for importing torch.
+TORCH_FREE = (
+    "block_pool",
+    "config",
+    "conversation",
+    "errors",
+    "labels",
+    "policy",
+    "readout",
+    "scheduler",
+    "state",
+)
+# Lower layers never import higher ones; names on one line do not import each other.
+LAYERS = (
+    ("errors", "_version"),
+    ("labels", "config"),
+    ("policy",),
+    ("state",),
+    ("block_pool", "scheduler", "checkpoint", "tokenizer"),
+    ("weights", "chat", "batch"),
+    ("model", "conversation"),
+    ("runner", "readout"),
+    ("core",),
+    ("stream",),
+    ("engine",),
+    ("compat",),
+)
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """Dotted names that a file imports, anywhere in it or only when it is itself imported."""
+    tree = ast.parse(path.read_text())
+    found: set[str] = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_imports_point_down() -> None:
+    level = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+    for name, depth in level.items():
+        for imported in imports(PACKAGE / f"{name}.py"):
+            other = imported.removeprefix("guardengine.").partition(".")[0]
+            if imported.startswith("guardengine.") and other in level:
+                assert level[other] < depth, f"{name} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_importing_the_books_does_not_import_torch(name: str) -> None:
+    code = f"import sys, guardengine.{name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def test_kernels_know_nothing_of_the_engine() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not {
+            name for name in imports(path) if name.startswith("guardengine") and "kernels" not in name
+        }
+
+
+def test_backends_have_the_same_functions() -> None:
+    import inspect
+
+    def functions(backend: str) -> dict[str, inspect.Signature]:
+        module = kernels.load(backend)
+        return {
+            name: inspect.signature(value)
+            for name, value in vars(module).items()
+            if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == module.__name__
+        }
+
+    for backend in kernels.BACKENDS:
+        assert functions(backend) == functions("reference")
+
+
+def test_no_transformers_or_pickle_at_run_time() -> None:
+    for path in MODULES:
+        names = {name.partition(".")[0] for name in imports(path, top_level=path.parts[-2] == "bench")}
+        assert not names & {"pickle", "dashscope", "pytest", "dill", "cloudpickle"}, path
+        assert "transformers" not in names, path
+
+
+def test_no_asserts_as_checks() -> None:
+    """`python -O` removes asserts, so library code must not rely on them."""
+    for path in MODULES:
+        assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)], (
+            path
+        )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_readable(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    assert not text or ast.get_docstring(ast.parse(text)) or path.name == "_version.py"
+
+
+def test_every_public_name_resolves() -> None:
+    for name in guardengine.__all__:
+        assert getattr(guardengine, name) is not None
+    assert set(dir(guardengine)) == set(guardengine.__all__)
+    with pytest.raises(AttributeError):
+        _ = guardengine.nonsense
+
+
+def test_import_is_fast() -> None:
+    """Promised: under 1.5 s. The package itself is lazy, so it costs a few milliseconds; best of three."""
+    code = "import time; t = time.perf_counter(); import guardengine; print(time.perf_counter() - t)"
+    runs = [
+        subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=True) for _ in range(3)
+    ]
+    assert min(float(run.stdout) for run in runs) < 1.5
+
+
+def test_a_folder_named_kernels_is_not_importable_from_elsewhere(tmp_path: Path) -> None:
+    """A top-level module `kernels` would be taken for Hugging Face's package of that name."""
+    code = "import importlib.util as u, guardengine.kernels; raise SystemExit(u.find_spec('kernels') is not None)"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, check=False)
+    assert run.returncode == 0
