@@ -199,7 +199,8 @@ class ChatTemplate:
     def _check_kept(self, marked: MarkedTemplate, content: str, rendered: str, index: int) -> None:
         """Refuse messages of which the template drops a part: it would never be moderated.
 
-        Qwen3's drops what an assistant says before <think>, and between two </think>.
+        Qwen3's drops what an assistant says before <think> and between two </think>, and the reasoning where no user
+        message is a query (all are wrapped in <tool_response>).
         """
         if _bare(content) not in _bare(marked.unmark(rendered)):
             raise InvalidText(

@@ -73,9 +73,9 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
 def probe_ceilings(num_threads: int, *, read_buffer_bytes: int | None = None) -> Ceilings:
     """Measure read bandwidth and arithmetic peaks with `num_threads` threads: about a second.
 
-    The read buffer is by default 512 MiB or three times the last-level cache, whichever is more, so that nothing
-    of one pass is cached for the next; but at most a quarter of the available memory. A virtual machine that
-    touches that memory for the first time may take some seconds more.
+    Use no more threads than cores. The read buffer is by default 512 MiB or twice the last-level cache, whichever
+    is more, and at most a quarter of the available memory: a pass from end to end then leaves nothing cached for
+    the next. A virtual machine that touches that memory for the first time may take some seconds more.
 
     Raises ConfigError when the library is not built, or for what the machine cannot do.
     """
@@ -87,7 +87,7 @@ def probe_ceilings(num_threads: int, *, read_buffer_bytes: int | None = None) ->
         raise ConfigError(f"num_threads={num_threads!r}: a whole number from 1 to {_MAX_THREADS} is needed")
     smallest = 4096 * num_threads
     if read_buffer_bytes is None:
-        read_buffer_bytes = max(_MIN_READ_BYTES, 3 * last_level_cache_bytes())
+        read_buffer_bytes = max(_MIN_READ_BYTES, 2 * last_level_cache_bytes())
         read_buffer_bytes = max(smallest, min(read_buffer_bytes, memory_bytes("MemAvailable") // 4))
     if read_buffer_bytes < smallest:
         raise ConfigError(

@@ -77,7 +77,10 @@ class Tokenizer:
         return ids
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Encode plain text; also returns for each token the index in `text` just past its last character."""
+        """Encode plain text; also returns for each token the index in `text` just past its last character.
+
+        Of letters that NFC composes the first counts: "e\u0301" ends at 1.
+        """
         self.check_text(text)
         encoding = self._bpe.encode(text, add_special_tokens=False)
         return encoding.ids, [end for _, end in encoding.offsets]

@@ -52,7 +52,7 @@ def test_read_median_is_not_above_the_best(ceilings):
 
 def test_read_buffer_is_larger_than_the_cache(ceilings):
     assert (
-        ceilings.read_buffer_bytes >= 3 * machine.last_level_cache_bytes()
+        ceilings.read_buffer_bytes >= 2 * machine.last_level_cache_bytes()
         or ceilings.read_buffer_bytes > machine.memory_bytes("MemAvailable") // 8
     )
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from guardengine import machine
 from guardengine.bench.hf import AttnImplementation, GuardOutput, HFGuard, IncrementalStream
 from guardengine.bench.workload import random_ids
 from guardengine.engine import Engine
@@ -185,12 +184,6 @@ class Comparison:
         ]
         # The released code has one stream at a time; several would only add up.
         return found + ([_Released(self.guard, prompts)] if len(prompts) == 1 else [])
-
-
-def ceilings_beside(num_threads: int) -> dict[str, float]:
-    """What the machine could do just then, for the record."""
-    probe = machine.probe_ceilings(num_threads)
-    return {"read_bytes_per_s": probe.read_bytes_per_s, "fp32_flops": probe.fp32_flops}
 
 
 def _label(out: GuardOutput) -> None:

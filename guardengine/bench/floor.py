@@ -28,6 +28,17 @@ class CostModel:
     weight_bytes: int  # a value
     kv_bytes: int  # a value
 
+    @property
+    def num_weights(self) -> int:
+        """All weights, the embedding's included."""
+        config = self.config
+        return config.vocab_size * config.hidden_size + self._matrices * config.num_layers + self._classifiers
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        config = self.config
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.kv_bytes
+
     def of_tokens(self, positions: Sequence[Sequence[int]], num_wanted: int | None = None) -> Work:
         """One step over the tokens at `positions` of each stream in it, `num_wanted` of them labelled (None: all).
 
@@ -35,21 +46,31 @@ class CostModel:
         """
         config, tokens = self.config, sum(map(len, positions))
         wanted = tokens if num_wanted is None else num_wanted
-        hidden, heads = config.hidden_size, config.heads
-        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        qkv = hidden * (width + 2 * kv_width)
-        rest = width * hidden + 3 * hidden * config.intermediate_size
-        classify = heads.inner_size * (2 * hidden + heads.num_logits) if heads else 0
-        full_rows = (config.num_layers - 1) * tokens + wanted
-        attended = sum(position + 1 for stream in positions for position in stream)
-        attended_rows = attended * (config.num_layers - 1 + wanted / max(tokens, 1))
-        flops = 2.0 * (qkv * config.num_layers * tokens + rest * full_rows + classify * wanted)
-        flops += 4 * width * attended_rows
-        weights = (qkv + rest) * config.num_layers + classify + hidden * tokens
+        after_kv_rows = (config.num_layers - 1) * tokens + wanted  # rows of a layer's rest, over all layers
+        attended = sum(position + 1 for stream in positions for position in stream) / max(tokens, 1)
+        flops = 2.0 * (self._qkv * config.num_layers * tokens + (self._matrices - self._qkv) * after_kv_rows)
+        flops += 2.0 * self._classifiers * wanted
+        flops += 4.0 * config.num_heads * config.head_dim * attended * after_kv_rows
+        weights = self._matrices * config.num_layers + self._classifiers + config.hidden_size * tokens
         cached = sum(stream[-1] + 1 for stream in positions if stream)
-        return Work(
-            weights * self.weight_bytes + 2 * kv_width * config.num_layers * cached * self.kv_bytes, flops
-        )
+        return Work(weights * self.weight_bytes + cached * self.kv_bytes_per_token, flops)
+
+    @property
+    def _qkv(self) -> int:
+        config = self.config
+        return config.hidden_size * config.head_dim * (config.num_heads + 2 * config.num_kv_heads)
+
+    @property
+    def _matrices(self) -> int:
+        """The weights of one layer's matrices."""
+        config = self.config
+        width = config.num_heads * config.head_dim
+        return self._qkv + config.hidden_size * (width + 3 * config.intermediate_size)
+
+    @property
+    def _classifiers(self) -> int:
+        heads = self.config.heads
+        return heads.inner_size * (2 * self.config.hidden_size + heads.num_logits) if heads else 0
 
     def of_labels(self, labels: Iterable[Label]) -> Work:
         """The step that computed just these labels."""

@@ -1,0 +1,270 @@
+"""`python -m guardengine.bench`: options in, tables and files out.
+
+Without options: random stream-0.6b weights (made once, in the cache folder), the default points, a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from tqdm import tqdm
+
+from guardengine import machine
+from guardengine.bench import compare, plot, report, throughput
+from guardengine.bench.check import check_labels
+from guardengine.bench.checkpoints import STREAM_PRESETS, cache_folder, cached_checkpoint
+from guardengine.bench.floor import CostModel
+from guardengine.bench.workload import ArrivalKind, Point
+from guardengine.config import ModelConfig
+from guardengine.engine import Engine
+from guardengine.errors import ConfigError, GuardEngineError
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_BLOCK_SIZE = 16
+_CHECK_TOKENS = 64  # room for the conversation that is checked first
+
+# (default, --quick)
+_DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "streams": ([1, 4, 16, 64], [1, 4]),
+    "prompt_len": (64, 32),
+    "response_len": (16, 8),
+    "contexts": ([64, 256, 1024], [32, 128]),
+    "compare_streams": ([4, 16], [4]),
+    "rounds": (5, 3),
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; argparse exits with status 2 and the reason when it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m guardengine.bench",
+        description="Measure the engine on this machine. Without options: random stream-0.6b weights, made once in "
+        f"{cache_folder()} ($GUARDENGINE_CACHE), and a set of points that takes under 3 minutes on 2 cores.",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--preset", choices=STREAM_PRESETS, default="stream-0.6b", help="random weights (%(default)s)"
+    )
+    model.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder instead of a preset"
+    )
+    model.add_argument(
+        "--dtype", choices=("auto", *_ITEM_BYTES), default="auto", help="auto: the checkpoint's"
+    )
+    model.add_argument("--backend", default="auto", help="the engine's operators (%(default)s)")
+    model.add_argument("--threads", type=_count, metavar="N", help="default: torch's choice")
+    load = parser.add_argument_group("workload")
+    load.add_argument("--streams", type=_counts, metavar="N,N,...", help=_help("streams"))
+    load.add_argument("--prompt-len", type=_count, metavar="TOKENS", help=_help("prompt_len"))
+    load.add_argument("--response-len", type=_count, metavar="TOKENS", help=_help("response_len"))
+    load.add_argument("--k", type=_count, default=1, metavar="TOKENS", help="tokens an append (%(default)s)")
+    load.add_argument("--arrival", choices=get_args(ArrivalKind), default="lockstep", help="(%(default)s)")
+    load.add_argument("--rate", type=float, metavar="R", help="poisson: tokens/s a stream, on average (10)")
+    load.add_argument("--seed", type=_seed, default=0, help="of ids and arrivals (%(default)s)")
+    load.add_argument("--quick", action="store_true", help="fewer and shorter points")
+    other = parser.add_argument_group("comparison")
+    other.add_argument(
+        "--compare", choices=("hf",), help="hf: also time transformers, taking turns with the engine"
+    )
+    other.add_argument("--contexts", type=_counts, metavar="N,N,...", help=_help("contexts"))
+    other.add_argument("--compare-streams", type=_counts, metavar="N,N,...", help=_help("compare_streams"))
+    other.add_argument("--rounds", type=_count, metavar="N", help=_help("rounds"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the whole record")
+    output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency and throughput")
+    options = parser.parse_args(arguments)
+    if options.rate is not None and options.arrival != "poisson":
+        parser.error("--rate is for --arrival poisson; in lockstep the engine sets the pace")
+    if options.compare is None:
+        for name in ("contexts", "compare_streams", "rounds"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} is for --compare hf")
+    for name, (default, quick) in _DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else default)
+    options.rate = 10.0 if options.rate is None else options.rate
+    return options
+
+
+def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+    """Measure what the options ask for; returns the record. Raises GuardEngineError."""
+    for path in (options.json, options.plot):
+        if path is not None:
+            report.check_writable(path)
+    if options.plot is not None:
+        plot.import_pyplot()
+    points = [
+        Point(count, options.prompt_len, options.response_len, options.k, options.arrival, options.rate)
+        for count in options.streams
+    ]
+    pairs = []
+    if options.compare:
+        pairs = compare.compare_points(options.contexts, options.compare_streams, options.k)
+    folder = options.checkpoint or cached_checkpoint(options.preset)
+    config = _model_config(folder)
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if config.dtype == "bfloat16" else "float32"
+    cost = CostModel(config, _ITEM_BYTES[dtype], _ITEM_BYTES[dtype])
+    needs = [(point.num_streams, throughput.tokens_per_stream(point)) for point in points]
+    needs += [(pair.num_streams, compare.tokens_per_stream(pair, options.rounds)) for pair in pairs]
+    record = report.stamp(arguments, options.seed)
+    with Engine.from_pretrained(
+        folder,
+        dtype=dtype,
+        backend=options.backend,
+        progress=True,
+        kv_cache_bytes=_kv_cache_bytes(config, cost, needs),
+        max_num_streams=max(count for count, _ in needs),
+        block_size=_BLOCK_SIZE,
+        num_threads=options.threads,
+    ) as engine:
+        stats = engine.stats()
+        _say("checking the labels against transformers")
+        record["check"] = check_labels(
+            engine,
+            folder,
+            vocab_size=config.vocab_size,
+            dtype=dtype,
+            seed=options.seed,
+            num_weights=cost.num_weights,
+        )
+        record["model"] = {
+            "name": options.checkpoint.name if options.checkpoint else f"{options.preset} (random weights)",
+            "path": str(folder),
+            **{key: stats[key] for key in ("dtype", "kv_dtype", "backend", "device", "num_threads")},
+        }
+        record["options"] = {
+            key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
+        }
+        record["throughput"] = _measure(engine, points, cost, config.vocab_size, options.seed)
+        record["compare"] = (
+            _compare(engine, folder, dtype, pairs, config.vocab_size, options) if pairs else []
+        )
+    return record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0; 2 for options that cannot be run; 1 where the labels are wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    try:
+        record = run(options, arguments)
+        print(report.markdown(record))
+        if options.json:
+            report.write_json(record, options.json)
+        if options.plot:
+            plot.save_plot(record, options.plot)
+    except GuardEngineError as error:
+        _say(f"guardengine.bench: {error}")
+        return 1 if type(error).__name__ in ("LabelsDiffer", "IntegrityError") else 2
+    except KeyboardInterrupt:
+        _say("guardengine.bench: interrupted; nothing was written")
+        return 130
+    return 0
+
+
+def _measure(
+    engine: Engine, points: Sequence[Point], cost: CostModel, vocab_size: int, seed: int
+) -> list[dict[str, Any]]:
+    rows = []
+    total = sum(point.num_streams * throughput.tokens_per_stream(point) for point in points)
+    with tqdm(total=total, desc="throughput", unit="token") as bar:
+        for point in points:
+            bar.set_postfix_str(f"{point.num_streams} streams")
+            rows.append(
+                throughput.measure_point(
+                    engine, point, cost, vocab_size=vocab_size, seed=seed, progress=bar.update
+                )
+            )
+    return rows
+
+
+def _compare(
+    engine: Engine,
+    folder: Path,
+    dtype: str,
+    pairs: Sequence[compare.ComparePoint],
+    vocab_size: int,
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    import torch
+
+    from guardengine.bench.hf import HFGuard
+
+    guard = HFGuard(folder, dtype=getattr(torch, dtype))
+    rows = []
+    with tqdm(total=compare.num_measurements(pairs, options.rounds), desc="comparison") as bar:
+        comparison = compare.Comparison(engine, guard, vocab_size, options.seed, options.rounds, bar.update)
+        for pair in pairs:
+            bar.set_postfix_str(f"{pair.num_streams} streams, context {pair.context_len}")
+            rows += comparison.run(pair)
+    return rows
+
+
+def _model_config(folder: Path) -> ModelConfig:
+    path = folder / "config.json"
+    try:
+        config = ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}); --checkpoint takes a checkpoint folder"
+        ) from error
+    if config.heads is None:
+        raise ConfigError(f"{folder} is a Gen checkpoint; the benchmark runs Stream checkpoints")
+    return config
+
+
+def _kv_cache_bytes(config: ModelConfig, cost: CostModel, needs: Sequence[tuple[int, int]]) -> int:
+    longest = max(length for _, length in needs)
+    if longest > config.max_position_embeddings:
+        raise ConfigError(
+            f"a stream would come to {longest} tokens (prompt, {throughput.WARM_UP_TOKENS} to warm up, response), "
+            f"the model takes {config.max_position_embeddings}; shorten --prompt-len, --response-len or --contexts"
+        )
+    # The checked conversation runs alone, before.
+    blocks = max(count * -(-max(length, _CHECK_TOKENS) // _BLOCK_SIZE) for count, length in needs)
+    needed, free = blocks * _BLOCK_SIZE * cost.kv_bytes_per_token, machine.memory_bytes("MemAvailable")
+    if needed + cost.num_weights * cost.weight_bytes > free:
+        raise ConfigError(
+            f"the KV cache for these streams takes {needed / 1e9:.1f} GB beside the weights, {free / 1e9:.1f} GB are "
+            "free; use fewer --streams or shorter ones"
+        )
+    return needed
+
+
+def _help(name: str) -> str:
+    def text(value: Any) -> str:
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    default, quick = _DEFAULTS[name]
+    return f"default {text(default)}; with --quick {text(quick)}"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 2**20:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 to {2**20} is needed")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part.strip()) for part in text.split(",")]
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 0 to {2**32 - 1} is needed")
+    return int(text)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""A picture of a record: latency against context, throughput against streams. Draws measured points only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from guardengine.bench.compare import ENGINE, RELEASED
+from guardengine.bench.report import by_point, quoted_incremental
+from guardengine.errors import ConfigError
+
+_CURVES = (
+    (ENGINE, "guardengine", "#1b6ca8", "o"),
+    ("incremental", "transformers, KV cache (better attention)", "#d9822b", "s"),
+    (RELEASED, "transformers, released behaviour", "#b3282d", "^"),
+)
+Curves = dict[str, list[tuple[float, float]]]
+
+
+def import_pyplot() -> Any:
+    """matplotlib without a display. Raises ConfigError when it is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ConfigError(f"--plot needs matplotlib ({error}); pip install guardengine[bench]") from error
+    return pyplot
+
+
+def latency_curves(record: Mapping[str, Any]) -> Curves:
+    """One stream: (context tokens, ms for one token) of each contender."""
+    curves: Curves = {}
+    for (num_streams, context_len, _), rows in by_point(record["compare"]).items():
+        if num_streams == 1:
+            for name, row in _chosen(rows).items():
+                curves.setdefault(name, []).append((context_len, row["ms_per_token"]))
+    if not curves:
+        curves[ENGINE] = [
+            (row["context_len"], 1e3 / row["tokens_per_s"])
+            for row in record["throughput"]
+            if row["num_streams"] == 1
+        ]
+    return {name: sorted(points) for name, points in curves.items() if points}
+
+
+def throughput_curves(record: Mapping[str, Any]) -> tuple[Curves, str]:
+    """(streams, tokens a second) of each contender, and the context they were measured at.
+
+    From the comparison at the context with most stream counts, so that the curves show the same workload; without
+    one, from the throughput rows.
+    """
+    contexts: dict[tuple[int, int], list[tuple[int, Sequence[Mapping[str, Any]]]]] = {}
+    for (num_streams, context_len, k), rows in by_point(record["compare"]).items():
+        contexts.setdefault((context_len, k), []).append((num_streams, rows))
+    curves: Curves = {}
+    if not contexts:
+        curves[ENGINE] = [(row["num_streams"], row["tokens_per_s"]) for row in record["throughput"]]
+        return curves, f"context {record['throughput'][0]['context_len']}"
+    (context_len, _), groups = max(contexts.items(), key=lambda item: len(item[1]))
+    for num_streams, group in groups:
+        for name, row in _chosen(group).items():
+            curves.setdefault(name, []).append((num_streams, row["tokens_per_s"]))
+    return {name: sorted(points) for name, points in curves.items()}, f"context {context_len}"
+
+
+def save_plot(record: Mapping[str, Any], path: Path) -> None:
+    """Write the picture; the file's suffix chooses the format. Raises ConfigError."""
+    pyplot = import_pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    curves, context = throughput_curves(record)
+    _draw(left, latency_curves(record), "context, tokens", "time per token, ms", "Latency, one stream")
+    _draw(right, curves, "streams", "tokens per second", f"Throughput, {context}")
+    model, here = record["model"], record["machine"]
+    figure.suptitle(
+        f"{model['name']}, {model['dtype']}, {here['cpu']}, {model['num_threads']} threads", fontsize=11
+    )
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be written ({error}); give a .png, .svg or .pdf file") from error
+    finally:
+        pyplot.close(figure)
+
+
+def _chosen(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """One row a curve: of the incremental ones the better."""
+    chosen = {row["contender"]: row for row in rows if row["contender"] in (ENGINE, RELEASED)}
+    quoted = quoted_incremental(rows)
+    return chosen | ({"incremental": quoted} if quoted else {})
+
+
+def _draw(axes: Any, curves: Curves, x_label: str, y_label: str, title: str) -> None:
+    for name, label, color, marker in _CURVES:
+        if points := curves.get(name):
+            axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
+    ticks = sorted({x for points in curves.values() for x, _ in points})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    values = sorted(y for points in curves.values() for _, y in points)
+    axes.set_yticks(_round_ticks(values[0], values[-1]))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title)
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize=9)
+
+
+def _round_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, from just below the lowest value to just above the highest."""
+    ticks = [step * 10.0**power for power in range(-6, 13) for step in (1, 2, 5)]
+    below = max((tick for tick in ticks if tick <= low), default=ticks[0])
+    above = min((tick for tick in ticks if tick >= high), default=ticks[-1])
+    return [tick for tick in ticks if below <= tick <= above]

@@ -1,0 +1,68 @@
+"""The README tells the truth: its example is the file that runs, its tree is the tree."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from guardengine.errors import GuardEngineError
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block(marker: str) -> str:
+    """The fenced block that follows an HTML comment."""
+    match = re.search(rf"<!-- {re.escape(marker)} -->\n```\w*\n(.*?)```", README, re.DOTALL)
+    assert match, marker
+    return match[1]
+
+
+def test_the_example_is_the_file_and_runs(checkpoints) -> None:
+    source = (ROOT / "examples" / "embed.py").read_text()
+    assert block("examples/embed.py") == source
+    assert len([line for line in source.splitlines() if line and not line.startswith('"""')]) <= 15
+    run = subprocess.run(
+        [sys.executable, "-P", str(ROOT / "examples" / "embed.py"), str(checkpoints(dtype="float32"))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    printed, recorded = run.stdout.splitlines(), block("output").splitlines()
+    assert len(printed) == len(recorded)
+    shape = r"prompt: \w+|\d+ \d+ \w+ [01]\.\d{3}|Verdict\(action="
+    for ours, readme in zip(printed, recorded, strict=True):
+        assert re.match(shape, ours)
+        assert re.match(shape, readme)
+        assert ours.split()[:2] == readme.split()[:2] or not ours[0].isdigit()  # same positions and ids
+
+
+def test_the_tree_is_complete() -> None:
+    tree = README[README.index("## The tree") : README.index("Why it is so")]
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    present = {path.name for path in (ROOT / "guardengine").glob("*.py") if not path.name.startswith("_")}
+    assert named == present
+
+
+def test_every_error_is_listed() -> None:
+    listed = set(re.findall(r"`(\w+)`", README[README.index("## Errors") :]))
+    public = {error.__name__ for error in _subclasses(GuardEngineError)} - {"IntegrityError"}
+    assert public <= listed
+
+
+def test_every_promise_names_an_existing_test() -> None:
+    for path in re.findall(r"`(tests/\w+\.py)`", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ["README.md", "DECISIONS.md", "SPEED.md", "CHANGELOG.md", "LICENSE"])
+def test_the_documents_are_there(name: str) -> None:
+    assert (ROOT / name).stat().st_size > 500
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {sub for child in cls.__subclasses__() for sub in {child, *_subclasses(child)}}
