@@ -192,7 +192,7 @@ class ChatTemplate:
                     self.tokenizer.check_text(text)
                 except InvalidText as error:
                     raise InvalidText(f"{where}: {key!r}: {error}") from None
-            # Subclasses of str may change what + and split do (markupsafe.Markup escapes the template's text).
+            # Subclasses of str may change what +, split and startswith do, so the template gets none.
             checked[str.__str__(key)] = str.__str__(value)
         return checked
 
@@ -246,7 +246,9 @@ class ChatTemplate:
         for match in (*marked.pattern.finditer(text), None):
             end = len(text) if match is None else match.start()
             if content_at is not None and start <= content_at < end:
-                piece_ids, piece_ends = self.tokenizer.encode_with_ends(text[start:end])
+                piece_ids, piece_ends = self.tokenizer.encode_with_ends(
+                    text[start:end], max_tokens=max_tokens
+                )
                 content_token = len(ids) + bisect_right(piece_ends, content_at - start)
                 ids += piece_ids
             elif start < end:

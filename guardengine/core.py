@@ -85,18 +85,13 @@ class EngineCore:
         running: list[StreamState] = []
         try:
             for feed in feeds:
-                while True:
-                    try:
-                        running.append(self.open(feed, policy))
-                        break
-                    except Overloaded:
-                        if not running:
-                            raise
-                        # First in, first done: the oldest is waited for, the others advance in the same steps.
-                        while running[0].num_pending_tokens:
-                            self._step_for(running)
-                        self.close_stream(running[0])
-                        done.append(running.pop(0))
+                while running and not self._has_room(len(feed.token_ids)):
+                    # First in, first done: the oldest is waited for, the others advance in the same steps.
+                    while running[0].num_pending_tokens:
+                        self._step_for(running)
+                    self.close_stream(running[0])
+                    done.append(running.pop(0))
+                running.append(self.open(feed, policy))
             self.run_until_computed(running)
         finally:
             for state in running:
@@ -184,6 +179,11 @@ class EngineCore:
             state.turns = cut_turns(state.turns, remaining)
         state.truncate(remaining)
         self.pool.shrink(state, remaining)
+        self._undelivered = [
+            label
+            for label in self._undelivered
+            if label.stream_id != state.stream_id or label.position < remaining
+        ]
         if not state.num_pending_tokens:
             self._scheduler.discard(state)
         self.counters["rollbacks"] += 1
@@ -274,6 +274,12 @@ class EngineCore:
                 f"{len(self.streams)} streams are open, max_num_streams={self.max_num_streams}; close some first"
             )
         return parent.copy(stream_id) if parent else StreamState(stream_id, policy, [(-1, policy.start())])
+
+    def _has_room(self, num_tokens: int) -> bool:
+        return (
+            len(self.streams) < self.max_num_streams
+            and self.pool.blocks_for(num_tokens) <= self.pool.num_free
+        )
 
     def _register(self, state: StreamState) -> None:
         self.streams[state.stream_id] = state

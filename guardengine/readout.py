@@ -58,7 +58,8 @@ class Readout:
     ) -> Label:
         """Name one row's classes.  Shapes: logits, probs [C]."""
         columns = self.columns[role]
-        risk_logits, category_logits = logits[columns.risk], logits[columns.category]
+        # Copies: a view would keep the whole step's logits alive for as long as one label is held.
+        risk_logits, category_logits = logits[columns.risk].copy(), logits[columns.category].copy()
         # argmax over NaN would name class 0, which is "Safe": broken numbers must not read as harmless.
         is_finite = bool(np.isfinite(risk_logits).all())
         return Label(

@@ -67,23 +67,26 @@ class Tokenizer:
         Raises InvalidText for non-str and for lone surrogates, and StreamTooLong, before any work, for text that
         cannot possibly fit into `max_tokens` (longer text than that may still be encoded: check the result).
         """
+        self._check(text, max_tokens)
+        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_with_ends(self, text: str, *, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
+        """Encode plain text; also returns for each token the index in `text` just past its last character.
+
+        Of letters that NFC composes the first counts: "e\u0301" ends at 1. Raises as `encode_text` does.
+        """
+        self._check(text, max_tokens)
+        encoding = self._bpe.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def _check(self, text: str, max_tokens: int | None) -> None:
         self.check_text(text)
         if max_tokens is not None and len(text) > max_tokens * self._longest_token * _NFC_SHRINKS_BY:
             raise StreamTooLong(
                 f"text of {len(text)} characters cannot fit into {max_tokens} tokens; shorten it, or split the "
                 "conversation"
             )
-        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Encode plain text; also returns for each token the index in `text` just past its last character.
-
-        Of letters that NFC composes the first counts: "e\u0301" ends at 1.
-        """
-        self.check_text(text)
-        encoding = self._bpe.encode(text, add_special_tokens=False)
-        return encoding.ids, [end for _, end in encoding.offsets]
 
     def check_text(self, text: str) -> None:
         """Raise InvalidText, saying where, for what is not a str of valid Unicode."""

@@ -404,16 +404,28 @@ def test_further_keys(chat: ChatTemplate) -> None:
 
 
 def test_text_too_long_for_the_stream_is_refused_early(chat: ChatTemplate) -> None:
-    messages = [{"role": "user", "content": "a" * 100_000}]
-    for render in (chat.render, chat.render_ids):
-        with pytest.raises(StreamTooLong, match="cannot fit into 100 tokens"):
-            render(messages, max_tokens=100)
+    prompt = [{"role": "user", "content": "a" * 100_000}]
+    reply = [GOLDEN_MESSAGES[0], {"role": "assistant", "content": "a" * 100_000}]
+    for messages in (prompt, reply):
+        for render in (chat.render, chat.render_ids):
+            with pytest.raises(StreamTooLong, match="cannot fit into 100 tokens"):
+                render(messages, max_tokens=100)
     assert chat.render(GOLDEN_MESSAGES, max_tokens=100).token_ids == GOLDEN_IDS
 
 
-def test_subclasses_of_str_cannot_change_the_template(chat: ChatTemplate) -> None:
-    """Markup escapes whatever is added to it, the template's own <|im_end|> included."""
-    messages = [{"role": m["role"], "content": Markup(m["content"])} for m in GOLDEN_MESSAGES]
+class SlyText(str):
+    """Answers as a tool response would."""
+
+    def startswith(self, *_: Any) -> bool:
+        return True
+
+    def endswith(self, *_: Any) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("text_class", [SlyText, Markup])
+def test_subclasses_of_str_are_taken_as_their_text(chat: ChatTemplate, text_class: type[str]) -> None:
+    messages = [{"role": m["role"], "content": text_class(m["content"])} for m in GOLDEN_MESSAGES]
     assert chat.render(messages).token_ids == GOLDEN_IDS
 
 

@@ -13,7 +13,9 @@ from guardengine.cli import main
 from guardengine.make_checkpoint import PRESETS
 
 
-def test_make_checkpoint_writes_what_the_engine_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_make_checkpoint_writes_what_the_engine_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "guard"
     assert main(["make-checkpoint", "--preset", "stream-tiny", str(folder)]) == 0
     assert str(folder) in capsys.readouterr().out
@@ -28,7 +30,9 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["make-checkpoint", "--preset", "x", "d"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["make-checkpoint", "--preset", "x", "d"], ["--nonsense"]]
+)
 def test_bad_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

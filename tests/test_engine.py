@@ -157,6 +157,15 @@ def test_moderate_many_keeps_order_and_runs_in_turns(checkpoints, chat: Engine) 
         assert small.run() == [bystander.prompt_label]
 
 
+def test_a_rolled_back_label_is_not_delivered_late(chat: Engine) -> None:
+    stream = chat.open(token_ids=[1, 2])
+    stream.append([3, 4, 5])
+    chat.moderate([USER])  # computes the bystander too
+    stream.rollback(2)
+    assert chat.step() == [stream.prompt_label, *stream.labels]
+    assert [x.position for x in stream.labels] == [2]
+
+
 def test_moderate_many_refuses_before_computing(chat: Engine) -> None:
     steps = chat.stats()["steps"]
     with pytest.raises(InvalidText):

@@ -84,7 +84,7 @@ def test_home_is_expanded(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.Monk
             "nowhere",
             "a b/c",
         ),
-        *("x" * 5000, "../../etc/passwd/x", "a/..", "-/-", "a/b\n", "\0", Path("Qwen/nowhere")),
+        *("x" * 5000, "../../etc/passwd/x", "a/..", "-/-", "a/b\n", "\0", Path(STREAM)),
     ],
 )
 def test_path_that_does_not_exist_is_not_taken_for_an_id(hub: FakeHub, name: str | Path) -> None:

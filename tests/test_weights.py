@@ -272,6 +272,14 @@ def test_tensors_that_do_not_fit(stream: Path, edit: Callable[[Tensors], Any], w
         assert word in str(caught.value)
 
 
+def test_missing_tensors_are_told_in_one_message(stream: Path) -> None:
+    change_config(stream, num_hidden_layers=4)
+    with pytest.raises(CheckpointError) as caught:
+        load(stream)
+    listed = str(caught.value).partition("missing: ")[2].partition(" and 14 more; ")[0].split(", ")
+    assert listed == list(tensor_shapes(config_of(num_hidden_layers=4)))[23:31]
+
+
 def test_other_dtype_of_weights_is_refused(stream: Path) -> None:
     with pytest.raises(ConfigError, match=r"float64.*bfloat16"):
         load(stream, torch.float64)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from tqdm import tqdm
 
 from guardengine import machine
@@ -19,6 +22,7 @@ from guardengine.bench import compare, plot, report, throughput
 from guardengine.bench.check import check_labels
 from guardengine.bench.checkpoints import STREAM_PRESETS, cache_folder, cached_checkpoint
 from guardengine.bench.floor import CostModel
+from guardengine.bench.hf import HFGuard, import_transformers
 from guardengine.bench.workload import ArrivalKind, Point
 from guardengine.config import ModelConfig
 from guardengine.engine import Engine
@@ -26,7 +30,12 @@ from guardengine.errors import ConfigError, GuardEngineError
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _BLOCK_SIZE = 16
+_POINT_COST_STREAMS = 4  # what a point costs however few its streams, in streams: for sharing out the time
 _CHECK_TOKENS = 64  # room for the conversation that is checked first
+
+_TIME_LIMIT_S = (
+    160.0  # the default points on 2 cores, with making weights, in under 3 minutes also on a busy machine
+)
 
 # (default, --quick)
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
@@ -66,6 +75,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     load.add_argument("--arrival", choices=get_args(ArrivalKind), default="lockstep", help="(%(default)s)")
     load.add_argument("--rate", type=float, metavar="R", help="poisson: tokens/s a stream, on average (10)")
     load.add_argument("--seed", type=_seed, default=0, help="of ids and arrivals (%(default)s)")
+    load.add_argument(
+        "--time-limit",
+        type=_seconds,
+        metavar="SECONDS",
+        help=f"measure throughput no longer than this after the start (default {_TIME_LIMIT_S:g} for the default "
+        "points, none for points of your own)",
+    )
     load.add_argument("--quick", action="store_true", help="fewer and shorter points")
     other = parser.add_argument_group("comparison")
     other.add_argument(
@@ -84,6 +100,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         for name in ("contexts", "compare_streams", "rounds"):
             if getattr(options, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} is for --compare hf")
+    if options.time_limit is None:
+        has_own_points = any((options.streams, options.prompt_len, options.response_len))
+        options.time_limit = math.inf if has_own_points else _TIME_LIMIT_S
     for name, (default, quick) in _DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else default)
@@ -93,11 +112,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """Measure what the options ask for; returns the record. Raises GuardEngineError."""
+    deadline = time.perf_counter() + options.time_limit
     for path in (options.json, options.plot):
         if path is not None:
             report.check_writable(path)
     if options.plot is not None:
         plot.import_pyplot()
+    if options.compare:
+        import_transformers()
     points = [
         Point(count, options.prompt_len, options.response_len, options.k, options.arrival, options.rate)
         for count in options.streams
@@ -140,9 +162,12 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
             **{key: stats[key] for key in ("dtype", "kv_dtype", "backend", "device", "num_threads")},
         }
         record["options"] = {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
+            key: str(value) if isinstance(value, Path) or value == math.inf else value
+            for key, value in vars(options).items()
         }
-        record["throughput"] = _measure(engine, points, cost, config.vocab_size, options.seed)
+        record["throughput"] = _measure(engine, points, cost, config.vocab_size, options.seed, deadline)
+        measured = {row["num_streams"] for row in record["throughput"]}
+        record["left_out"] = [point.num_streams for point in points if point.num_streams not in measured]
         record["compare"] = (
             _compare(engine, folder, dtype, pairs, config.vocab_size, options) if pairs else []
         )
@@ -170,18 +195,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(
-    engine: Engine, points: Sequence[Point], cost: CostModel, vocab_size: int, seed: int
+    engine: Engine, points: Sequence[Point], cost: CostModel, vocab_size: int, seed: int, deadline: float
 ) -> list[dict[str, Any]]:
     rows = []
     total = sum(point.num_streams * throughput.tokens_per_stream(point) for point in points)
-    with tqdm(total=total, desc="throughput", unit="token") as bar:
-        for point in points:
+    with tqdm(total=total, desc="throughput", unit="token", mininterval=1) as bar:
+        for index, point in enumerate(points):
             bar.set_postfix_str(f"{point.num_streams} streams")
-            rows.append(
-                throughput.measure_point(
-                    engine, point, cost, vocab_size=vocab_size, seed=seed, progress=bar.update
+            row = None
+            now = time.perf_counter()
+            if now < deadline:
+                # Points share the time that is left by their size; a fast one leaves more to the next.
+                weights = [_POINT_COST_STREAMS + other.num_streams for other in points[index:]]
+                own = now + (deadline - now) * weights[0] / sum(weights)
+                row = throughput.measure_point(
+                    engine,
+                    point,
+                    cost,
+                    vocab_size=vocab_size,
+                    seed=seed,
+                    progress=bar.update,
+                    deadline=own,
                 )
-            )
+            rows += [row] if row else []
     return rows
 
 
@@ -193,13 +229,9 @@ def _compare(
     vocab_size: int,
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    import torch
-
-    from guardengine.bench.hf import HFGuard
-
     guard = HFGuard(folder, dtype=getattr(torch, dtype))
     rows = []
-    with tqdm(total=compare.num_measurements(pairs, options.rounds), desc="comparison") as bar:
+    with tqdm(total=compare.num_measurements(pairs, options.rounds), desc="comparison", mininterval=1) as bar:
         comparison = compare.Comparison(engine, guard, vocab_size, options.seed, options.rounds, bar.update)
         for pair in pairs:
             bar.set_postfix_str(f"{pair.num_streams} streams, context {pair.context_len}")
@@ -254,6 +286,16 @@ def _count(text: str) -> int:
 
 def _counts(text: str) -> list[int]:
     return [_count(part.strip()) for part in text.split(",")]
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of seconds above 0 is needed")
+    return value
 
 
 def _seed(text: str) -> int:

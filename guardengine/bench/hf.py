@@ -55,7 +55,7 @@ class HFGuard:
         attn_implementation: AttnImplementation = "sdpa",
     ) -> None:
         """Load the folder `path`. Raises CheckpointError, and ConfigError without transformers."""
-        qwen3 = _import_transformers()
+        qwen3 = import_transformers()
         folder = Path(path)
         raw = _read_json(folder / "config.json")
         self.config = _qwen3_config(raw, folder / "config.json")
@@ -204,8 +204,8 @@ class _GuardHeads(nn.Module):
         )
 
 
-def _import_transformers() -> Any:
-    """transformers' Qwen3 module, imported only where a comparison is asked for."""
+def import_transformers() -> Any:
+    """transformers' Qwen3 module, imported only where a comparison is asked for. Raises ConfigError."""
     try:
         from transformers.models.qwen3 import modeling_qwen3
     except ImportError as error:

@@ -58,6 +58,9 @@ def markdown(record: Mapping[str, Any]) -> str:
     parts = [_heading(record)]
     if record["throughput"]:
         parts.append(_throughput(record["throughput"]))
+    if record["left_out"]:
+        counts = ", ".join(map(str, record["left_out"]))
+        parts.append(f"Left out for want of time: {counts} streams. Raise --time-limit to measure them.")
     if record["compare"]:
         parts.append(_comparison(record["compare"]))
     return "\n\n".join(parts) + "\n"
@@ -122,7 +125,7 @@ def _throughput(rows: Sequence[Mapping[str, Any]]) -> str:
         ),
         [
             (
-                f"{row['num_streams']}",
+                f"{row['num_streams']}{'*' if row['is_cut_short'] else ''}",
                 f"{row['tokens_per_s']:.1f}",
                 _three(row["step_ms"]),
                 _three(row["label_latency_ms"]),
@@ -141,6 +144,7 @@ def _throughput(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{first['k']} at a time, {fed}\n\n{table}\n\n"
         "label ms: from a token's arrival to its label. of floor: the least time in which this machine could have "
         "read or computed what the steps need (both ceilings measured beside each row), over the time they took."
+        + (" *: cut short by --time-limit." if any(row["is_cut_short"] for row in rows) else "")
     )
 
 
