@@ -109,6 +109,7 @@ def test_floor_counts_what_a_step_needs(cost: CostModel) -> None:
     prompt = cost.of_prompts(1, 10, 1)
     attention = 4 * 128 * 55 * (2 + 1 / 10)
     assert prompt.flops == pytest.approx(2 * (3 * 10 * qkv + 21 * rest + heads) + attention)
+    assert prompt.num_bytes == cost.of_tokens([range(10)]).num_bytes
     assert cost.of_prompts(1, 10, 3).num_bytes - prompt.num_bytes == 2 * cost.of_tokens([]).num_bytes
 
 
@@ -150,16 +151,30 @@ def test_a_point_measures_every_token(
 def test_open_loop_latency_counts_the_wait_for_a_running_step(
     measure: Callable[..., Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock = [0.0]
+
+    def advance(seconds: float) -> None:
+        clock[0] += seconds
+
     step = engine.step
 
     def slow_step() -> list[Any]:
-        time.sleep(0.05)
+        advance(0.05)
         return step()
 
     monkeypatch.setattr(engine, "step", slow_step)
-    row = measure(Point(1, 4, 11, arrival="poisson", rate=1000.0))
-    # All are due within some 10 ms; those that miss the first step wait for it and for their own.
-    assert row["label_latency_ms"]["p50"] > 75
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", advance)
+    point = Point(1, 4, 11, arrival="poisson", rate=1000.0)
+    row = measure(point)
+    # The first token starts a step of 50 ms; the others fall due in it, wait for its end and for their own step.
+    due_ms = [1e3 * arrival.due_s for arrival in poisson_arrivals(point, seed=0)]
+    assert due_ms[-1] < due_ms[0] + 50
+    latencies = [50.0, *(due_ms[0] + 100 - due for due in due_ms[1:])]
+    assert row["label_latency_ms"]["p50"] == pytest.approx(np.median(latencies))
+    assert row["label_latency_ms"]["p99"] == pytest.approx(np.percentile(latencies, 99))
+    assert row["num_steps"] == 2
+    assert row["step_ms"]["p50"] == pytest.approx(50.0)
 
 
 @pytest.mark.parametrize("fault", ["lost", "repeated"])

@@ -50,7 +50,7 @@ class CostModel:
         attended = sum(position + 1 for stream in positions for position in stream) / max(tokens, 1)
         flops = 2.0 * (self._qkv * config.num_layers * tokens + (self._matrices - self._qkv) * after_kv_rows)
         flops += 2.0 * self._classifiers * wanted
-        flops += 4.0 * config.num_heads * config.head_dim * attended * tokens
+        flops += 4.0 * config.num_heads * config.head_dim * attended * after_kv_rows
         weights = self._matrices * config.num_layers + self._classifiers + config.hidden_size * tokens
         cached = sum(stream[-1] + 1 for stream in positions if stream)
         return Work(weights * self.weight_bytes + cached * self.kv_bytes_per_token, flops)
