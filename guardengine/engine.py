@@ -109,7 +109,7 @@ class Engine:
             max_num_streams=options.max_num_streams,
             max_num_batched_tokens=options.max_num_batched_tokens,
         )
-        engine = Engine(core, _load_chat(folder), config.heads)
+        engine = Engine(core, _load_chat(folder, config), config.heads)
         logger.info("loaded %s: %s", folder, engine.stats())
         return engine
 
@@ -295,8 +295,14 @@ def _available_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _load_chat(folder: Path) -> ChatTemplate | None:
+def _load_chat(folder: Path, config: ModelConfig) -> ChatTemplate | None:
     if not (folder / "tokenizer.json").exists():
         logger.info("%s has no tokenizer.json: token ids can be moderated, text cannot", folder)
         return None
-    return ChatTemplate.from_dir(folder, Tokenizer.from_dir(folder))
+    tokenizer = Tokenizer.from_dir(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'} has ids up to {tokenizer.vocab_size - 1}, but config.json says vocab_size="
+            f"{config.vocab_size}; take both files from one and the same checkpoint"
+        )
+    return ChatTemplate.from_dir(folder, tokenizer)

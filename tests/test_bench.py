@@ -20,6 +20,7 @@ from guardengine.bench import compare, plot, report, throughput
 from guardengine.bench.__main__ import main
 from guardengine.bench.check import LabelsDiffer, check_labels
 from guardengine.bench.floor import CostModel, Limits
+from guardengine.bench.hf import HFGuard
 from guardengine.bench.workload import Point, poisson_arrivals, random_ids
 from guardengine.config import ModelConfig
 from guardengine.errors import ConfigError, IntegrityError
@@ -218,9 +219,17 @@ def test_wrong_labels_are_not_timed(
             check_labels(engine, tiny, **options | {"dtype": "bfloat16"})
 
 
-def test_released_is_timed_for_one_stream_and_rounds_take_turns(engine: Engine, tiny: Path) -> None:
-    from guardengine.bench.hf import HFGuard
+def test_released_is_timed_for_one_stream_and_rounds_take_turns(
+    engine: Engine, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    for kind in (compare._Ours, compare._Incremental, compare._Released):
 
+        def recorded(self: Any, chunks: Any, advance: Any = kind.advance) -> float:
+            order.append(self.name)
+            return float(advance(self, chunks))
+
+        monkeypatch.setattr(kind, "advance", recorded)
     counted: list[int] = []
     points = compare.compare_points([8, 20], [1, 3], k=2)
     assert points == [(1, 8, 2), (1, 20, 2), (3, 8, 2)]
@@ -228,6 +237,7 @@ def test_released_is_timed_for_one_stream_and_rounds_take_turns(engine: Engine, 
     one, three = comparison.run(points[0]), comparison.run(points[2])
     names = ["engine", "hf_incremental_sdpa", "hf_incremental_eager", "hf_released"]
     assert [row["contender"] for row in one] == names
+    assert order[:12] == [*names, *names[1:], names[0], *names[2:], *names[:2]]  # each begins in turn
     assert [row["contender"] for row in three] == names[:3]
     assert one[0]["largest_logit_difference"] < 1e-4
     assert one[0]["engine_is_faster_by"] == 1.0
@@ -310,9 +320,15 @@ def test_the_command_runs_open_loop_without_transformers(
     assert "pip install guardengine[bench]" in capsys.readouterr().err
 
 
-def test_points_without_time_are_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--checkpoint", str(tiny), *SMALL, "--time-limit", "0.000001"]) == 0
+def test_points_without_time_are_named(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(tiny), *SMALL, "--time-limit", "0.000001"]
+    assert main(arguments) == 0
     assert "Left out for want of time: 1, 3 streams. Raise --time-limit" in capsys.readouterr().out
+    assert main([*arguments, "--plot", str(tmp_path / "empty.png")]) == 2
+    assert "no point was measured; raise --time-limit" in capsys.readouterr().err
+    assert not (tmp_path / "empty.png").exists()
 
 
 def test_wrong_labels_exit_with_status_1(

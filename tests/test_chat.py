@@ -1,6 +1,6 @@
-"""ChatTemplate on ordinary conversations: ids as transformers renders them, positions, live turns, bad messages.
+"""ChatTemplate on ordinary conversations: ids as transformers renders them, positions, live turns.
 
-Hostile content is tests/test_chat_hostile.py's, foreign templates are tests/test_chat_template.py's.
+The files beside it have hostile content, messages that are refused, foreign templates and Gen's template.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from markupsafe import Markup
 from transformers import AutoTokenizer
 
 from guardengine import vocabulary
 from guardengine.chat import ChatTemplate, Rendered
-from guardengine.errors import InvalidText, StreamTooLong
 from guardengine.tokenizer import Tokenizer
 
 IM_START, IM_END, THINK, END_THINK, USER = 151644, 151645, 151667, 151668, 872
@@ -344,102 +342,3 @@ def test_preambles_are_the_callers_to_change(chat: ChatTemplate) -> None:
     chat.assistant_preamble().clear()
     assert len(chat.user_preamble()) == 5
     assert len(chat.assistant_preamble()) == 8
-
-
-# -- bad messages ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        (None, "messages is NoneType None; a non-empty list"),
-        ("hello", "messages is str 'hello'; a non-empty list"),
-        ([], r"messages is list \[\]; a non-empty list"),
-        ({"role": "user", "content": "a"}, "messages is dict"),
-        (["hello"], r"messages\[0\] is str 'hello'; a mapping"),
-        (
-            [GOLDEN_MESSAGES[0], {"content": "a"}],
-            r"messages\[1\]: role is NoneType None; use one of system, user",
-        ),
-        ([{"role": "human", "content": "a"}], r"messages\[0\]: role is str 'human'; use one of"),
-        ([{"role": ["user"], "content": "a"}], r"messages\[0\]: role is list"),
-        ([{"role": "user"}], r"messages\[0\]: content is NoneType None; a str"),
-        ([{"role": "user", "content": None}], r"messages\[0\]: content is NoneType None; a str"),
-        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]: content is list"),
-        ([{"role": "user", "content": b"a"}], r"messages\[0\]: content is bytes"),
-        (
-            [{"role": "user", "content": "a\ud800"}],
-            r"messages\[0\]: 'content': text has a lone surrogate.* 1,",
-        ),
-        (
-            [{"role": "user", "content": "a", "name": "\udc00"}],
-            r"messages\[0\]: 'name': text has a lone surrogate",
-        ),
-        (
-            [{"role": "user", "content": "a", "tool_calls": [1]}],
-            r"messages\[0\]: 'tool_calls' is list \[1\]; only",
-        ),
-        ([{"role": "user", "content": "a", 7: "b"}], r"messages\[0\]: 7 is str 'b'; only text"),
-        ([{"role": "assistant", "content": "a"}], "none of the 1 messages has the role 'user'"),
-        ([{"role": "tool", "content": "a"}, {"role": "system", "content": "a"}], "none of the 2 messages"),
-    ],
-)
-def test_bad_messages_are_refused(chat: ChatTemplate, messages: Any, message: str) -> None:
-    for render in (chat.render, chat.render_ids):
-        with pytest.raises(InvalidText, match=message):
-            render(messages)
-
-
-def test_long_values_are_not_quoted_whole(chat: ChatTemplate) -> None:
-    with pytest.raises(InvalidText) as caught:
-        chat.render([{"role": "x" * 10_000, "content": "a"}])
-    assert len(str(caught.value)) < 200
-
-
-def test_further_keys(chat: ChatTemplate) -> None:
-    plain = chat.render(GOLDEN_MESSAGES)
-    extended = [{**message, "name": "someone", "tool_calls": None} for message in GOLDEN_MESSAGES]
-    assert chat.render(extended) == plain
-    assert chat.render(tuple(extended)) == plain
-
-
-def test_text_too_long_for_the_stream_is_refused_early(chat: ChatTemplate) -> None:
-    prompt = [{"role": "user", "content": "a" * 100_000}]
-    reply = [GOLDEN_MESSAGES[0], {"role": "assistant", "content": "a" * 100_000}]
-    for messages in (prompt, reply):
-        for render in (chat.render, chat.render_ids):
-            with pytest.raises(StreamTooLong, match="cannot fit into 100 tokens"):
-                render(messages, max_tokens=100)
-    assert chat.render(GOLDEN_MESSAGES, max_tokens=100).token_ids == GOLDEN_IDS
-
-
-class SlyText(str):
-    """Answers as a tool response would."""
-
-    def startswith(self, *_: Any) -> bool:
-        return True
-
-    def endswith(self, *_: Any) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("text_class", [SlyText, Markup])
-def test_subclasses_of_str_are_taken_as_their_text(chat: ChatTemplate, text_class: type[str]) -> None:
-    messages = [{"role": m["role"], "content": text_class(m["content"])} for m in GOLDEN_MESSAGES]
-    assert chat.render(messages).token_ids == GOLDEN_IDS
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["evil <think>why</think> good", "why</think>evil</think>good", "<think>a</think><think>b</think>c"],
-)
-def test_a_reply_of_which_the_template_drops_a_part_is_refused(chat: ChatTemplate, content: str) -> None:
-    messages = [GOLDEN_MESSAGES[0], {"role": "assistant", "content": content}]
-    for render in (chat.render, chat.render_ids):
-        with pytest.raises(InvalidText, match=r"messages\[1\]: the chat template .* leaves out a part"):
-            render(messages)
-    # Nothing is lost where the reasoning is given apart.
-    kept = chat.render(
-        [GOLDEN_MESSAGES[0], {"role": "assistant", "content": content, "reasoning_content": "r"}]
-    )
-    assert response_text(chat, kept) == f"r\n</think>\n\n{content}"

@@ -120,7 +120,7 @@ def test_content_changes_no_turn(chat: ChatTemplate, contents: list[str], num_me
     rendered = render_or_none(chat, hostile)
     if (
         rendered is None
-    ):  # a final reply whose reasoning the template would drop; tests/test_chat.py has those
+    ):  # a final reply whose reasoning the template would drop; tests/test_chat_messages.py has those
         assert roles[-1] == "assistant"
         assert "</think>" in hostile[-1]["content"]
         return

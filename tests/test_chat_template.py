@@ -142,15 +142,18 @@ def test_every_usual_way_to_write_special_tokens_is_marked(source: str, tokenize
 
 def test_literals_that_are_only_looked_at_see_the_content(tokenizer: Tokenizer) -> None:
     source = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if '</think>' in m.content and m.content.startswith('<think>') %}{{ m.content.split('</think>')[1] }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set thinks = '<think>' in m.content %}"
+        "{% if thinks and m.content.startswith('<think>') %}{{ m.content.split('</think>')[1] }}"
         "{% else %}{{ m.content | replace('<|endoftext|>', '') }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{{ 'ends' if messages[0].content == '<|im_end|>' }}"
     )
     chat = make(source, tokenizer)
-    reasoned = chat.render_ids([{"role": "user", "content": "x"}])
-    assert reasoned
     messages = [{"role": "assistant", "content": "<think></think>b"}, {"role": "user", "content": "x"}]
     assert text_of(chat, messages) == "<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
+    messages[0]["content"] = "c<|endoftext|>"
+    assert text_of(chat, messages) == "<|im_start|>assistant\nc<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
+    typed = chat.tokenizer.decode(chat.render_ids([{"role": "user", "content": "<|im_end|>"}]))
+    assert typed == "<|im_start|>user\n<|im_end|><|im_end|>\nends"
 
 
 # -- templates with other turns ----------------------------------------------------------------------------

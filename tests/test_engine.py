@@ -437,10 +437,16 @@ def test_bad_options(tiny: Path, options: dict[str, object]) -> None:
 
 
 def test_text_needs_a_tokenizer(engine: Engine) -> None:
-    if engine._chat is not None:
-        (engine._chat) = None
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         engine.open(messages=[USER])
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoints, tmp_path: Path) -> None:
+    text, small = checkpoints(dtype="float32"), checkpoints(vocab_size=512, dtype="float32")
+    for path in (small / "config.json", small / "model.safetensors", text / "tokenizer.json"):
+        (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has ids up to 151668"):
+        Engine.from_pretrained(tmp_path, kv_cache_bytes=2**20)
 
 
 def test_a_gen_checkpoint_is_named_as_such(checkpoints) -> None:

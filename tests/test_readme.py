@@ -62,4 +62,3 @@ def test_every_promise_names_an_existing_test() -> None:
 @pytest.mark.parametrize("name", ["README.md", "DECISIONS.md", "SPEED.md", "CHANGELOG.md", "LICENSE"])
 def test_the_documents_are_there(name: str) -> None:
     assert (ROOT / name).stat().st_size > 500
-

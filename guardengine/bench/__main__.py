@@ -19,18 +19,18 @@ from tqdm import tqdm
 
 from guardengine import machine
 from guardengine.bench import compare, plot, report, throughput
-from guardengine.bench.check import check_labels
+from guardengine.bench.check import LabelsDiffer, check_labels
 from guardengine.bench.checkpoints import STREAM_PRESETS, cache_folder, cached_checkpoint
 from guardengine.bench.floor import CostModel
 from guardengine.bench.hf import HFGuard, import_transformers
 from guardengine.bench.workload import ArrivalKind, Point
 from guardengine.config import ModelConfig
 from guardengine.engine import Engine
-from guardengine.errors import ConfigError, GuardEngineError
+from guardengine.errors import ConfigError, GuardEngineError, IntegrityError
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _BLOCK_SIZE = 16
-_POINT_COST_STREAMS = 4  # what a point costs however few its streams, in streams: for sharing out the time
+_POINT_COST_STREAMS = 16  # what a point costs however few its streams, in streams: for sharing out the time
 _CHECK_TOKENS = 64  # room for the conversation that is checked first
 
 _TIME_LIMIT_S = (
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plot.save_plot(record, options.plot)
     except GuardEngineError as error:
         _say(f"guardengine.bench: {error}")
-        return 1 if type(error).__name__ in ("LabelsDiffer", "IntegrityError") else 2
+        return 1 if isinstance(error, LabelsDiffer | IntegrityError) else 2
     except KeyboardInterrupt:
         _say("guardengine.bench: interrupted; nothing was written")
         return 130
@@ -197,17 +197,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(
     engine: Engine, points: Sequence[Point], cost: CostModel, vocab_size: int, seed: int, deadline: float
 ) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     total = sum(point.num_streams * throughput.tokens_per_stream(point) for point in points)
     with tqdm(total=total, desc="throughput", unit="token", mininterval=1) as bar:
         for index, point in enumerate(points):
             bar.set_postfix_str(f"{point.num_streams} streams")
             row = None
             now = time.perf_counter()
-            if now < deadline:
-                # Points share the time that is left by their size; a fast one leaves more to the next.
-                weights = [_POINT_COST_STREAMS + other.num_streams for other in points[index:]]
-                own = now + (deadline - now) * weights[0] / sum(weights)
+            # Points share the time that is left by their size; a fast one leaves more to the next.
+            sizes = [_POINT_COST_STREAMS + other.num_streams for other in points[index:]]
+            own = now + max(0.0, deadline - now) * sizes[0] / sum(sizes)
+            prompts_s = (
+                point.num_streams * point.prompt_len / rows[-1]["prefill_tokens_per_s"] if rows else 0.0
+            )
+            if now + prompts_s < own:
                 row = throughput.measure_point(
                     engine,
                     point,

@@ -56,6 +56,8 @@ def throughput_curves(record: Mapping[str, Any]) -> tuple[Curves, str]:
     for (num_streams, context_len, k), rows in by_point(record["compare"]).items():
         contexts.setdefault((context_len, k), []).append((num_streams, rows))
     curves: Curves = {}
+    if not contexts and not record["throughput"]:
+        return {}, "nothing measured"
     if not contexts:
         curves[ENGINE] = [(row["num_streams"], row["tokens_per_s"]) for row in record["throughput"]]
         return curves, f"context {record['throughput'][0]['context_len']}"
@@ -69,8 +71,10 @@ def throughput_curves(record: Mapping[str, Any]) -> tuple[Curves, str]:
 def save_plot(record: Mapping[str, Any], path: Path) -> None:
     """Write the picture; the file's suffix chooses the format. Raises ConfigError."""
     pyplot = import_pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     curves, context = throughput_curves(record)
+    if not curves:
+        raise ConfigError(f"{path} is not drawn: no point was measured; raise --time-limit")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     _draw(left, latency_curves(record), "context, tokens", "time per token, ms", "Latency, one stream")
     _draw(right, curves, "streams", "tokens per second", f"Throughput, {context}")
     model, here = record["model"], record["machine"]
@@ -102,18 +106,22 @@ def _draw(axes: Any, curves: Curves, x_label: str, y_label: str, title: str) -> 
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     values = sorted(y for points in curves.values() for _, y in points)
-    axes.set_yticks(_round_ticks(values[0], values[-1]))
+    if values:
+        y_ticks = _round_ticks(values[0], values[-1])
+        axes.set_yticks(y_ticks)
+        axes.set_ylim(y_ticks[0], y_ticks[-1])
+        axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
+        axes.legend(fontsize=9)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_title(title)
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize=9)
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, from just below the lowest value to just above the highest."""
+    """1, 2 and 5 times powers of ten, from below the lowest value to above the highest."""
     ticks = [step * 10.0**power for power in range(-6, 13) for step in (1, 2, 5)]
-    below = max((tick for tick in ticks if tick <= low), default=ticks[0])
-    above = min((tick for tick in ticks if tick >= high), default=ticks[-1])
+    below = max((tick for tick in ticks if tick < low), default=ticks[0])
+    above = min((tick for tick in ticks if tick > high), default=ticks[-1])
     return [tick for tick in ticks if below <= tick <= above]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ def stamp(arguments: Sequence[str], seed: int) -> dict[str, Any]:
             "transformers": transformers,
         },
         "machine": here,
+        "load_average": os.getloadavg()[0],  # of the last minute before: what others did meanwhile
     }
 
 
@@ -94,7 +96,8 @@ def _heading(record: Mapping[str, Any]) -> str:
         (
             f"**{model['name']}**, {model['dtype']} weights, {model['kv_dtype']} KV cache, "
             f"backend {model['backend']}, {model['num_threads']} threads",
-            f"- machine: {here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 2**30:.0f} GiB",
+            f"- machine: {here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 2**30:.0f} GiB; "
+            f"load average before the start: {record['load_average']:.1f}",
             f"- commit: {record['commit'] or 'unknown'}{state}; "
             + ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version),
             f"- command: `{record['command']}`, seed {record['seed']}, {record['time']}",

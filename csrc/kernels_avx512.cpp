@@ -1,0 +1,29 @@
+// The kernels for AVX-512 (F, BW, VL).
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// Of g++ 12 about its own headers, which leave registers undefined on purpose.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+// From here on the compiler may use the instructions anywhere, so nothing of std:: that other files share follows.
+#pragma GCC target("avx512f,avx512bw,avx512vl")
+#include "vec_avx512.h"
+
+#include "kernels_rows.h"
+
+#include "kernels_linear.h"
+
+#include "kernels_attention.h"
+
+#include "kernels_table.h"
+
+const Kernels* kernels_avx512() {
+  static const Kernels table = {"avx512", {model_kernels<Float32Model>(), model_kernels<BFloat16Model>()}};
+  return &table;
+}
+#else
+const Kernels* kernels_avx512() { return nullptr; }
+#endif

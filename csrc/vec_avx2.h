@@ -1,0 +1,101 @@
+// Eight floats in a register (AVX2 and FMA). The same functions as in vec_avx512.h and vec_portable.h.
+#pragma once
+
+namespace {
+
+constexpr int kLanes = 8;
+#define GE_TILE_ROWS 5
+constexpr int kTileRows = GE_TILE_ROWS;  // of a linear's register tile: 10 accumulators, 4 weights, 2 to spare
+constexpr int kTileVecs = 2;  // columns of that tile, in registers
+
+using Vec = __m256;
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec set1(float value) { return _mm256_set1_ps(value); }
+inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
+inline void store(float* to, Vec a) { _mm256_storeu_ps(to, a); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }  // a * b + c
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }              // b where either is NaN
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }              // b where either is NaN
+inline Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline Vec pow2(__m256i n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+
+// n whole, within +-250: in two factors, because 2^n itself may be out of range.
+inline Vec times_pow2(Vec a, Vec n) {
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+  return _mm256_mul_ps(_mm256_mul_ps(a, pow2(half)), pow2(_mm256_sub_epi32(whole, half)));
+}
+
+inline Vec load(const BF16* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+// The bits of each lane rounded to bf16, in the upper halves.
+inline __m256i bf16_bits(Vec a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
+}
+
+inline void store(BF16* to, Vec a) {
+  const __m256i words = _mm256_srli_epi32(bf16_bits(a), 16);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+}
+
+inline Vec round_to_bf16(Vec a) {
+  return _mm256_castsi256_ps(_mm256_and_si256(bf16_bits(a), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// kLanes pairs of bf16: their first and their second values.
+inline void load_pairs(const BF16* from, Vec& first, Vec& second) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  first = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  second = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// Lanes from `count` on become -infinity.
+inline Vec keep_first(Vec a, int count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 mask = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+  return _mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), a, mask);
+}
+
+// The sums of the lower halves of p, q, r and s, then of their upper halves.
+inline Vec sum_halves(Vec p, Vec q, Vec r, Vec s) {
+  const __m256d x = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(p, q), _mm256_unpackhi_ps(p, q)));
+  const __m256d y = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(r, s), _mm256_unpackhi_ps(r, s)));
+  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+}
+
+// Lane i of the result is the sum of the lanes of a[i], always in the same order.
+inline Vec sum_each(const Vec (&a)[kLanes]) {
+  const Vec x = sum_halves(a[0], a[1], a[2], a[3]), y = sum_halves(a[4], a[5], a[6], a[7]);
+  return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+}
+
+inline float sum(Vec a) {
+  const __m128 c = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps(d, d, 1)));
+}
+
+inline float largest(Vec a) {
+  const __m128 c = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 d = _mm_max_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_max_ss(d, _mm_shuffle_ps(d, d, 1)));
+}
+
+inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+
+}  // namespace

@@ -1,0 +1,100 @@
+// Sixteen floats in a register (AVX-512F). The same functions as in vec_avx2.h and vec_portable.h.
+#pragma once
+
+namespace {
+
+constexpr int kLanes = 16;
+#define GE_TILE_ROWS 12
+constexpr int kTileRows = GE_TILE_ROWS;  // of a linear's register tile: 24 accumulators, 4 weights, 2 to spare
+constexpr int kTileVecs = 2;   // columns of that tile, in registers
+
+using Vec = __m512;
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec set1(float value) { return _mm512_set1_ps(value); }
+inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+inline void store(float* to, Vec a) { _mm512_storeu_ps(to, a); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }  // a * b + c
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }              // b where either is NaN
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }              // b where either is NaN
+inline Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec times_pow2(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }  // n whole, within +-250
+
+inline Vec load(const BF16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// The bits of each lane rounded to bf16, in the upper halves.
+inline __m512i bf16_bits(Vec a) {
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000));
+}
+
+inline void store(BF16* to, Vec a) {
+  const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(a), 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+}
+
+inline Vec round_to_bf16(Vec a) {
+  return _mm512_castsi512_ps(_mm512_and_si512(bf16_bits(a), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// kLanes pairs of bf16: their first and their second values.
+inline void load_pairs(const BF16* from, Vec& first, Vec& second) {
+  const __m512i bits = _mm512_loadu_si512(from);
+  first = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  second = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// Lanes from `count` on become -infinity.
+inline Vec keep_first(Vec a, int count) {
+  const __mmask16 mask = count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+  return _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), mask, a);
+}
+
+// Adds up neighbouring quarters: those of x, then those of y.
+inline Vec halve(Vec x, Vec y) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+}
+
+// Lane i of the result is the sum of the lanes of a[i], always in the same order.
+inline Vec sum_each(const Vec (&a)[kLanes]) {
+  Vec quads[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Vec x = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i], a[4 * i + 1]), _mm512_unpackhi_ps(a[4 * i], a[4 * i + 1]));
+    const Vec y = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i + 2], a[4 * i + 3]),
+                                _mm512_unpackhi_ps(a[4 * i + 2], a[4 * i + 3]));
+    const __m512d xd = _mm512_castps_pd(x), yd = _mm512_castps_pd(y);
+    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(xd, yd)), _mm512_castpd_ps(_mm512_unpackhi_pd(xd, yd)));
+  }
+  return halve(halve(quads[0], quads[1]), halve(quads[2], quads[3]));
+}
+
+inline float sum(Vec a) {
+  const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a),
+                                 _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)));
+  const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps(d, d, 1)));
+}
+
+inline float largest(Vec a) {
+  const __m256 b = _mm256_max_ps(_mm512_castps512_ps256(a),
+                                 _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)));
+  const __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  const __m128 d = _mm_max_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_max_ss(d, _mm_shuffle_ps(d, d, 1)));
+}
+
+inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+
+}  // namespace
