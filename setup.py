@@ -26,7 +26,15 @@ setup(
             "guardengine._C",
             sources=sorted(str(p) for p in Path("csrc").glob("*.cpp")),
             depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
-            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"],
+            extra_compile_args=[
+                "-O3",
+                "-std=c++17",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+            ],
             extra_link_args=["-pthread"],
         )
     ],

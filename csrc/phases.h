@@ -51,7 +51,7 @@ void run_attention(Workers& workers, const ModelKernels& kernels, int kv_dtype, 
 // body(i) for each i in 0 .. num_rows - 1, in portions.
 template <class Body>
 void for_rows(Team& team, int num_rows, const Body& body) {
-  const int portion = ceil_div(num_rows, 4 * team.size());
+  const int portion = num_rows > 0 ? ceil_div(num_rows, 4 * team.size()) : 1;
   for_each(team, ceil_div(num_rows, portion), [&](int p) {
     const int last = (p + 1) * portion < num_rows ? (p + 1) * portion : num_rows;
     for (int i = p * portion; i < last; ++i) body(i);

@@ -188,7 +188,7 @@ class AutoGuard:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.core.runner.weights.embed.dtype
+        return self.core.runner.dtype
 
 
 def _feed_all(token_ids: list[int], start: int) -> Feed:

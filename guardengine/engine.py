@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,13 +17,14 @@ from guardengine.checkpoint import open_checkpoint
 from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
 from guardengine.conversation import Feed, feed_ids, feed_messages
 from guardengine.core import EngineCore
+from guardengine.cpu_runner import CpuRunner
 from guardengine.errors import CheckpointError, ConfigError
 from guardengine.hub import resolve_checkpoint
 from guardengine.kernels import BACKENDS, load
 from guardengine.labels import Label, Moderation, Role
 from guardengine.policy import Policy
 from guardengine.readout import Readout
-from guardengine.runner import Runner, block_bytes
+from guardengine.runner import Runner, TorchRunner, block_bytes
 from guardengine.stream import Stream
 from guardengine.tokenizer import Tokenizer
 from guardengine.weights import load_weights
@@ -67,7 +67,7 @@ class Engine:
         Raises CheckpointError for what is wrong with the files and ConfigError for what is wrong with the options.
         """
         options = EngineConfig.from_options(limits)
-        ops, torch_device = _choose_backend(backend, device, quantization)
+        name, torch_device = _choose_backend(backend, device, quantization)
         if dtype not in ("auto", *_DTYPES):
             raise ConfigError(f"dtype={dtype!r}: 'auto', 'float32' or 'bfloat16' is needed")
         folder = resolve_checkpoint(path_or_id, revision)
@@ -83,23 +83,31 @@ class Engine:
             model_dtype = chosen if dtype == "auto" else _DTYPES[dtype]
             kv_dtype = model_dtype if options.kv_dtype == "auto" else _DTYPES[options.kv_dtype]
             num_blocks = _num_blocks(options, config, max_model_len, kv_dtype)
-            weights = load_weights(checkpoint, model_dtype, torch_device, progress=progress)
-        if weights.heads is None:
-            raise CheckpointError(
-                f"{folder}: the guard heads are missing; use a Qwen3Guard-Stream checkpoint"
-            )
-        if options.num_threads is not None:
-            torch.set_num_threads(options.num_threads)
-        runner = Runner(
-            ops,
-            config,
-            weights,
-            weights.heads,
-            num_blocks=num_blocks,
-            block_size=options.block_size,
-            max_model_len=max_model_len,
-            kv_dtype=kv_dtype,
-        )
+            sizes: dict[str, Any] = {
+                "num_blocks": num_blocks,
+                "block_size": options.block_size,
+                "max_model_len": max_model_len,
+                "kv_dtype": kv_dtype,
+            }
+            runner: Runner
+            if name == "cpu":
+                runner = CpuRunner(
+                    checkpoint,
+                    config.heads,
+                    dtype=model_dtype,
+                    num_threads=options.num_threads,
+                    progress=progress,
+                    **sizes,
+                )
+            else:
+                weights = load_weights(checkpoint, model_dtype, torch_device, progress=progress)
+                if weights.heads is None:
+                    raise CheckpointError(
+                        f"{folder}: the guard heads are missing; use a Qwen3Guard-Stream checkpoint"
+                    )
+                if options.num_threads is not None:
+                    torch.set_num_threads(options.num_threads)
+                runner = TorchRunner(load(name), config, weights, weights.heads, **sizes)
         core = EngineCore(
             config,
             runner,
@@ -203,9 +211,10 @@ class Engine:
             "max_num_streams": core.max_num_streams,
             "backend": runner.ops.__name__.rpartition(".")[2],
             "device": str(runner.device),
-            "dtype": str(runner.weights.embed.dtype).removeprefix("torch."),
+            "isa": runner.isa,
+            "dtype": str(runner.dtype).removeprefix("torch."),
             "kv_dtype": str(runner.kv_cache.dtype).removeprefix("torch."),
-            "num_threads": torch.get_num_threads(),
+            "num_threads": runner.num_threads,
             "version": __version__,
         }
 
@@ -248,8 +257,8 @@ class Engine:
         )
 
 
-def _choose_backend(backend: str, device: str, quantization: str | None) -> tuple[ModuleType, torch.device]:
-    """The operators and the device to run on. Raises ConfigError, naming what there is, never falls back."""
+def _choose_backend(backend: str, device: str, quantization: str | None) -> tuple[str, torch.device]:
+    """The backend and the device to run on. Raises ConfigError, naming what there is, never falls back."""
     if quantization is not None:
         raise ConfigError(f"quantization={quantization!r}: not available in this version; leave it None")
     name = "reference" if backend == "auto" else backend
@@ -257,7 +266,7 @@ def _choose_backend(backend: str, device: str, quantization: str | None) -> tupl
         raise ConfigError(f"backend={backend!r}: choose 'auto' or one of {', '.join(BACKENDS)}")
     if device not in ("auto", "cpu"):
         raise ConfigError(f"device={device!r}: this version runs on 'cpu' (or 'auto') only")
-    return load(name), torch.device("cpu")
+    return name, torch.device("cpu")
 
 
 def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:

@@ -1,12 +1,17 @@
-"""Runner: owns the weights and the KV cache on one device and runs batches. Knows no streams."""
+"""Runner: owns the weights and the KV cache on one device and runs batches. Knows no streams.
+
+TorchRunner calls a backend's operators one by one; guardengine.cpu_runner has the native one.
+"""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from guardengine.batch import Batch
 from guardengine.config import ModelConfig
@@ -14,7 +19,34 @@ from guardengine.model import forward, guard_logits
 from guardengine.weights import HeadWeights, Weights
 
 
-class Runner:
+class Runner(Protocol):
+    """What the engine runs batches on."""
+
+    ops: ModuleType
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    kv_cache: Tensor
+
+    @property
+    def isa(self) -> str | None:
+        """The instruction set of native kernels."""
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that a batch runs on."""
+
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Compute one batch.  Returns the logits of its wanted rows, [W, C], in the order of `label_index`."""
+
+    def copy_block(self, source: int, destination: int) -> None:
+        """Copy one block's keys and values in every layer."""
+
+    def close(self) -> None:
+        """Free the weights and the KV cache; nothing can run afterwards."""
+
+
+class TorchRunner:
     """Executes the model over a paged KV cache of `num_blocks` blocks of `block_size` tokens."""
 
     def __init__(
@@ -30,7 +62,7 @@ class Runner:
         kv_dtype: torch.dtype,
     ) -> None:
         self.ops, self.config, self.weights, self.heads = ops, config, weights, heads
-        self.device = weights.embed.device
+        self.device, self.dtype = weights.embed.device, weights.embed.dtype
         # Never read before written, so left unset: pages of blocks that are never used cost no memory.
         self.kv_cache = torch.empty(
             (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim),
@@ -38,6 +70,14 @@ class Runner:
             device=self.device,
         )
         self.cos_sin = ops.rope_table(config.head_dim, config.rope_theta, max_model_len).to(self.device)
+
+    @property
+    def isa(self) -> str | None:
+        return None
+
+    @property
+    def num_threads(self) -> int:
+        return torch.get_num_threads()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:

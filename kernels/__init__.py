@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 def load(backend: str) -> ModuleType:

@@ -1,0 +1,235 @@
+"""CpuRunner: owns packed weights and the KV cache, and runs whole batches in one native call. Knows no streams.
+
+Matrices are packed straight from the mapped checkpoint into the native model's memory. Embedding, norms and rope
+table are tensors here that the native side reads in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from guardengine import machine
+from guardengine.batch import Batch
+from guardengine.checkpoint import Checkpoint
+from guardengine.config import GuardHeadsConfig, ModelConfig
+from guardengine.errors import ConfigError
+from guardengine.kernels import load, native
+from guardengine.weights import _check_tensors, tensor_shapes
+
+_QKV, _O, _GATE_UP, _DOWN, _PRE, _RESPONSE, _QUERY = range(7)  # enum GeMatrix in csrc/step.h
+_SIDES = ("", "query_")
+
+
+@dataclass(frozen=True, slots=True)
+class VectorWeights:
+    """The weights that are not packed: read in place by the native model."""
+
+    embed: Tensor  # [V, E]
+    layer_norms: Tensor  # [layers, 2 * E + 2 * D] float32: input, post-attention, query, key
+    norm: Tensor  # [E] float32
+    guard_norms: Tensor  # [2, G] float32: response, query
+
+
+class CpuRunner:
+    """Executes a Stream checkpoint natively over a paged KV cache of `num_blocks` blocks of `block_size` tokens.
+
+    Peak memory: what the model keeps, plus one layer where the checkpoint stores another dtype. Results are the
+    same bits for any batch, chunking and number of threads. Raises CheckpointError for what is wrong with the
+    tensors, ConfigError for what this backend or machine cannot do, before anything is loaded.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        heads: GuardHeadsConfig,
+        *,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        num_threads: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.config = config = checkpoint.config
+        _check_shape(config, heads)
+        _check_tensors(checkpoint)
+        self.ops = load("cpu")
+        self.device = torch.device("cpu")
+        self.dtype = dtype
+        self._workers = _start_workers(physical_cores() if num_threads is None else num_threads)
+        self.isa, self.num_threads = self._workers.isa, self._workers.num_threads
+        self._num_logits = heads.num_logits
+        # Never read before written, so left unset: pages of blocks that are never used cost no memory. A block is
+        # contiguous over all layers, so that huge pages do not change that.
+        self.kv_cache = torch.empty(
+            (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim),
+            dtype=kv_dtype,
+        )
+        self.cos_sin = self.ops.rope_table(config.head_dim, config.rope_theta, max_model_len)
+        stored = _StoredTensors(checkpoint)
+        self.weights = _vector_weights(stored, dtype)
+        self._model = self._create_model(heads, block_size)
+        self._free_model = weakref.finalize(self, native.library().ge_model_destroy, self._model)
+        for layer in tqdm(range(config.num_layers), "loading layers", unit="layer", disable=not progress):
+            name = f"model.layers.{layer}."
+            self._pack(_QKV, layer, [stored.get(f"{name}self_attn.{part}_proj", dtype) for part in "qkv"])
+            self._pack(_O, layer, [stored.get(f"{name}self_attn.o_proj", dtype)])
+            self._pack(
+                _GATE_UP, layer, [stored.get(f"{name}mlp.{part}_proj", dtype) for part in ("gate", "up")]
+            )
+            self._pack(_DOWN, layer, [stored.get(f"{name}mlp.down_proj", dtype)])
+        self._pack(_PRE, 0, [stored.get(f"{side}risk_level_category_pre", dtype) for side in _SIDES])
+        for matrix, side in ((_RESPONSE, ""), (_QUERY, "query_")):
+            parts = [stored.get(f"{side}{kind}_head", dtype) for kind in ("risk_level", "category")]
+            self._pack(matrix, 0, parts)
+
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Compute one batch.  Returns the logits of its wanted rows, [W, C], in the order of `label_index`.
+
+        Raises MemoryError when there is no room for the batch's rows; nothing was computed then.
+        """
+        logits = np.empty((len(batch.label_index), self._num_logits), dtype=np.float32)
+        rows, label_rows = batch.rows, batch.label_rows
+        call = native.BatchStruct(
+            len(batch.input_ids),
+            *batch.block_tables.shape,
+            len(batch.label_index),
+            batch.input_ids.data_ptr(),
+            rows.positions.data_ptr(),
+            rows.cu_seqlens_q.data_ptr(),
+            batch.slot_mapping.data_ptr(),
+            batch.block_tables.data_ptr(),
+            batch.label_index.data_ptr(),
+            label_rows.positions.data_ptr(),
+            label_rows.cu_seqlens_q.data_ptr(),
+            self.kv_cache.data_ptr(),
+            logits.ctypes.data,
+        )
+        native.check(native.library().ge_step(self._model, ctypes.byref(call)))
+        return logits
+
+    def copy_block(self, source: int, destination: int) -> None:
+        """Copy one block's keys and values in every layer."""
+        self.kv_cache[destination] = self.kv_cache[source]
+
+    def close(self) -> None:
+        """Free weights, KV cache and threads; nothing can run afterwards."""
+        self._free_model()
+        self._workers.close()
+        del self.weights, self.kv_cache
+
+    def _create_model(self, heads: GuardHeadsConfig, block_size: int) -> int:
+        config, weights = self.config, self.weights
+        struct = native.ModelStruct(
+            config.num_layers,
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.intermediate_size,
+            heads.inner_size,
+            len(heads.response_risks) + len(heads.response_categories),
+            len(heads.query_risks) + len(heads.query_categories),
+            native.DTYPES[self.dtype],
+            native.DTYPES[self.kv_cache.dtype],
+            block_size,
+            config.rms_norm_eps,
+            weights.embed.data_ptr(),
+            weights.layer_norms.data_ptr(),
+            weights.norm.data_ptr(),
+            weights.guard_norms.data_ptr(),
+            self.cos_sin.data_ptr(),
+        )
+        model: int | None = native.library().ge_model_create(self._workers.handle, ctypes.byref(struct))
+        if not model:
+            raise MemoryError(
+                "the packed weights do not fit into memory; free some, or use a smaller checkpoint"
+            )
+        return model
+
+    def _pack(self, matrix: int, layer: int, parts: Sequence[Tensor]) -> None:
+        native.library().ge_model_pack(self._model, matrix, layer, *native.pointers(parts))
+
+
+class _StoredTensors:
+    """A checkpoint's tensors by name, in a dtype: the mapped file itself where that is the stored one."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._shapes = checkpoint, tensor_shapes(checkpoint.config)
+
+    def get(self, name: str, dtype: torch.dtype) -> Tensor:
+        name += ".weight"
+        return self._checkpoint.tensor(name, self._shapes[name]).to(dtype)
+
+    def join(self, names: Sequence[str]) -> Tensor:
+        return torch.cat([self.get(name, torch.float32) for name in names])
+
+
+def _vector_weights(stored: _StoredTensors, dtype: torch.dtype) -> VectorWeights:
+    """Copies: the file may be cut or replaced while the engine serves, which would kill the process."""
+    config = stored._checkpoint.config
+    layer_norms = [
+        stored.join(
+            [f"model.layers.{layer}.{part}" for part in ("input_layernorm", "post_attention_layernorm")]
+            + [f"model.layers.{layer}.self_attn.{part}_norm" for part in "qk"]
+        )
+        for layer in range(config.num_layers)
+    ]
+    return VectorWeights(
+        embed=stored.get("model.embed_tokens", dtype).clone(),
+        layer_norms=torch.stack(layer_norms),
+        norm=stored.join(["model.norm"]),
+        guard_norms=torch.stack([stored.join([f"{side}risk_level_category_layernorm"]) for side in _SIDES]),
+    )
+
+
+def _check_shape(config: ModelConfig, heads: GuardHeadsConfig) -> None:
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "guard_inner_size": heads.inner_size,
+    }
+    for key, size in sizes.items():
+        if size % 32:
+            raise ConfigError(
+                f"{key}={size}: the cpu backend needs a multiple of 32; use backend='reference'"
+            )
+
+
+def _start_workers(num_threads: int) -> native.Workers:
+    machine.load_library()  # names what is wrong with the library, where something is
+    try:
+        return native.Workers(native.choose_isa(), num_threads)
+    except AttributeError as error:
+        raise ConfigError(
+            f"{machine.LIBRARY} is of another version ({error}): build it with "
+            "`pip install --no-build-isolation -e .` in the source folder, or install a wheel"
+        ) from None
+    except (ValueError, MemoryError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyperthreads of one core counted once."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for cpu in usable:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)

@@ -1,0 +1,214 @@
+"""The operators in C++ (csrc/), for CPUs: the kernels that the engine's cpu backend is made of, one at a time.
+
+The engine runs whole steps in one native call (guardengine.cpu_runner) and does not come through here; these are the
+same kernels for tests and measurements, with `reference`'s signatures and contracts. Head dimensions must be
+multiples of 32. GUARDENGINE_ISA chooses an instruction set; as many threads as torch has.
+
+A row of any result is the same bits whatever other rows are computed with it and by however many threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from guardengine.kernels import native
+from guardengine.kernels.native import DTYPES
+
+
+@lru_cache(maxsize=1)
+def _workers_for(isa: str, num_threads: int) -> native.Workers:
+    return native.Workers(isa, num_threads)
+
+
+def _workers() -> native.Workers:
+    return _workers_for(native.choose_isa(), torch.get_num_threads())
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return _linear(x, weight, is_float_out=False)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    rows, n = x.contiguous(), x.shape[-1]
+    out = torch.empty_like(rows)
+    native.check(
+        native.library().ge_rms_norm(
+            _workers().handle,
+            DTYPES[x.dtype],
+            rows.data_ptr(),
+            weight.float().contiguous().data_ptr(),
+            eps,
+            rows.numel() // n,
+            n,
+            out.data_ptr(),
+        )
+    )
+    return out
+
+
+def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    gate_up = gate_up.contiguous()
+    num_rows, width = gate_up.shape
+    out = gate_up.new_empty(num_rows, width // 2)
+    native.check(
+        native.library().ge_silu_and_mul(
+            _workers().handle,
+            DTYPES[out.dtype],
+            gate_up.data_ptr(),
+            num_rows,
+            width // 2,
+            out.data_ptr(),
+        )
+    )
+    return out
+
+
+def rope_table(head_dim: int, theta: float, num_positions: int) -> Tensor:
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    cos, sin = cos_sin[:, None].chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def qk_norm_rope_store_kv(
+    qkv: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    eps: float,
+) -> Tensor:
+    qkv, cos_sin = qkv.contiguous(), cos_sin.contiguous()
+    q_norm, k_norm = q_norm.float().contiguous(), k_norm.float().contiguous()
+    num_rows, (num_kv_heads, head_dim) = len(qkv), k_cache.shape[2:]
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    q = qkv.new_empty(num_rows, num_heads, head_dim)
+    native.check(
+        native.library().ge_qk_norm_rope_store_kv(
+            _workers().handle,
+            DTYPES[qkv.dtype],
+            DTYPES[k_cache.dtype],
+            ctypes.byref(_heads(num_heads, k_cache, v_cache)),
+            qkv.data_ptr(),
+            num_rows,
+            q_norm.data_ptr(),
+            k_norm.data_ptr(),
+            cos_sin.data_ptr(),
+            positions.contiguous().data_ptr(),
+            slot_mapping.contiguous().data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            eps,
+            q.data_ptr(),
+        )
+    )
+    return q
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    positions: Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    q, tables = q.contiguous(), block_tables.to(torch.int32).contiguous()
+    bounds = cu_seqlens_q.to(torch.int32).contiguous()
+    out = torch.empty_like(q)
+    native.check(
+        native.library().ge_paged_attention(
+            _workers().handle,
+            DTYPES[q.dtype],
+            DTYPES[k_cache.dtype],
+            ctypes.byref(_heads(q.shape[1], k_cache, v_cache)),
+            q.data_ptr(),
+            len(q),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            tables.data_ptr(),
+            tables.shape[1],
+            bounds.data_ptr(),
+            len(bounds) - 1,
+            positions.contiguous().data_ptr(),
+            softmax_scale,
+            out.data_ptr(),
+        )
+    )
+    return out
+
+
+def guard_heads(
+    x: Tensor,
+    final_norm: Tensor,
+    pre: Tensor,
+    inner_norm: Tensor,
+    response_head: Tensor,
+    query_head: Tensor,
+    eps: float,
+) -> Tensor:
+    response, query = linear(rms_norm(x, final_norm, eps), pre).chunk(2, dim=-1)
+    logits = [
+        _linear(rms_norm(side, norm, eps), head, is_float_out=True)
+        for side, norm, head in zip((response, query), inner_norm, (response_head, query_head), strict=True)
+    ]
+    return torch.cat(logits, dim=-1)
+
+
+def _linear(x: Tensor, weight: Tensor, *, is_float_out: bool) -> Tensor:
+    """Packs the weight on every call, which the engine does once."""
+    if weight.shape[1] % 2:
+        x, weight = F.pad(x, (0, 1)), F.pad(weight, (0, 1))
+    return _linear_packed(x, native.Packed(_workers(), weight), is_float_out=is_float_out)
+
+
+def _linear_packed(x: Tensor, packed: native.Packed, *, is_float_out: bool = False) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty(len(x), packed.shape[0], dtype=torch.float32 if is_float_out else x.dtype)
+    native.check(
+        native.library().ge_linear(
+            _workers().handle,
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            *x.shape,
+            packed.address,
+            packed.shape[0],
+            out.data_ptr(),
+            is_float_out,
+        )
+    )
+    return out
+
+
+def _heads(num_heads: int, k_cache: Tensor, v_cache: Tensor) -> native.HeadsStruct:
+    """Shape and strides of the caches, which may be views of a larger one."""
+    _, block_size, num_kv_heads, head_dim = k_cache.shape
+    if head_dim % 32:
+        raise ValueError(
+            f"head_dim={head_dim}: these kernels need a multiple of 32; use the reference backend"
+        )
+    block, token, head, value = k_cache.stride()
+    if v_cache.stride() != k_cache.stride() or value != 1:
+        raise ValueError(
+            f"k_cache has strides {k_cache.stride()}, v_cache {v_cache.stride()}: equal ones are needed"
+        )
+    return native.HeadsStruct(num_heads, num_kv_heads, head_dim, block_size, block, token, head)

@@ -1,0 +1,153 @@
+"""The compiled library's C ABI for the CPU kernels (csrc/step.h), declared for ctypes.
+
+Owns handles, not tensors: whoever passes a pointer keeps its tensor alive. `Workers` are the threads and the
+instruction set that everything native runs with.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import weakref
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+
+_ATTENTION_END = (c_void_p, c_float, c_void_p)
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ge_kernel_isas": (c_char_p, []),
+    "ge_workers_create": (c_void_p, [c_char_p, c_int]),
+    "ge_workers_destroy": (None, [c_void_p]),
+    "ge_model_create": (c_void_p, [c_void_p, c_void_p]),
+    "ge_model_destroy": (None, [c_void_p]),
+    "ge_model_pack": (None, [c_void_p, c_int, c_int, POINTER(c_void_p), POINTER(c_int64), c_int]),
+    "ge_step": (c_int, [c_void_p, c_void_p]),
+    "ge_packed_bytes": (c_int64, [c_int] * 3),
+    "ge_pack": (None, [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p]),
+    "ge_linear": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p, c_int]),
+    "ge_rms_norm": (c_int, [c_void_p, c_int, c_void_p, c_void_p, c_float, c_int, c_int, c_void_p]),
+    "ge_silu_and_mul": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p]),
+    "ge_qk_norm_rope_store_kv": (
+        c_int,
+        [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int, *[c_void_p] * 7, c_float, c_void_p],
+    ),
+    "ge_paged_attention": (
+        c_int,
+        [c_void_p, c_int, c_int, *[c_void_p] * 2, c_int, *[c_void_p] * 3, c_int, c_void_p, c_int, *_ATTENTION_END],
+    ),
+}
+
+
+class ModelStruct(ctypes.Structure):
+    """GeModelConfig."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim")),
+        *((name, c_int32) for name in ("intermediate", "guard_inner", "response_logits", "query_logits")),
+        *((name, c_int32) for name in ("dtype", "kv_dtype", "block_size")),
+        ("eps", c_float),
+        *((name, c_void_p) for name in ("embed", "layer_norms", "final_norm", "guard_norms", "cos_sin")),
+    )
+
+
+class BatchStruct(ctypes.Structure):
+    """GeBatch."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("num_tokens", "num_streams", "blocks_per_table", "num_labels")),
+        *((name, c_void_p) for name in ("input_ids", "positions", "cu_seqlens", "slot_mapping")),
+        *(
+            (name, c_void_p)
+            for name in ("block_tables", "label_index", "label_positions", "label_cu_seqlens")
+        ),
+        *((name, c_void_p) for name in ("kv_cache", "logits")),
+    )
+
+
+class HeadsStruct(ctypes.Structure):
+    """GeHeads."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size")),
+        *((name, c_int64) for name in ("block_stride", "token_stride", "head_stride")),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Load guardengine/_C.so and declare its functions. Raises OSError or AttributeError where it does not fit."""
+    package = sys.modules[__name__.partition(".")[0]]
+    loaded = ctypes.CDLL(str(Path(package.__path__[0]) / "_C.so"))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def usable_isas() -> tuple[str, ...]:
+    """The instruction sets that kernels exist for and this CPU has, the one to prefer first."""
+    return tuple(library().ge_kernel_isas().decode().split())
+
+
+def choose_isa() -> str:
+    """The instruction set to run: GUARDENGINE_ISA where it is set, else the preferred one. Raises ValueError."""
+    usable = usable_isas()
+    wanted = os.environ.get("GUARDENGINE_ISA")
+    if not wanted:
+        return usable[0]
+    if wanted not in usable:
+        problem = "this CPU or build lacks it" if wanted in ISAS else "there is no such instruction set"
+        raise ValueError(
+            f"GUARDENGINE_ISA={wanted!r}: {problem}; choose one of {', '.join(usable)}, or unset it"
+        )
+    return wanted
+
+
+class Workers:
+    """A team of threads that runs the kernels of one instruction set; freed with the object or by `close`."""
+
+    def __init__(self, isa: str, num_threads: int) -> None:
+        self.isa, self.num_threads = isa, num_threads
+        self.handle = library().ge_workers_create(isa.encode(), num_threads)
+        if not self.handle:
+            raise MemoryError(
+                f"{num_threads} threads cannot be started: use fewer, or raise the limit (ulimit -u)"
+            )
+        self.close = weakref.finalize(self, library().ge_workers_destroy, self.handle)
+
+
+class Packed:
+    """A weight matrix [N, K] in the kernels' own layout. K is even."""
+
+    def __init__(self, workers: Workers, weight: Tensor) -> None:
+        self.shape, self.dtype = weight.shape, weight.dtype
+        code, (rows, columns) = DTYPES[weight.dtype], weight.shape
+        self.data = torch.empty(library().ge_packed_bytes(code, rows, columns) + 64, dtype=torch.uint8)
+        self.address = (self.data.data_ptr() + 63) // 64 * 64
+        weight = weight.contiguous()
+        library().ge_pack(workers.handle, code, weight.data_ptr(), rows, columns, self.address)
+
+
+def pointers(tensors: Sequence[Tensor]) -> tuple[object, object, int]:
+    """(addresses, row counts, how many) of matrices, as ge_model_pack takes them."""
+    count = len(tensors)
+    return (
+        (c_void_p * count)(*(tensor.data_ptr() for tensor in tensors)),
+        (c_int64 * count)(*(len(tensor) for tensor in tensors)),
+        count,
+    )
+
+
+def check(status: int) -> None:
+    """Raise MemoryError for a native call that found no memory; it changed nothing."""
+    if status:
+        raise MemoryError("no memory for this batch's rows: free some, or lower max_num_batched_tokens")
