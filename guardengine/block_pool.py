@@ -14,7 +14,7 @@ its own before it writes into one that others can still read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from guardengine.errors import IntegrityError, Overloaded
 from guardengine.state import StreamState
@@ -36,11 +36,12 @@ class BlockPool:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def grow(self, stream: StreamState, num_tokens: int) -> tuple[int, int] | None:
+    def grow(self, stream: StreamState, num_tokens: int, copy_block: Callable[[int, int], None]) -> None:
         """Extend the stream's block table to `num_tokens` tokens, all of its uncomputed ones in its own blocks.
 
-        Returns (source, destination) when the block that the stream will write next was shared: the caller
-        must copy its contents. Raises Overloaded, with nothing changed, when too few blocks are free.
+        When the block that the stream will write next is shared, it gets its own one with the same contents:
+        `copy_block(source, destination)`. Raises Overloaded, with nothing changed, when too few blocks are free;
+        nothing is changed either when the copy fails.
         """
         table = stream.block_table
         first_written = stream.num_computed_tokens // self.block_size
@@ -51,14 +52,12 @@ class BlockPool:
                 f"{num_new + is_shared} KV cache blocks of {self.block_size} tokens are needed and "
                 f"{len(self._free)} of {self.num_blocks} are free; close streams or raise kv_cache_bytes"
             )
-        copy = None
         if is_shared:
-            source = table[first_written]
-            self._release(source)
+            source, destination = table[first_written], self._free[-1]
+            copy_block(source, destination)
             table[first_written] = self._take()
-            copy = (source, table[first_written])
+            self._release(source)
         table.extend(self._take() for _ in range(num_new))
-        return copy
 
     def share(self, table: Iterable[int]) -> None:
         """Add one holder to each block."""

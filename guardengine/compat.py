@@ -38,9 +38,9 @@ def _empty_result() -> Result:
 class StreamingState:
     """What `stream_moderate_from_ids` returns as stream_state: pass it back, then to `close_stream`."""
 
-    stream: StreamState
+    stream: StreamState = field(repr=False)
     results: dict[Role, Result] = field(
-        default_factory=lambda: {"user": _empty_result(), "assistant": _empty_result()}
+        default_factory=lambda: {"user": _empty_result(), "assistant": _empty_result()}, repr=False
     )
 
 
@@ -107,10 +107,14 @@ class AutoGuard:
             # As the remote code's generator would: a state that nobody holds any more frees its memory.
             weakref.finalize(state, self.core.close_stream, state.stream)
         else:
-            state = stream_state
+            state = _checked_state(stream_state)
             self.core.check_open(state.stream)
             self.core.accept(state.stream, _feed_all(ids, state.stream.num_tokens))
-        self.core.run_until_computed([state.stream])
+        try:
+            self.core.run_until_computed([state.stream])
+        except BaseException:  # the call can be repeated, so its ids must not stay
+            self.core.rollback(state.stream, len(ids))
+            raise
         for result, labels in zip(
             state.results.values(), (state.stream.prompt_labels, state.stream.labels), strict=True
         ):
@@ -121,7 +125,7 @@ class AutoGuard:
 
     def close_stream(self, stream_state: StreamingState) -> None:
         """Free the stream's memory."""
-        self.core.close_stream(stream_state.stream)
+        self.core.close_stream(_checked_state(stream_state).stream)
 
     # -- whole sequences -----------------------------------------------------------------------------------
 
@@ -141,13 +145,15 @@ class AutoGuard:
         asked = {
             name: value
             for name, value in unused.items()
-            if value not in (None, False) and name != "return_dict"
+            if value is not None and value is not False and name != "return_dict"
         }
         if asked:
             raise ConfigError(f"forward() does not support {', '.join(sorted(asked))}; drop them")
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
             shape = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
             raise InvalidTokens(f"input_ids must be a non-empty tensor of shape [B, T], not {shape}")
+        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ConfigError(f"logits_to_keep={logits_to_keep!r}: a whole number, 0 for all, is needed")
         mask = _padding_mask(input_ids, attention_mask)
         heads = self.config.heads
         if heads is None:
@@ -217,10 +223,20 @@ def _flat(token_ids: Any) -> Sequence[int]:
     return [token_ids] if isinstance(token_ids, int) else token_ids
 
 
+def _checked_state(stream_state: object) -> StreamingState:
+    if not isinstance(stream_state, StreamingState):
+        raise ConfigError(
+            f"stream_state={stream_state!r}: pass back what stream_moderate_from_ids returned, or None to begin"
+        )
+    return stream_state
+
+
 def _padding_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """[B, T] bool: which positions are tokens. Raises InvalidTokens for masks that are not padding."""
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
+    if not isinstance(attention_mask, Tensor):
+        raise InvalidTokens(f"attention_mask must be a tensor, not {type(attention_mask).__name__}")
     length = input_ids.shape[1]
     mask = attention_mask != 0 if attention_mask.dtype != torch.bool else attention_mask
     if mask.dim() == 4:

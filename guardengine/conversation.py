@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from guardengine.chat import ChatTemplate
-from guardengine.errors import ConfigError, InvalidTokens
+from guardengine.errors import ConfigError, InvalidText, InvalidTokens
 from guardengine.labels import Role
 from guardengine.state import StreamState, Turn, Wanted
 
@@ -33,7 +33,7 @@ def feed_ids(token_ids: list[int], role: Role, start: int = 0) -> Feed:
 
 
 def feed_messages(
-    chat: ChatTemplate, messages: Sequence[Mapping[str, Any]], *, is_complete: bool, max_tokens: int
+    chat: ChatTemplate, messages: Sequence[Mapping[str, Any]] | None, *, is_complete: bool, max_tokens: int
 ) -> Feed:
     """Feed a conversation from its start to the end of its last message.
 
@@ -41,7 +41,12 @@ def feed_messages(
     whether its <|im_end|> is fed (and labelled) too or more of it may follow. Text that cannot fit into
     `max_tokens` is refused early.
     """
-    rendered = chat.render(messages, max_tokens=max_tokens)
+    rendered = chat.render(messages or [], max_tokens=max_tokens)
+    if messages and messages[-1]["role"] == "system":  # there is no position to read it at
+        raise InvalidText(
+            f"messages[{len(messages) - 1}]: a conversation must not end with a system message, which would go unread; "
+            "put it before the last user turn"
+        )
     prompt_end = rendered.prompt_end
     wanted = [Wanted(prompt_end, "user")]
     turns: tuple[Turn, ...] = (Turn("user", 0, prompt_end, True),)
@@ -95,17 +100,23 @@ def feed_more(chat: ChatTemplate | None, stream: StreamState, content: list[int]
     )
 
 
-def cut_turns(turns: tuple[Turn, ...], num_tokens: int) -> tuple[Turn, ...]:
-    """The turns of a stream cut to `num_tokens` tokens. Raises InvalidTokens where that would cut the template."""
+def cut_turns(turns: tuple[Turn, ...], num_tokens: int) -> tuple[tuple[Turn, ...], int]:
+    """The turns of a stream cut to `num_tokens` tokens, and how many tokens stay: a reply of which nothing is left
+    loses its header too, since the next reply may want another one (with or without a think block).
+
+    Raises InvalidTokens where the cut would leave a part of the template or of a prompt.
+    """
     for index in range(len(turns) - 1, -1, -1):
         turn = turns[index]
         if num_tokens < turn.start:
             continue
         whole_turn = turn.end + (turn.role == "user")  # a user turn stands only with its <|im_end|>
         if num_tokens == whole_turn:
-            return turns[: index + 1]
+            return turns[: index + 1], num_tokens
+        if turn.role == "assistant" and num_tokens == turn.start:
+            return turns[:index], turns[index - 1].end + 1
         if turn.role == "assistant" and num_tokens < turn.end:
-            return (*turns[:index], Turn("assistant", turn.start, num_tokens, False))
+            return (*turns[:index], Turn("assistant", turn.start, num_tokens, False)), num_tokens
         break
     raise InvalidTokens(
         f"cutting the stream to {num_tokens} tokens would leave a broken turn; only tokens of an assistant's turn "

@@ -67,6 +67,18 @@ class EngineCore:
         labels, self._undelivered = self._undelivered + self._step(), []
         return labels
 
+    def run(self) -> list[Label]:
+        """Step until nothing is pending; returns all labels. After an exception the next call returns those that
+        had come before it."""
+        labels = self.step()
+        try:
+            while self.num_pending_tokens:
+                labels += self._step()
+        except BaseException:
+            self._undelivered = labels + self._undelivered
+            raise
+        return labels
+
     def run_until_computed(self, states: Sequence[StreamState]) -> None:
         """Step until none of these streams has pending tokens. Others advance too; their labels come with the
         next `step`."""
@@ -157,7 +169,7 @@ class EngineCore:
         if branch.num_pending_tokens:
             try:
                 self._grow(branch, branch.num_tokens)
-            except Overloaded:
+            except BaseException:
                 self.pool.shrink(branch, 0)
                 raise
             self._scheduler.add(branch)
@@ -176,14 +188,10 @@ class EngineCore:
                 f"{state.stream_id}: cannot roll back {num_tokens} of {state.num_tokens} tokens"
             )
         if state.turns is not None:
-            state.turns = cut_turns(state.turns, remaining)
+            state.turns, remaining = cut_turns(state.turns, remaining)
         state.truncate(remaining)
         self.pool.shrink(state, remaining)
-        self._undelivered = [
-            label
-            for label in self._undelivered
-            if label.stream_id != state.stream_id or label.position < remaining
-        ]
+        self._forget_undelivered(state, remaining)
         if not state.num_pending_tokens:
             self._scheduler.discard(state)
         self.counters["rollbacks"] += 1
@@ -192,9 +200,11 @@ class EngineCore:
         """Free a stream's blocks and its place. Closing twice is fine."""
         if state.is_closed:
             return
+        self._check_own(state)
         state.is_closed = True
         self._scheduler.discard(state)
         self.pool.shrink(state, 0)
+        self._forget_undelivered(state, 0)
         del self.streams[state.stream_id]
 
     def close(self) -> None:
@@ -215,21 +225,22 @@ class EngineCore:
         self.check_engine_open()
         if state.is_closed:
             raise StreamClosed(f"{state.stream_id} has been closed; open a new stream")
+        self._check_own(state)
 
     def check_token_ids(self, token_ids: Sequence[int]) -> list[int]:
         """The ids as a list of Python ints. Raises InvalidTokens unless they are 1-D, not empty and in range."""
-        if isinstance(token_ids, str | bytes):
-            raise InvalidTokens(f"token ids are needed, not text: {token_ids[:40]!r}")
+        if isinstance(token_ids, str | bytes | bytearray | memoryview):
+            raise InvalidTokens(f"token ids are needed, not text or bytes: {token_ids[:40]!r}")
         try:
             ids: np.ndarray[Any, Any] = np.asarray(token_ids)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise InvalidTokens(f"a flat sequence of token ids is needed: {error}") from None
         if ids.ndim != 1 or not ids.size:
             raise InvalidTokens(
                 f"a flat, non-empty sequence of token ids is needed, not one of shape {list(ids.shape)}"
             )
         if ids.dtype.kind not in "iu":
-            raise InvalidTokens(f"token ids must be whole numbers, not {token_ids[0]!r} ({ids.dtype})")
+            raise InvalidTokens(f"token ids must be whole numbers, not {ids[0]!r} ({ids.dtype})")
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             index = int(np.flatnonzero((ids < 0) | (ids >= self._vocab_size))[0])
             raise InvalidTokens(
@@ -286,9 +297,21 @@ class EngineCore:
 
     def _grow(self, state: StreamState, num_tokens: int) -> None:
         try:
-            copy = self.pool.grow(state, num_tokens)
+            self.pool.grow(state, num_tokens, self.runner.copy_block)
         except Overloaded:
             self.counters["refused"] += 1
             raise
-        if copy:
-            self.runner.copy_block(*copy)
+
+    def _check_own(self, state: StreamState) -> None:
+        if self.streams.get(state.stream_id) is not state:
+            raise ConfigError(
+                f"{state.stream_id} belongs to another engine; pass it to the one that opened it"
+            )
+
+    def _forget_undelivered(self, state: StreamState, num_tokens: int) -> None:
+        """Drop a stream's undelivered labels from position `num_tokens` on."""
+        self._undelivered = [
+            label
+            for label in self._undelivered
+            if label.stream_id != state.stream_id or label.position < num_tokens
+        ]

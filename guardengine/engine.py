@@ -18,7 +18,7 @@ from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
 from guardengine.conversation import Feed, feed_ids, feed_messages
 from guardengine.core import EngineCore
 from guardengine.cpu_runner import CpuRunner
-from guardengine.errors import CheckpointError, ConfigError
+from guardengine.errors import CheckpointError, ConfigError, InvalidText
 from guardengine.hub import resolve_checkpoint
 from guardengine.kernels import BACKENDS, load
 from guardengine.labels import Label, Moderation, Role
@@ -149,7 +149,7 @@ class Engine:
         if token_ids is not None:
             feed = feed_ids(self.core.check_token_ids(token_ids), role)
         else:
-            feed = self._feed_messages(messages or [], is_complete=False)
+            feed = self._feed_messages(messages, is_complete=False)
         return self._open(feed, policy, stream_id)
 
     def step(self) -> list[Label]:
@@ -161,11 +161,9 @@ class Engine:
         return self.core.step()
 
     def run(self) -> list[Label]:
-        """Step until nothing is pending; returns all labels."""
-        labels = self.step()
-        while self.core.num_pending_tokens:
-            labels += self.step()
-        return labels
+        """Step until nothing is pending; returns all labels. Raises as `step` does; labels that had come before are
+        then returned by the next call."""
+        return self.core.run()
 
     # -- whole conversations -------------------------------------------------------------------------------
 
@@ -179,18 +177,29 @@ class Engine:
         """Moderate finished conversations, as many at a time as fit, in one batch a step.
 
         The labels are those of the last assistant message's tokens up to and including its <|im_end|>; response is
-        None where the conversation ends with the user. Other streams of the engine advance too and their labels
-        come with the next `step`. Raises as `open` does, before anything is computed.
+        None where the conversation ends with the user, and judges the response alone: the prompt is in `prompt`.
+        Other streams of the engine advance too and their labels come with the next `step`. Bad input raises as in
+        `open`, before anything is computed; Overloaded, when other streams leave no room, may come later.
         """
         self.core.check_engine_open()
-        feeds = [self._feed_messages(messages, is_complete=True) for messages in conversations]
+        policy = self._checked(policy)
+        if not isinstance(conversations, list | tuple):
+            raise InvalidText(
+                f"conversations is {type(conversations).__name__}; a list of message lists is needed"
+            )
+        feeds = []
+        for index, messages in enumerate(conversations):
+            try:
+                feeds.append(self._feed_messages(messages, is_complete=True))
+            except InvalidText as error:
+                raise InvalidText(f"conversations[{index}]: {error}") from None
         return [
             Moderation(
                 prompt=state.prompt_labels[-1],
-                response=state.verdict if state.labels else None,
+                response=policy.judge(state.labels) if state.labels else None,
                 labels=state.labels,
             )
-            for state in self.core.run_feeds(feeds, self._checked(policy))
+            for state in self.core.run_feeds(feeds, policy)
         ]
 
     # -- the engine itself ---------------------------------------------------------------------------------
@@ -238,7 +247,9 @@ class Engine:
         return Stream(self.core, self._chat, self.core.open(feed, self._checked(policy), stream_id))
 
     def _checked(self, policy: Policy | None) -> Policy:
-        policy = policy or Policy.strict()
+        policy = Policy.strict() if policy is None else policy
+        if not isinstance(policy, Policy):
+            raise ConfigError(f"policy={policy!r}: a Policy is needed, such as Policy.strict()")
         heads = self._heads
         policy.check_names(
             tuple(dict.fromkeys(heads.response_risks + heads.query_risks)),
@@ -246,7 +257,7 @@ class Engine:
         )
         return policy
 
-    def _feed_messages(self, messages: Messages, *, is_complete: bool) -> Feed:
+    def _feed_messages(self, messages: Messages | None, *, is_complete: bool) -> Feed:
         if self._chat is None:
             raise ConfigError(
                 "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "

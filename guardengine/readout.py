@@ -60,6 +60,8 @@ class Readout:
         columns = self.columns[role]
         # Copies: a view would keep the whole step's logits alive for as long as one label is held.
         risk_logits, category_logits = logits[columns.risk].copy(), logits[columns.category].copy()
+        risk_logits.setflags(write=False)
+        category_logits.setflags(write=False)
         # argmax over NaN would name class 0, which is "Safe": broken numbers must not read as harmless.
         is_finite = bool(np.isfinite(risk_logits).all())
         return Label(

@@ -49,7 +49,8 @@ class Stream:
     def rollback(self, num_tokens: int) -> None:
         """Drop the last `num_tokens` tokens with their labels, and what the policy concluded from them.
 
-        On a stream opened from messages only tokens of the last turn's content can be dropped.
+        On a stream opened from messages tokens of a reply can be dropped, or whole turns; with a reply's first
+        token its header goes too.
         Raises InvalidTokens (more than there are, or template tokens) or StreamClosed.
         """
         self._core.rollback(self._state, num_tokens)

@@ -16,8 +16,12 @@ def stream(num_tokens: int = 0, num_computed: int = 0, name: str = "s") -> Strea
 
 def grown(pool: BlockPool, num_tokens: int, num_computed: int = 0, name: str = "s") -> StreamState:
     state = stream(num_tokens, num_computed, name)
-    assert pool.grow(state, num_tokens) is None
+    pool.grow(state, num_tokens, no_copy)
     return state
+
+
+def no_copy(source: int, destination: int) -> None:
+    raise AssertionError(f"block {source} copied to {destination}")
 
 
 def branch_of(pool: BlockPool, parent: StreamState, name: str = "branch") -> StreamState:
@@ -39,7 +43,7 @@ def test_table_covers_tokens_exactly(num_tokens: int, num_blocks: int) -> None:
 def test_growing_within_a_block_takes_none() -> None:
     pool = BlockPool(4, block_size=4)
     state = grown(pool, 5)
-    assert pool.grow(state, 8) is None
+    pool.grow(state, 8, no_copy)
     assert state.block_table == [0, 1]
 
 
@@ -56,7 +60,7 @@ def test_too_few_blocks_changes_nothing() -> None:
     first = grown(pool, 9)
     second = stream(8, name="second")
     with pytest.raises(Overloaded, match=r"2 KV cache blocks of 4 tokens are needed and 1 of 4 are free"):
-        pool.grow(second, 8)
+        pool.grow(second, 8, no_copy)
     assert second.block_table == []
     assert pool.num_free == 1
     pool.check_integrity([first])
@@ -67,11 +71,13 @@ def test_a_shared_partial_block_is_copied_before_it_is_written() -> None:
     parent = grown(pool, 6, num_computed=6)
     branch = branch_of(pool, parent)
     branch.token_ids.append(9)
-    assert pool.grow(branch, 7) == (1, 2)
+    copies: list[tuple[int, int]] = []
+    pool.grow(branch, 7, lambda *copy: copies.append(copy))
+    assert copies == [(1, 2)]
     assert (parent.block_table, branch.block_table) == ([0, 1], [0, 2])
     # The parent is alone on its block now and writes in place.
     parent.token_ids.append(9)
-    assert pool.grow(parent, 7) is None
+    pool.grow(parent, 7, no_copy)
     pool.check_integrity([parent, branch])
 
 
@@ -80,7 +86,17 @@ def test_a_copy_that_does_not_fit_changes_nothing() -> None:
     parent = grown(pool, 6, num_computed=6)
     branch = branch_of(pool, parent)
     with pytest.raises(Overloaded, match="1 KV cache blocks"):
-        pool.grow(branch, 7)
+        pool.grow(branch, 7, no_copy)
+    assert branch.block_table == [0, 1]
+    pool.check_integrity([parent, branch])
+
+
+def test_a_copy_that_fails_changes_nothing() -> None:
+    pool = BlockPool(8, block_size=4)
+    parent = grown(pool, 6, num_computed=6)
+    branch = branch_of(pool, parent)
+    with pytest.raises(AssertionError, match="block 1 copied to 2"):
+        pool.grow(branch, 15, no_copy)
     assert branch.block_table == [0, 1]
     pool.check_integrity([parent, branch])
 
@@ -90,7 +106,7 @@ def test_a_full_shared_block_is_never_copied() -> None:
     parent = grown(pool, 8, num_computed=8)
     branch = branch_of(pool, parent)
     branch.token_ids.append(9)
-    assert pool.grow(branch, 9) is None
+    pool.grow(branch, 9, no_copy)
     assert branch.block_table == [0, 1, 2]
 
 
