@@ -69,8 +69,8 @@ struct ModelKernels {
   // out = x / sqrt(mean(x²) + eps) * weight over n values; x is zero from there to the next multiple of 32.
   void (*rms_norm)(const void* x, const float* weight, float eps, int n, void* out);
   void (*silu_mul)(const void* gate, const void* up, int n, void* out);
-  // Columns [32 * first_panel, 32 * last_panel) of rows [first_row, last_row).
-  void (*linear)(const LinearTask& task, int first_row, int last_row, int first_panel, int last_panel);
+  // Columns [32 * first_panel, 32 * last_panel) of rows [first_row, last_row); next_panel is what comes afterwards.
+  void (*linear)(const LinearTask& task, int first_row, int last_row, int first_panel, int last_panel, int next_panel);
   // For each dtype of the KV cache:
   // norm and rotate one key head and its query heads in the row qkv, in place, and store key and value in the cache
   void (*store_kv[2])(const StoreTask& task, void* qkv, std::int64_t position, std::int64_t slot, int kv_head);
@@ -90,7 +90,7 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();
 
-// Query rows of one attention call, at most, and the floats of scratch memory that it needs.
+// Query rows of one attention call, at most, and the floats of scratch memory, at a cache line, that it needs.
 static inline int attention_rows(const HeadShape& shape) {
   const int group = shape.num_heads / shape.num_kv_heads;
   return group >= kHeadRows ? 1 : kHeadRows / group;
@@ -99,5 +99,6 @@ static inline int attention_rows(const HeadShape& shape) {
 static inline std::size_t attention_scratch(const HeadShape& shape) {
   const int rows = attention_rows(shape) * (shape.num_heads / shape.num_kv_heads);
   const std::size_t head_dim = static_cast<std::size_t>(shape.head_dim);
-  return (2 * rows + kKeyTile) * head_dim + static_cast<std::size_t>(rows) * (kKeyTile + 2);
+  const std::size_t count = (2 * rows + kKeyTile) * head_dim + static_cast<std::size_t>(rows) * (kKeyTile + 2);
+  return (count + 63) / 64 * 64;  // every thread's part begins at a cache line
 }

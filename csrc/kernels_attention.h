@@ -7,32 +7,68 @@
 
 namespace {
 
+// One key head's keys (or values) of one stream.
 template <class Cached>
-inline void copy_tile(const AttentionTask& task, const Cached* cache, const std::int32_t* block_table, int first_key,
-                      int num_keys, int kv_head, float* to) {
-  const HeadShape& shape = task.shape;
-  const int D = shape.head_dim;
+struct PagedRows {
+  const Cached* cache;
+  const std::int32_t* block_table;
+  const HeadShape& shape;
+
+  // The row of `key`, for walking on from there: block by block, without a division for every key.
+  struct Place {
+    int block, offset;
+  };
+
+  Place place(int key) const { return {key / shape.block_size, key % shape.block_size}; }
+
+  const Cached* at(Place p) const { return cache + block_table[p.block] * shape.block_stride + p.offset * shape.token_stride; }
+
+  Place after(Place p) const { return p.offset + 1 < shape.block_size ? Place{p.block, p.offset + 1} : Place{p.block + 1, 0}; }
+};
+
+// Copies rows [first_key, first_key + num_keys), and fetches `num_later` rows of `later` from first_later on into the
+// cache: memory then works while the copied tile is computed with.
+template <class Cached>
+inline void copy_tile(const PagedRows<Cached>& rows, int first_key, int num_keys, const PagedRows<Cached>& later,
+                      int first_later, int num_later, float* to) {
+  const int D = rows.shape.head_dim, kLine = 64 / sizeof(Cached);
+  auto from = rows.place(first_key), next = later.place(first_later);
   for (int i = 0; i < num_keys; ++i) {
-    const int key = first_key + i;
-    const Cached* from = cache + block_table[key / shape.block_size] * shape.block_stride +
-                         key % shape.block_size * shape.token_stride + kv_head * shape.head_stride;
-    for (int j = 0; j < D; j += kLanes) store(to + i * D + j, load(from + j));
+    const Cached* row = rows.at(from);
+    for (int j = 0; j < D; j += kLanes) store(to + i * D + j, load(row + j));
+    from = rows.after(from);
+    if (i < num_later) {
+      const Cached* soon = later.at(next);
+      for (int j = 0; j < D; j += kLine) prefetch_second_level(soon + j);
+      next = later.after(next);
+    }
   }
 }
 
-// scores [num_keys rounded up to kLanes] of one row.
+// scores [Q][num_keys rounded up to kLanes]: kLanes sums at a time, Q rows by kLanes / Q keys. The more rows, the fewer
+// loads; a sum's order of addition is the same for every Q.
+template <int Q>
 inline void multiply_keys(const float* q, const float* keys, int num_keys, int D, float* scores) {
-  for (int first = 0; first < num_keys; first += kLanes) {
+  constexpr int kKeys = kLanes / Q;
+  for (int first = 0; first < num_keys; first += kKeys) {
     const float* k = keys + first * D;
     Vec acc[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) acc[i] = zero();
     for (int j = 0; j < D; j += kLanes) {
-      const Vec a = load(q + j);
+      Vec a[Q];
+#pragma GCC unroll 4
+      for (int r = 0; r < Q; ++r) a[r] = load(q + r * D + j);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) acc[i] = fma(a, load(k + i * D + j), acc[i]);
+      for (int i = 0; i < kKeys; ++i) {
+        const Vec b = load(k + i * D + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < Q; ++r) acc[r * kKeys + i] = fma(a[r], b, acc[r * kKeys + i]);
+      }
     }
-    store(scores + first, sum_each(acc));
+    alignas(64) float sums[kLanes];
+    store(sums, sum_each(acc));
+    for (int r = 0; r < Q; ++r) __builtin_memcpy(scores + r * kKeyTile + first, sums + r * kKeys, sizeof(float) * kKeys);
   }
 }
 
@@ -128,8 +164,9 @@ void attention(const AttentionTask& task, const std::int32_t* block_table, int f
   }
 
   const int num_keys = static_cast<int>(task.positions[last_row - 1]) + 1;
-  const auto* k_cache = static_cast<const Cached*>(task.k_cache);
-  const auto* v_cache = static_cast<const Cached*>(task.v_cache);
+  const std::int64_t head = kv_head * shape.head_stride;
+  const PagedRows<Cached> keys{static_cast<const Cached*>(task.k_cache) + head, block_table, shape};
+  const PagedRows<Cached> values{static_cast<const Cached*>(task.v_cache) + head, block_table, shape};
   int first = 0;  // rows before it have seen all their keys
   for (int start = 0; start < num_keys; start += kKeyTile) {
     const int in_tile = num_keys - start < kKeyTile ? num_keys - start : kKeyTile;
@@ -138,9 +175,18 @@ void attention(const AttentionTask& task, const std::int32_t* block_table, int f
       const std::int64_t count = task.positions[first_row + i / group] + 1 - start;
       visible[i / group] = count < kKeyTile ? static_cast<int>(count) : kKeyTile;
     }
-    copy_tile(task, k_cache, block_table, start, in_tile, kv_head, tile);
-    for (int i = first; i < num_rows; ++i) multiply_keys(q + i * D, tile, visible[i / group], D, weights + i * kKeyTile);
-    copy_tile(task, v_cache, block_table, start, in_tile, kv_head, tile);
+    copy_tile(keys, start, in_tile, values, start, in_tile, tile);
+    int row = first;
+    // Rows stand in ascending order: the last of several sees the most. What the others must not see is cut off later.
+    for (; row + 4 <= num_rows; row += 4) {
+      multiply_keys<4>(q + row * D, tile, visible[(row + 3) / group], D, weights + row * kKeyTile);
+    }
+    for (; row + 2 <= num_rows; row += 2) {
+      multiply_keys<2>(q + row * D, tile, visible[(row + 1) / group], D, weights + row * kKeyTile);
+    }
+    for (; row < num_rows; ++row) multiply_keys<1>(q + row * D, tile, visible[row / group], D, weights + row * kKeyTile);
+    const int later = start + kKeyTile < num_keys ? start + kKeyTile : 0, rest = num_keys - later;
+    copy_tile(values, start, in_tile, keys, later, later == 0 ? 0 : rest < kKeyTile ? rest : kKeyTile, tile);
     for (int i = first; i < num_rows;) {
       // Rows that see equally many keys share the loads of the values; those that do not go one by one.
       const int count = visible[i / group];

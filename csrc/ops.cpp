@@ -208,13 +208,13 @@ GE_API int ge_paged_attention(void* workers, int dtype, int kv_dtype, const GeHe
     const Activations from(kernels, T, width), to(kernels, T, width);
     const std::vector<RowTile> tiles = row_tiles(shape, cu_seqlens, B, positions);
     const std::size_t scratch_size = attention_scratch(shape);
-    std::vector<float> scratch(scratch_size * w.team.size());
+    const Memory scratch(scratch_size * sizeof(float) * w.team.size());
     const AttentionTask task{shape,   softmax_scale, k_cache,   v_cache,  from.at(0),
                              from.stride, nullptr,   positions, to.at(0), to.stride};
     on_all_threads(w, [&](int thread) {
       for_rows(w.team, T, [&](int row) { kernels.widen(row_of(q, dtype, row, width), width, from.at(row), from.stride); });
       run_attention(w, kernels, kv_dtype, task, tiles, block_tables, blocks_per_table,
-                    scratch.data() + scratch_size * thread);
+                    reinterpret_cast<float*>(scratch.data()) + scratch_size * thread);
       for_rows(w.team, T, [&](int row) { kernels.narrow(to.at(row), width, row_of(out, dtype, row, width)); });
     });
   });

@@ -9,19 +9,15 @@ namespace {
 constexpr std::size_t kRowBlockBytes = std::size_t{1} << 20;
 constexpr int kRowBlockMultiple = 12;  // of the tallest register tile
 
-// Panels of 32 columns: [K / 2][32][2] of two bytes, or [K][32] of four.
-template <class Value, int kPairs>
-void pack_panel(const Value* const* rows, int K, Value* to) {
-  constexpr int kStrip = 64 / sizeof(Value);  // a cache line of each row at a time
-  for (int start = 0; start < K; start += kStrip) {
-    const int stop = std::min(start + kStrip, K);
+// Panels of 32 columns: [K / 2][32][2] of two bytes, or [K][32] of four. Either way four bytes of a row stay together.
+void pack_panel(const std::uint32_t* const* rows, std::size_t num_words, std::uint32_t* to) {
+  constexpr std::size_t kStrip = 64;  // four cache lines of each row at a time
+  for (std::size_t start = 0; start < num_words; start += kStrip) {
+    const std::size_t stop = std::min(start + kStrip, num_words);
     for (int column = 0; column < kPanel; ++column) {
-      const Value* row = rows[column];
-      for (int k = start; k < stop; k += kPairs) {
-        for (int i = 0; i < kPairs; ++i) {
-          to[static_cast<std::size_t>(k) * kPanel + column * kPairs + i] = row != nullptr ? row[k + i] : Value{};
-        }
-      }
+      const std::uint32_t* row = rows[column];
+      if (row == nullptr) continue;  // beyond the matrix: the memory is zeroed
+      for (std::size_t k = start; k < stop; ++k) to[k * kPanel + column] = row[k];
     }
   }
 }
@@ -54,11 +50,8 @@ void pack(Workers& workers, int dtype, const Unpacked& matrix, char* to) {
   const auto pack_one = [&](int panel) {
     char* target = to + static_cast<std::size_t>(panel) * kPanel * matrix.K * value_bytes;
     const void* const* sources = rows.data() + static_cast<std::size_t>(panel) * kPanel;
-    if (dtype == GE_BFLOAT16) {
-      pack_panel<BF16, 2>(reinterpret_cast<const BF16* const*>(sources), matrix.K, reinterpret_cast<BF16*>(target));
-    } else {
-      pack_panel<float, 1>(reinterpret_cast<const float* const*>(sources), matrix.K, reinterpret_cast<float*>(target));
-    }
+    pack_panel(reinterpret_cast<const std::uint32_t* const*>(sources), matrix.K * value_bytes / 4,
+               reinterpret_cast<std::uint32_t*>(target));
   };
   const auto body = [&](int) { for_each(workers.team, num_panels, pack_one); };
   workers.team.run([](void* b, int thread) { (*static_cast<decltype(body)*>(b))(thread); },
@@ -88,11 +81,12 @@ void run_linear(Workers& workers, const ModelKernels& kernels, const LinearTask&
   const int num_panels = ceil_div(task.N, kPanel);
   const int portion = std::max(1, num_panels * std::min(num_blocks, 4) / (4 * threads));
   const int num_portions = ceil_div(num_panels, portion);
-  for_each(workers.team, num_blocks * num_portions, [&](int item) {
+  for_each_ahead(workers.team, num_blocks * num_portions, [&](int item, int next) {
     const int block = item / num_portions, first_panel = item % num_portions * portion;
     const int first_row = static_cast<int>(static_cast<std::int64_t>(num_rows) * block / num_blocks);
     const int last_row = static_cast<int>(static_cast<std::int64_t>(num_rows) * (block + 1) / num_blocks);
-    kernels.linear(task, first_row, last_row, first_panel, std::min(first_panel + portion, num_panels));
+    kernels.linear(task, first_row, last_row, first_panel, std::min(first_panel + portion, num_panels),
+                   next % num_portions * portion);
   });
 }
 

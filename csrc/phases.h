@@ -31,6 +31,7 @@ struct Unpacked {
   bool interleaves;
 };
 
+// `to` is zeroed memory of packed_bytes.
 void pack(Workers& workers, int dtype, const Unpacked& matrix, char* to);
 
 // The rows of one stream that attention takes in one call.

@@ -58,7 +58,7 @@ class Model {
   int capacity_ = 0;  // rows
   Rows residual_, labelled_, normed_, qkv_, attended_, inner_;
   std::size_t attention_scratch_;  // floats a thread
-  std::vector<float> attention_memory_;
+  Memory attention_memory_;
   std::vector<RowTile> tiles_, label_tiles_;
 };
 
@@ -86,8 +86,8 @@ Model::Model(Workers& workers, const GeModelConfig& config)
     m.data = place;
     place += aligned(packed_bytes(config.dtype, m.N, m.K));
   }
-  attention_scratch_ = attention_scratch(shape_) + 64;
-  attention_memory_.resize(attention_scratch_ * workers.team.size());
+  attention_scratch_ = attention_scratch(shape_);
+  attention_memory_ = Memory(attention_scratch_ * sizeof(float) * workers.team.size());
   reserve(64);
 }
 
@@ -189,7 +189,7 @@ void Model::run_layer(const GeBatch& batch, int layer, int thread) {
                                 attended_.data,
                                 attended_.stride};
   run_attention(workers_, kernels_, config_.kv_dtype, attention, is_last ? label_tiles_ : tiles_, batch.block_tables,
-                batch.blocks_per_table, attention_memory_.data() + attention_scratch_ * thread);
+                batch.blocks_per_table, reinterpret_cast<float*>(attention_memory_.data()) + attention_scratch_ * thread);
   multiply(attended_, matrix(GE_O, layer), kAddResidual, residual, num_rows);
   norm_rows(residual, 0, weights.post, config_.hidden, normed_, num_rows);
   multiply(normed_, matrix(GE_GATE_UP, layer), kSiluMul, inner_, num_rows);

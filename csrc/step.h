@@ -57,7 +57,7 @@ struct GeBatch {
 GE_API int ge_step(void* model, const GeBatch* batch);
 
 // Single operators with the contracts of guardengine.kernels.reference, on contiguous tensors of `dtype`; norms'
-// weights are float. 0, or -2 when memory runs out.
+// weights are float; `packed` is zeroed memory of ge_packed_bytes. 0, or -2 when memory runs out.
 GE_API std::int64_t ge_packed_bytes(int dtype, int N, int K);
 GE_API void ge_pack(void* workers, int dtype, const void* weight, int N, int K, void* packed);
 GE_API int ge_linear(void* workers, int dtype, const void* x, int T, int K, const void* packed, int N, void* out,

@@ -49,7 +49,19 @@ class Team {
   std::vector<std::thread> threads_;
 };
 
-// Inside Team::run(): body(i) for every i in 0 .. num_items - 1, shared out, then a barrier.
+// Inside Team::run(): body(i, next) for every i in 0 .. num_items - 1, shared out, then a barrier. `next` is the item
+// that this thread takes next, num_items or more when there is none.
+template <class Body>
+void for_each_ahead(Team& team, int num_items, const Body& body) {
+  for (int i = team.take(); i < num_items;) {
+    const int next = team.take();
+    body(i, next);
+    i = next;
+  }
+  team.barrier();
+}
+
+// The same without looking ahead: nothing is taken before it can be begun.
 template <class Body>
 void for_each(Team& team, int num_items, const Body& body) {
   for (int i = team.take(); i < num_items; i = team.take()) body(i);

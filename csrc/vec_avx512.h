@@ -96,5 +96,8 @@ inline float largest(Vec a) {
 }
 
 inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+inline void prefetch_second_level(const void* address) {
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
+}
 
 }  // namespace

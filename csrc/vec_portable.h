@@ -108,5 +108,6 @@ inline float largest(Vec a) {
 }
 
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
+inline void prefetch_second_level(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 }  // namespace

@@ -25,7 +25,8 @@ from guardengine.checkpoint import Checkpoint
 from guardengine.config import GuardHeadsConfig, ModelConfig
 from guardengine.errors import ConfigError
 from guardengine.kernels import load, native
-from guardengine.weights import _check_tensors, tensor_shapes
+from guardengine.runner import CacheShape
+from guardengine.weights import check_tensors, tensor_shapes
 
 _QKV, _O, _GATE_UP, _DOWN, _PRE, _RESPONSE, _QUERY = range(7)  # enum GeMatrix in csrc/step.h
 _SIDES = ("", "query_")
@@ -42,7 +43,7 @@ class VectorWeights:
 
 
 class CpuRunner:
-    """Executes a Stream checkpoint natively over a paged KV cache of `num_blocks` blocks of `block_size` tokens.
+    """Executes a Stream checkpoint natively over a paged KV cache.
 
     Peak memory: what the model keeps, plus one layer where the checkpoint stores another dtype. Results are the
     same bits for any batch, chunking and number of threads. Raises CheckpointError for what is wrong with the
@@ -53,18 +54,16 @@ class CpuRunner:
         self,
         checkpoint: Checkpoint,
         heads: GuardHeadsConfig,
-        *,
+        cache: CacheShape,
         dtype: torch.dtype,
-        kv_dtype: torch.dtype,
-        num_blocks: int,
-        block_size: int,
         max_model_len: int,
+        *,
         num_threads: int | None = None,
         progress: bool = False,
     ) -> None:
         self.config = config = checkpoint.config
         _check_shape(config, heads)
-        _check_tensors(checkpoint)
+        check_tensors(checkpoint)
         self.ops = load("cpu")
         self.device = torch.device("cpu")
         self.dtype = dtype
@@ -74,13 +73,13 @@ class CpuRunner:
         # Never read before written, so left unset: pages of blocks that are never used cost no memory. A block is
         # contiguous over all layers, so that huge pages do not change that.
         self.kv_cache = torch.empty(
-            (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim),
-            dtype=kv_dtype,
+            (cache.num_blocks, config.num_layers, 2, config.num_kv_heads, cache.block_size, config.head_dim),
+            dtype=cache.dtype,
         )
         self.cos_sin = self.ops.rope_table(config.head_dim, config.rope_theta, max_model_len)
         stored = _StoredTensors(checkpoint)
         self.weights = _vector_weights(stored, dtype)
-        self._model = self._create_model(heads, block_size)
+        self._model = self._create_model(heads, cache.block_size)
         self._free_model = weakref.finalize(self, native.library().ge_model_destroy, self._model)
         for layer in tqdm(range(config.num_layers), "loading layers", unit="layer", disable=not progress):
             name = f"model.layers.{layer}."

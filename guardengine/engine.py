@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,16 @@ from typing import Any
 import torch
 
 from guardengine._version import __version__
-from guardengine.block_pool import BlockPool
 from guardengine.chat import ChatTemplate
-from guardengine.checkpoint import open_checkpoint
-from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
+from guardengine.config import EngineConfig, GuardHeadsConfig
 from guardengine.conversation import Feed, feed_ids, feed_messages
 from guardengine.core import EngineCore
-from guardengine.cpu_runner import CpuRunner
-from guardengine.errors import CheckpointError, ConfigError, InvalidText
+from guardengine.errors import ConfigError, InvalidText
 from guardengine.hub import resolve_checkpoint
-from guardengine.kernels import BACKENDS, load
 from guardengine.labels import Label, Moderation, Role
+from guardengine.loading import choose_backend, load_engine
 from guardengine.policy import Policy
-from guardengine.readout import Readout
-from guardengine.runner import Runner, TorchRunner, block_bytes
 from guardengine.stream import Stream
-from guardengine.tokenizer import Tokenizer
-from guardengine.weights import load_weights
 
 logger = logging.getLogger("guardengine")
 
@@ -67,58 +59,15 @@ class Engine:
         Raises CheckpointError for what is wrong with the files and ConfigError for what is wrong with the options.
         """
         options = EngineConfig.from_options(limits)
-        name, torch_device = _choose_backend(backend, device, quantization)
-        if dtype not in ("auto", *_DTYPES):
-            raise ConfigError(f"dtype={dtype!r}: 'auto', 'float32' or 'bfloat16' is needed")
-        folder = resolve_checkpoint(path_or_id, revision)
-        with open_checkpoint(folder) as checkpoint:
-            config = checkpoint.config
-            if config.heads is None:
-                raise CheckpointError(
-                    f"{folder}: a Gen checkpoint ({config.kind}); this version runs Stream checkpoints "
-                    "(Qwen3ForGuardModel) only"
-                )
-            max_model_len = _max_model_len(options, config)
-            chosen = _DTYPES["bfloat16" if config.dtype == "bfloat16" else "float32"]
-            model_dtype = chosen if dtype == "auto" else _DTYPES[dtype]
-            kv_dtype = model_dtype if options.kv_dtype == "auto" else _DTYPES[options.kv_dtype]
-            num_blocks = _num_blocks(options, config, max_model_len, kv_dtype)
-            sizes: dict[str, Any] = {
-                "num_blocks": num_blocks,
-                "block_size": options.block_size,
-                "max_model_len": max_model_len,
-                "kv_dtype": kv_dtype,
-            }
-            runner: Runner
-            if name == "cpu":
-                runner = CpuRunner(
-                    checkpoint,
-                    config.heads,
-                    dtype=model_dtype,
-                    num_threads=options.num_threads,
-                    progress=progress,
-                    **sizes,
-                )
-            else:
-                weights = load_weights(checkpoint, model_dtype, torch_device, progress=progress)
-                if weights.heads is None:
-                    raise CheckpointError(
-                        f"{folder}: the guard heads are missing; use a Qwen3Guard-Stream checkpoint"
-                    )
-                if options.num_threads is not None:
-                    torch.set_num_threads(options.num_threads)
-                runner = TorchRunner(load(name), config, weights, weights.heads, **sizes)
-        core = EngineCore(
-            config,
-            runner,
-            Readout(config.heads),
-            BlockPool(num_blocks, options.block_size),
-            max_model_len=max_model_len,
-            max_num_streams=options.max_num_streams,
-            max_num_batched_tokens=options.max_num_batched_tokens,
+        loaded = load_engine(
+            resolve_checkpoint(path_or_id, revision),
+            options,
+            choose_backend(backend, device, quantization),
+            dtype,
+            progress=progress,
         )
-        engine = Engine(core, _load_chat(folder, config), config.heads)
-        logger.info("loaded %s: %s", folder, engine.stats())
+        engine = Engine(*loaded)
+        logger.info("loaded %s: %s", path_or_id, engine.stats())
         return engine
 
     # -- streams -------------------------------------------------------------------------------------------
@@ -266,63 +215,3 @@ class Engine:
         return feed_messages(
             self._chat, messages, is_complete=is_complete, max_tokens=self.core.max_model_len
         )
-
-
-def _choose_backend(backend: str, device: str, quantization: str | None) -> tuple[str, torch.device]:
-    """The backend and the device to run on. Raises ConfigError, naming what there is, never falls back."""
-    if quantization is not None:
-        raise ConfigError(f"quantization={quantization!r}: not available in this version; leave it None")
-    name = "reference" if backend == "auto" else backend
-    if name not in BACKENDS:
-        raise ConfigError(f"backend={backend!r}: choose 'auto' or one of {', '.join(BACKENDS)}")
-    if device not in ("auto", "cpu"):
-        raise ConfigError(f"device={device!r}: this version runs on 'cpu' (or 'auto') only")
-    return name, torch.device("cpu")
-
-
-def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
-    if options.max_model_len is None:
-        return config.max_position_embeddings
-    if options.max_model_len > config.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len={options.max_model_len}: the model was trained for "
-            f"{config.max_position_embeddings} tokens (max_position_embeddings); ask for no more"
-        )
-    return options.max_model_len
-
-
-def _num_blocks(options: EngineConfig, config: ModelConfig, max_model_len: int, kv_dtype: torch.dtype) -> int:
-    """KV blocks that `kv_cache_bytes` buys; without it, what all streams could use, up to a default's worth."""
-    size = block_bytes(config, options.block_size, kv_dtype)
-    if options.kv_cache_bytes is None:
-        usable = options.max_num_streams * -(-max_model_len // options.block_size)
-        return max(1, min(usable, min(_DEFAULT_KV_CACHE_BYTES, _available_memory() // 2) // size))
-    if options.kv_cache_bytes < size:
-        raise ConfigError(
-            f"kv_cache_bytes={options.kv_cache_bytes}: one block of {options.block_size} tokens takes {size} bytes"
-        )
-    return options.kv_cache_bytes // size
-
-
-def _available_memory() -> int:
-    """Bytes that can be allocated without swapping; Linux's estimate, else what is free."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _load_chat(folder: Path, config: ModelConfig) -> ChatTemplate | None:
-    if not (folder / "tokenizer.json").exists():
-        logger.info("%s has no tokenizer.json: token ids can be moderated, text cannot", folder)
-        return None
-    tokenizer = Tokenizer.from_dir(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{folder / 'tokenizer.json'} has ids up to {tokenizer.vocab_size - 1}, but config.json says vocab_size="
-            f"{config.vocab_size}; take both files from one and the same checkpoint"
-        )
-    return ChatTemplate.from_dir(folder, tokenizer)

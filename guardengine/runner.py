@@ -5,6 +5,7 @@ TorchRunner calls a backend's operators one by one; guardengine.cpu_runner has t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
 
@@ -15,8 +16,23 @@ from torch import Tensor
 
 from guardengine.batch import Batch
 from guardengine.config import ModelConfig
+from guardengine.errors import CheckpointError
 from guardengine.model import forward, guard_logits
-from guardengine.weights import HeadWeights, Weights
+from guardengine.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """Size and dtype of a paged KV cache: `num_blocks` blocks of `block_size` tokens."""
+
+    num_blocks: int
+    block_size: int
+    dtype: torch.dtype
+
+    def num_bytes(self, config: ModelConfig) -> int:
+        """Bytes over all layers, keys and values."""
+        token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
+        return self.num_blocks * self.block_size * token
 
 
 class Runner(Protocol):
@@ -47,26 +63,19 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """Executes the model over a paged KV cache of `num_blocks` blocks of `block_size` tokens."""
+    """Executes the model over a paged KV cache, one of `ops`' operators after the other."""
 
     def __init__(
-        self,
-        ops: ModuleType,
-        config: ModelConfig,
-        weights: Weights,
-        heads: HeadWeights,
-        *,
-        num_blocks: int,
-        block_size: int,
-        max_model_len: int,
-        kv_dtype: torch.dtype,
+        self, ops: ModuleType, config: ModelConfig, weights: Weights, cache: CacheShape, max_model_len: int
     ) -> None:
-        self.ops, self.config, self.weights, self.heads = ops, config, weights, heads
+        if weights.heads is None:
+            raise CheckpointError("the checkpoint has no guard heads; use a Qwen3Guard-Stream checkpoint")
+        self.ops, self.config, self.weights, self.heads = ops, config, weights, weights.heads
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
         # Never read before written, so left unset: pages of blocks that are never used cost no memory.
         self.kv_cache = torch.empty(
-            (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim),
-            dtype=kv_dtype,
+            (config.num_layers, 2, cache.num_blocks, cache.block_size, config.num_kv_heads, config.head_dim),
+            dtype=cache.dtype,
             device=self.device,
         )
         self.cos_sin = ops.rope_table(config.head_dim, config.rope_theta, max_model_len).to(self.device)
@@ -94,8 +103,3 @@ class TorchRunner:
     def close(self) -> None:
         """Free the weights and the KV cache; nothing can run afterwards."""
         del self.weights, self.heads, self.kv_cache
-
-
-def block_bytes(config: ModelConfig, block_size: int, kv_dtype: torch.dtype) -> int:
-    """Bytes that one block takes over all layers, keys and values."""
-    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * kv_dtype.itemsize

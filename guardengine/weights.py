@@ -125,7 +125,7 @@ def load_weights(
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"dtype={dtype}: weights are held in float32, bfloat16 or float16")
     config = checkpoint.config
-    _check_tensors(checkpoint)
+    check_tensors(checkpoint)
     shapes = tensor_shapes(config)
 
     def fused(*names: str) -> Tensor:
@@ -169,8 +169,9 @@ def load_weights(
     return Weights(embed, layers, fused("model.norm.weight"), heads, lm_head)
 
 
-def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Compare the stored tensors with the config's: missing, unknown, dtype and shape."""
+def check_tensors(checkpoint: Checkpoint) -> None:
+    """Compare the stored tensors with the config's. Raises CheckpointError for one that is missing, unknown,
+    misshapen or of another dtype."""
     config, path = checkpoint.config, checkpoint.path
     shapes = tensor_shapes(config)
     stored = checkpoint.tensor_names

@@ -34,14 +34,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    rows, n = x.contiguous(), x.shape[-1]
+    # Converted tensors get a name: a pointer keeps nothing alive.
+    rows, weight, n = x.contiguous(), weight.float().contiguous(), x.shape[-1]
     out = torch.empty_like(rows)
     native.check(
         native.library().ge_rms_norm(
             _workers().handle,
             DTYPES[x.dtype],
             rows.data_ptr(),
-            weight.float().contiguous().data_ptr(),
+            weight.data_ptr(),
             eps,
             rows.numel() // n,
             n,
@@ -98,6 +99,7 @@ def qk_norm_rope_store_kv(
 ) -> Tensor:
     qkv, cos_sin = qkv.contiguous(), cos_sin.contiguous()
     q_norm, k_norm = q_norm.float().contiguous(), k_norm.float().contiguous()
+    positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
     num_rows, (num_kv_heads, head_dim) = len(qkv), k_cache.shape[2:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     q = qkv.new_empty(num_rows, num_heads, head_dim)
@@ -112,8 +114,8 @@ def qk_norm_rope_store_kv(
             q_norm.data_ptr(),
             k_norm.data_ptr(),
             cos_sin.data_ptr(),
-            positions.contiguous().data_ptr(),
-            slot_mapping.contiguous().data_ptr(),
+            positions.data_ptr(),
+            slot_mapping.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
             eps,
@@ -133,7 +135,7 @@ def paged_attention(
     softmax_scale: float,
 ) -> Tensor:
     q, tables = q.contiguous(), block_tables.to(torch.int32).contiguous()
-    bounds = cu_seqlens_q.to(torch.int32).contiguous()
+    bounds, positions = cu_seqlens_q.to(torch.int32).contiguous(), positions.contiguous()
     out = torch.empty_like(q)
     native.check(
         native.library().ge_paged_attention(
@@ -149,7 +151,7 @@ def paged_attention(
             tables.shape[1],
             bounds.data_ptr(),
             len(bounds) - 1,
-            positions.contiguous().data_ptr(),
+            positions.data_ptr(),
             softmax_scale,
             out.data_ptr(),
         )

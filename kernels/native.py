@@ -131,7 +131,7 @@ class Packed:
     def __init__(self, workers: Workers, weight: Tensor) -> None:
         self.shape, self.dtype = weight.shape, weight.dtype
         code, (rows, columns) = DTYPES[weight.dtype], weight.shape
-        self.data = torch.empty(library().ge_packed_bytes(code, rows, columns) + 64, dtype=torch.uint8)
+        self.data = torch.zeros(library().ge_packed_bytes(code, rows, columns) + 64, dtype=torch.uint8)
         self.address = (self.data.data_ptr() + 63) // 64 * 64
         weight = weight.contiguous()
         library().ge_pack(workers.handle, code, weight.data_ptr(), rows, columns, self.address)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from guardengine import Engine, Label, Stream
+from guardengine.kernels import BACKENDS
 
 VOCAB = 512
 
@@ -30,12 +31,11 @@ def assert_same(actual: list[Label], expected: list[Label]) -> None:
         assert (a.risk, a.category) == (e.risk, e.category)
 
 
-@pytest.fixture(scope="module")
-def make_engine(tiny: Path):
+@pytest.fixture(scope="module", params=BACKENDS)
+def make_engine(request: pytest.FixtureRequest, tiny: Path):
     def make(**limits) -> Engine:
-        return Engine.from_pretrained(
-            tiny, **({"kv_cache_bytes": 2**23, "max_model_len": 512, "block_size": 4} | limits)
-        )
+        limits = {"kv_cache_bytes": 2**23, "max_model_len": 512, "block_size": 4} | limits
+        return Engine.from_pretrained(tiny, backend=request.param, **limits)
 
     return make
 

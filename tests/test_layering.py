@@ -37,10 +37,10 @@ LAYERS = (
     ("state",),
     ("block_pool", "scheduler", "checkpoint", "tokenizer"),
     ("weights", "chat", "batch"),
-    ("model", "conversation"),
+    ("model", "conversation", "machine"),
     ("runner", "readout"),
-    ("core",),
-    ("stream",),
+    ("core", "cpu_runner"),
+    ("stream", "loading"),
     ("engine",),
     ("compat",),
 )

@@ -15,6 +15,7 @@ import torch
 
 from guardengine import AutoGuard
 from guardengine.bench.hf import HFGuard
+from guardengine.kernels import BACKENDS
 
 SHAPES = {
     "gqa2-d64-tied": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
@@ -51,9 +52,11 @@ def shaped(request: pytest.FixtureRequest, checkpoints) -> Path:
     return checkpoints(vocab_size=VOCAB, dtype="float32", num_hidden_layers=3, **SHAPES[request.param])
 
 
-def test_fp32_matches_transformers_at_every_position(shaped: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp32_matches_transformers_at_every_position(shaped: Path, backend: str) -> None:
     hf = HFGuard(shaped, dtype=torch.float32)
-    ours = AutoGuard.from_pretrained(shaped, max_num_batched_tokens=700)  # long ones run in chunks
+    # A small token budget: long conversations run in chunks.
+    ours = AutoGuard.from_pretrained(shaped, backend=backend, max_num_batched_tokens=700)
     for ids in conversations(20):
         expected, actual = hf.forward(ids), ours(ids)
         assert largest_difference(expected, actual) <= 1e-4
@@ -61,10 +64,11 @@ def test_fp32_matches_transformers_at_every_position(shaped: Path) -> None:
             assert torch.equal(a.argmax(-1), b.argmax(-1))
 
 
-def test_bf16_error_is_at_most_twice_transformers(shaped: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_error_is_at_most_twice_transformers(shaped: Path, backend: str) -> None:
     exact_model = HFGuard(shaped, dtype=torch.float32)
     hf = HFGuard(shaped, dtype=torch.bfloat16)
-    ours = AutoGuard.from_pretrained(shaped, dtype="bfloat16")
+    ours = AutoGuard.from_pretrained(shaped, backend=backend, dtype="bfloat16")
     for ids in conversations(6, longest=600):
         exact = exact_model.forward(ids)
         for e, h, o in zip(parts(exact), parts(hf.forward(ids)), parts(ours(ids)), strict=True):
@@ -87,10 +91,11 @@ def test_ragged_batch_matches_right_padded_transformers_batch(shaped: Path) -> N
 
 @pytest.mark.skipif(not REAL, reason="GUARDENGINE_CHECKPOINT names no real checkpoint")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_real_checkpoint(dtype: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_real_checkpoint(dtype: str, backend: str) -> None:
     exact = HFGuard(Path(str(REAL)), dtype=torch.float32)
     plain = HFGuard(Path(str(REAL)), dtype=getattr(torch, dtype))
-    ours = AutoGuard.from_pretrained(str(REAL), dtype=dtype)
+    ours = AutoGuard.from_pretrained(str(REAL), backend=backend, dtype=dtype)
     for ids in conversations(4, longest=500, vocab_size=151_643):
         expected, actual = exact.forward(ids), ours(ids)
         allowed = 1e-4 if dtype == "float32" else 2 * largest_difference(plain.forward(ids), expected)

@@ -36,6 +36,7 @@ from guardengine import (
     StreamClosed,
     StreamTooLong,
 )
+from guardengine.kernels import BACKENDS
 
 VOCAB = 512
 BLOCK, MAX_LEN, MAX_STREAMS, BUDGET = 4, 40, 5, 7
@@ -67,6 +68,7 @@ class Machine(RuleBasedStateMachine):
     engine: Engine
     oracle: AutoGuard  # one-shot, no shared cache
     checkpoint: Path
+    backend: str
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +85,7 @@ class Machine(RuleBasedStateMachine):
             max_model_len=MAX_LEN,
             max_num_streams=MAX_STREAMS,
             max_num_batched_tokens=BUDGET,
+            backend=self.backend,
         )
         assert self.engine.stats()["kv_blocks_total"] == num_blocks
         self.engine.core.runner.kv_cache.fill_(float("nan"))
@@ -237,14 +240,17 @@ def _fresh_logits(oracle: AutoGuard, ids: tuple[int, ...]):
     return oracle(torch.tensor([ids]))
 
 
-def test_random_operations(checkpoints) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_operations(checkpoints, backend: str) -> None:
     folder = checkpoints(vocab_size=VOCAB, dtype="float32", num_hidden_layers=2)
-    Machine.checkpoint = folder
-    Machine.oracle = AutoGuard.from_pretrained(folder, kv_cache_bytes=2**22, max_model_len=MAX_LEN)
+    Machine.checkpoint, Machine.backend = folder, backend
+    Machine.oracle = AutoGuard.from_pretrained(
+        folder, backend="reference", kv_cache_bytes=2**22, max_model_len=MAX_LEN
+    )
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=150,
+            max_examples=100,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

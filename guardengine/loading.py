@@ -1,0 +1,140 @@
+"""load_engine(): from a checkpoint folder and options to what an Engine is made of.
+
+The one place where sizes, dtypes and the backend are decided; nothing falls back, what is not possible is an
+error that says what is.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from guardengine.block_pool import BlockPool
+from guardengine.chat import ChatTemplate
+from guardengine.checkpoint import open_checkpoint
+from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
+from guardengine.core import EngineCore
+from guardengine.cpu_runner import CpuRunner
+from guardengine.errors import CheckpointError, ConfigError
+from guardengine.kernels import BACKENDS, load
+from guardengine.machine import memory_bytes
+from guardengine.readout import Readout
+from guardengine.runner import CacheShape, Runner, TorchRunner
+from guardengine.tokenizer import Tokenizer
+from guardengine.weights import load_weights
+
+logger = logging.getLogger("guardengine")
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DEFAULT_KV_CACHE_BYTES = 4 * 2**30
+
+
+class LoadedEngine(NamedTuple):
+    """The parts of an Engine. chat is None where the checkpoint has no tokenizer."""
+
+    core: EngineCore
+    chat: ChatTemplate | None
+    heads: GuardHeadsConfig
+
+
+def choose_backend(backend: str, device: str, quantization: str | None) -> str:
+    """The backend's name. Raises ConfigError, naming what there is."""
+    if quantization is not None:
+        raise ConfigError(f"quantization={quantization!r}: not available in this version; leave it None")
+    name = "cpu" if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise ConfigError(f"backend={backend!r}: choose 'auto' or one of {', '.join(BACKENDS)}")
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"device={device!r}: this version runs on 'cpu' (or 'auto') only")
+    return name
+
+
+def load_engine(
+    folder: Path, options: EngineConfig, backend: str, dtype: str, *, progress: bool
+) -> LoadedEngine:
+    """Load a Stream checkpoint. Raises CheckpointError and ConfigError."""
+    if dtype not in ("auto", *_DTYPES):
+        raise ConfigError(f"dtype={dtype!r}: 'auto', 'float32' or 'bfloat16' is needed")
+    with open_checkpoint(folder) as checkpoint:
+        config = checkpoint.config
+        if config.heads is None:
+            raise CheckpointError(
+                f"{folder}: a Gen checkpoint ({config.kind}); this version runs Stream checkpoints "
+                "(Qwen3ForGuardModel) only"
+            )
+        chosen = "bfloat16" if config.dtype == "bfloat16" else "float32"
+        model_dtype = _DTYPES[chosen if dtype == "auto" else dtype]
+        kv_dtype = model_dtype if options.kv_dtype == "auto" else _DTYPES[options.kv_dtype]
+        max_model_len = _max_model_len(options, config)
+        cache = CacheShape(
+            num_blocks=_num_blocks(options, config, max_model_len, kv_dtype),
+            block_size=options.block_size,
+            dtype=kv_dtype,
+        )
+        runner: Runner
+        if backend == "cpu":
+            threads = options.num_threads
+            runner = CpuRunner(
+                checkpoint,
+                config.heads,
+                cache,
+                model_dtype,
+                max_model_len,
+                num_threads=threads,
+                progress=progress,
+            )
+        else:
+            weights = load_weights(checkpoint, model_dtype, torch.device("cpu"), progress=progress)
+            if options.num_threads is not None:
+                torch.set_num_threads(options.num_threads)
+            runner = TorchRunner(load(backend), config, weights, cache, max_model_len)
+    core = EngineCore(
+        config,
+        runner,
+        Readout(config.heads),
+        BlockPool(cache.num_blocks, cache.block_size),
+        max_model_len=max_model_len,
+        max_num_streams=options.max_num_streams,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+    )
+    return LoadedEngine(core, _load_chat(folder, config), config.heads)
+
+
+def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
+    if options.max_model_len is None:
+        return config.max_position_embeddings
+    if options.max_model_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={options.max_model_len}: the model was trained for "
+            f"{config.max_position_embeddings} tokens (max_position_embeddings); ask for no more"
+        )
+    return options.max_model_len
+
+
+def _num_blocks(options: EngineConfig, config: ModelConfig, max_model_len: int, kv_dtype: torch.dtype) -> int:
+    """KV blocks that `kv_cache_bytes` buys; without it, what all streams could use, up to a default's worth."""
+    size = CacheShape(1, options.block_size, kv_dtype).num_bytes(config)
+    if options.kv_cache_bytes is None:
+        usable = options.max_num_streams * -(-max_model_len // options.block_size)
+        return max(1, min(usable, min(_DEFAULT_KV_CACHE_BYTES, memory_bytes("MemAvailable") // 2) // size))
+    if options.kv_cache_bytes < size:
+        raise ConfigError(
+            f"kv_cache_bytes={options.kv_cache_bytes}: one block of {options.block_size} tokens takes {size} bytes"
+        )
+    return options.kv_cache_bytes // size
+
+
+def _load_chat(folder: Path, config: ModelConfig) -> ChatTemplate | None:
+    if not (folder / "tokenizer.json").exists():
+        logger.info("%s has no tokenizer.json: token ids can be moderated, text cannot", folder)
+        return None
+    tokenizer = Tokenizer.from_dir(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'} has ids up to {tokenizer.vocab_size - 1}, but config.json says vocab_size="
+            f"{config.vocab_size}; take both files from one and the same checkpoint"
+        )
+    return ChatTemplate.from_dir(folder, tokenizer)
