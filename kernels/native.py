@@ -42,7 +42,18 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "ge_paged_attention": (
         c_int,
-        [c_void_p, c_int, c_int, *[c_void_p] * 2, c_int, *[c_void_p] * 3, c_int, c_void_p, c_int, *_ATTENTION_END],
+        [
+            c_void_p,
+            c_int,
+            c_int,
+            *[c_void_p] * 2,
+            c_int,
+            *[c_void_p] * 3,
+            c_int,
+            c_void_p,
+            c_int,
+            *_ATTENTION_END,
+        ],
     ),
 }
 
