@@ -28,6 +28,7 @@ setup(
             depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
             extra_compile_args=[
                 "-O3",
+                "-g0",
                 "-std=c++17",
                 "-ffp-contract=off",
                 "-fvisibility=hidden",

@@ -1,5 +1,5 @@
-// bfloat16 as stored: the upper half of a float. Safe in files compiled for a wider instruction set: nothing here
-// is emitted for other files to share.
+// bfloat16 as stored: the upper half of a float. Safe in files compiled for a wider instruction set: nothing
+// here is emitted for other files to share.
 #pragma once
 
 #include <cstddef>

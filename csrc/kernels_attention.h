@@ -1,9 +1,12 @@
-// Paged attention with an online softmax: out = softmax(q Kᵀ scale) V, row by row over tiles of kKeyTile keys.
+// Paged attention with an online softmax: out = softmax(q Kᵀ scale) V, row by row over tiles of kKeyTile
+// keys.
 //
-// A tile's keys, then its values, are copied out of the cache as floats (no rounding: bf16 fits), which serves all
-// the rows of the call. What a row does depends on its own position only: it takes the tiles from 0 on, and of
-// the last tile just the keys that it may see.
+// A tile's keys, then its values, are copied out of the cache as floats (no rounding: bf16 fits), which
+// serves all the rows of the call. What a row does depends on its own position only: it takes the tiles from
+// 0 on, and of the last tile just the keys that it may see.
 #pragma once
+
+#include "kernels_rows.h"
 
 namespace {
 
@@ -21,16 +24,20 @@ struct PagedRows {
 
   Place place(int key) const { return {key / shape.block_size, key % shape.block_size}; }
 
-  const Cached* at(Place p) const { return cache + block_table[p.block] * shape.block_stride + p.offset * shape.token_stride; }
+  const Cached* at(Place p) const {
+    return cache + block_table[p.block] * shape.block_stride + p.offset * shape.token_stride;
+  }
 
-  Place after(Place p) const { return p.offset + 1 < shape.block_size ? Place{p.block, p.offset + 1} : Place{p.block + 1, 0}; }
+  Place after(Place p) const {
+    return p.offset + 1 < shape.block_size ? Place{p.block, p.offset + 1} : Place{p.block + 1, 0};
+  }
 };
 
-// Copies rows [first_key, first_key + num_keys), and fetches `num_later` rows of `later` from first_later on into the
-// cache: memory then works while the copied tile is computed with.
+// Copies rows [first_key, first_key + num_keys), and fetches `num_later` rows of `later` from first_later on
+// into the cache: memory then works while the copied tile is computed with.
 template <class Cached>
-inline void copy_tile(const PagedRows<Cached>& rows, int first_key, int num_keys, const PagedRows<Cached>& later,
-                      int first_later, int num_later, float* to) {
+inline void copy_tile(const PagedRows<Cached>& rows, int first_key, int num_keys,
+                      const PagedRows<Cached>& later, int first_later, int num_later, float* to) {
   const int D = rows.shape.head_dim, kLine = 64 / sizeof(Cached);
   auto from = rows.place(first_key), next = later.place(first_later);
   for (int i = 0; i < num_keys; ++i) {
@@ -45,8 +52,8 @@ inline void copy_tile(const PagedRows<Cached>& rows, int first_key, int num_keys
   }
 }
 
-// scores [Q][num_keys rounded up to kLanes]: kLanes sums at a time, Q rows by kLanes / Q keys. The more rows, the fewer
-// loads; a sum's order of addition is the same for every Q.
+// scores [Q][num_keys rounded up to kLanes]: kLanes sums at a time, Q rows by kLanes / Q keys. The more rows,
+// the fewer loads; a sum's order of addition is the same for every Q.
 template <int Q>
 inline void multiply_keys(const float* q, const float* keys, int num_keys, int D, float* scores) {
   constexpr int kKeys = kLanes / Q;
@@ -68,11 +75,13 @@ inline void multiply_keys(const float* q, const float* keys, int num_keys, int D
     }
     alignas(64) float sums[kLanes];
     store(sums, sum_each(acc));
-    for (int r = 0; r < Q; ++r) __builtin_memcpy(scores + r * kKeyTile + first, sums + r * kKeys, sizeof(float) * kKeys);
+    for (int r = 0; r < Q; ++r)
+      __builtin_memcpy(scores + r * kKeyTile + first, sums + r * kKeys, sizeof(float) * kKeys);
   }
 }
 
-// One tile of one row's softmax: scores become weights relative to the new maximum. Returns what earlier sums shrink by.
+// One tile of one row's softmax: scores become weights relative to the new maximum. Returns what earlier sums
+// shrink by.
 inline float soften(float* scores, int num_keys, float& maximum, float& total) {
   Vec top = set1(maximum);
   for (int i = 0; i < num_keys; i += kLanes) {
@@ -97,7 +106,8 @@ inline float soften(float* scores, int num_keys, float& maximum, float& total) {
 
 // sums [R][C * kLanes of D] = sums * shrink[r] + weights [R][num_keys] · values [num_keys]
 template <int R, int C>
-inline void add_values(const float* weights, const float* shrink, const float* values, int num_keys, int D, float* sums) {
+inline void add_values(const float* weights, const float* shrink, const float* values, int num_keys, int D,
+                       float* sums) {
   Vec acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -123,7 +133,8 @@ inline void add_values(const float* weights, const float* shrink, const float* v
 }
 
 template <int R>
-inline void add_values(const float* weights, const float* shrink, const float* values, int num_keys, int D, float* sums) {
+inline void add_values(const float* weights, const float* shrink, const float* values, int num_keys, int D,
+                       float* sums) {
   constexpr int kVecs = kLanes == 16 ? 4 : 2;  // 6 x 4 or 4 x 2 accumulators
   int j = 0;
   for (; j + kVecs * kLanes <= D; j += kVecs * kLanes) {
@@ -133,16 +144,16 @@ inline void add_values(const float* weights, const float* shrink, const float* v
 }
 
 template <class Model, class Cached>
-void attention(const AttentionTask& task, const std::int32_t* block_table, int first_row, int last_row, int kv_head,
-               float* scratch) {
+void attention(const AttentionTask& task, const std::int32_t* block_table, int first_row, int last_row,
+               int kv_head, float* scratch) {
   using Act = typename Model::Act;
   constexpr int kRows = kLanes == 16 ? 6 : 4;  // that share a load of the values
   const HeadShape& shape = task.shape;
   const int D = shape.head_dim, group = shape.num_heads / shape.num_kv_heads;
   const int num_rows = (last_row - first_row) * group;
-  float* q = scratch;                   // [num_rows][D], scaled
-  float* sums = q + num_rows * D;       // [num_rows][D]
-  float* tile = sums + num_rows * D;    // [kKeyTile][D]
+  float* q = scratch;                    // [num_rows][D], scaled
+  float* sums = q + num_rows * D;        // [num_rows][D]
+  float* tile = sums + num_rows * D;     // [kKeyTile][D]
   float* weights = tile + kKeyTile * D;  // [num_rows][kKeyTile]
   float* maximum = weights + num_rows * kKeyTile;
   float* total = maximum + num_rows;
@@ -177,14 +188,16 @@ void attention(const AttentionTask& task, const std::int32_t* block_table, int f
     }
     copy_tile(keys, start, in_tile, values, start, in_tile, tile);
     int row = first;
-    // Rows stand in ascending order: the last of several sees the most. What the others must not see is cut off later.
+    // Rows stand in ascending order: the last of several sees the most. What the others must not see is cut
+    // off later.
     for (; row + 4 <= num_rows; row += 4) {
       multiply_keys<4>(q + row * D, tile, visible[(row + 3) / group], D, weights + row * kKeyTile);
     }
     for (; row + 2 <= num_rows; row += 2) {
       multiply_keys<2>(q + row * D, tile, visible[(row + 1) / group], D, weights + row * kKeyTile);
     }
-    for (; row < num_rows; ++row) multiply_keys<1>(q + row * D, tile, visible[row / group], D, weights + row * kKeyTile);
+    for (; row < num_rows; ++row)
+      multiply_keys<1>(q + row * D, tile, visible[row / group], D, weights + row * kKeyTile);
     const int later = start + kKeyTile < num_keys ? start + kKeyTile : 0, rest = num_keys - later;
     copy_tile(values, start, in_tile, keys, later, later == 0 ? 0 : rest < kKeyTile ? rest : kKeyTile, tile);
     for (int i = first; i < num_rows;) {
@@ -198,20 +211,33 @@ void attention(const AttentionTask& task, const std::int32_t* block_table, int f
       const float* w = weights + i * kKeyTile;
       float* out = sums + i * D;
       switch (rows) {
-        case 1: add_values<1>(w, shrink, tile, count, D, out); break;
-        case 2: add_values<2>(w, shrink, tile, count, D, out); break;
-        case 3: add_values<3>(w, shrink, tile, count, D, out); break;
-        case 4: add_values<4>(w, shrink, tile, count, D, out); break;
+        case 1:
+          add_values<1>(w, shrink, tile, count, D, out);
+          break;
+        case 2:
+          add_values<2>(w, shrink, tile, count, D, out);
+          break;
+        case 3:
+          add_values<3>(w, shrink, tile, count, D, out);
+          break;
+        case 4:
+          add_values<4>(w, shrink, tile, count, D, out);
+          break;
 #if GE_TILE_ROWS > 5
-        case 5: add_values<5>(w, shrink, tile, count, D, out); break;
-        case 6: add_values<6>(w, shrink, tile, count, D, out); break;
+        case 5:
+          add_values<5>(w, shrink, tile, count, D, out);
+          break;
+        case 6:
+          add_values<6>(w, shrink, tile, count, D, out);
+          break;
 #endif
       }
       i += rows;
     }
   }
   for (int i = 0; i < num_rows; ++i) {
-    Act* out = static_cast<Act*>(task.out) + (first_row + i / group) * task.ldo + (kv_head * group + i % group) * D;
+    Act* out =
+        static_cast<Act*>(task.out) + (first_row + i / group) * task.ldo + (kv_head * group + i % group) * D;
     const Vec divisor = set1(total[i]);
     for (int j = 0; j < D; j += kLanes) put<Model::kRounds>(out + j, div(load(sums + i * D + j), divisor));
   }

@@ -8,17 +8,14 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
-// From here on the compiler may use the instructions anywhere, so nothing of std:: that other files share follows.
+// From here on the compiler may use the instructions anywhere, so nothing of std:: follows: other files
+// would share it.
 #pragma GCC target("avx512f,avx512bw,avx512vl")
+// In this order: the rest is written in terms of the first.
+// clang-format off
 #include "vec_avx512.h"
-
-#include "kernels_rows.h"
-
-#include "kernels_linear.h"
-
-#include "kernels_attention.h"
-
 #include "kernels_table.h"
+// clang-format on
 
 const Kernels* kernels_avx512() {
   static const Kernels table = {"avx512", {model_kernels<Float32Model>(), model_kernels<BFloat16Model>()}};

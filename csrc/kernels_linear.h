@@ -1,15 +1,19 @@
-// out = x wᵀ on packed weights. Each output is the sum, in ascending order, of sums over kSumLength k in ascending order:
-// the number of rows and columns that are computed together changes nothing but the speed.
+// out = x wᵀ on packed weights. Each output is the sum, in ascending order, of sums over kSumLength k in
+// ascending order: the number of rows and columns that are computed together changes nothing but the speed.
 #pragma once
+
+#include "kernels_rows.h"
 
 namespace {
 
-// How far ahead weights are fetched into the first-level cache: best of 1, 2, 4, 8 and 16 KiB for 4 to 48 rows, on
-// Sapphire Rapids. Where several tiles of rows share a panel, the next one comes into the second level meanwhile.
+// How far ahead weights are fetched into the first-level cache: best of 1, 2, 4, 8 and 16 KiB for 4 to 48
+// rows, on Sapphire Rapids. Where several tiles of rows share a panel, the next one comes into the second
+// level meanwhile.
 constexpr int kPrefetchBytes = 4096;
 constexpr int kPasses = kPanel / (kLanes * kTileVecs);
 
-constexpr int kSumLength = 256;  // one sum over thousands of k loses digits: 5 times the error of torch's at 3072
+// A single sum over thousands of k loses digits: at 3072 it had five times the error of torch's.
+constexpr int kSumLength = 256;
 
 // What to fetch for later, `step` bytes further with every k (or pair of k).
 struct Ahead {
@@ -106,7 +110,8 @@ inline void multiply(const BF16* x, std::size_t ldx, const BF16* panel, int K, A
       const __m512i a = _mm512_set1_epi32(pair);
 #pragma GCC unroll 2
       // C-style casts: __m512bh is a vector of short in older compilers and of __bf16 in newer ones.
-      for (int c = 0; c < kTileVecs; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], (__m512bh)w[c], (__m512bh)a);
+      for (int c = 0; c < kTileVecs; ++c)
+        acc[r][c] = _mm512_dpbf16_ps(acc[r][c], (__m512bh)w[c], (__m512bh)a);
     }
     panel += 2 * kPanel;
   }
@@ -140,7 +145,8 @@ void finish_row(const LinearTask& task, const float* sums, int row, int panel) {
       return;
     case kSiluMul:
       for (int c = 0; c < kPanel / 2; c += kLanes) {
-        const Vec gate = rounded<Model::kRounds>(load(sums + c)), up = rounded<Model::kRounds>(load(sums + kPanel / 2 + c));
+        const Vec gate = rounded<Model::kRounds>(load(sums + c)),
+                  up = rounded<Model::kRounds>(load(sums + kPanel / 2 + c));
         put<Model::kRounds>(out + panel * (kPanel / 2) + c, mul(silu(gate), up));
       }
       return;
@@ -153,7 +159,8 @@ void multiply_rows(const LinearTask& task, int row, int panel, Ahead ahead) {
   constexpr int kPairs = sizeof(Weight) == 2 ? 2 : 1;  // values of one column that lie together
   alignas(64) float sums[R * kPanel] = {};
   const auto* x = static_cast<const typename Model::Act*>(task.x) + row * task.ldx;
-  const Weight* weight = static_cast<const Weight*>(task.weight) + static_cast<std::size_t>(panel) * kPanel * task.K;
+  const Weight* weight =
+      static_cast<const Weight*>(task.weight) + static_cast<std::size_t>(panel) * kPanel * task.K;
   for (int k = 0; k < task.K; k += kSumLength) {
     const int length = task.K - k < kSumLength ? task.K - k : kSumLength;
     for (int pass = 0; pass < kPasses; ++pass) {
@@ -167,7 +174,8 @@ void multiply_rows(const LinearTask& task, int row, int panel, Ahead ahead) {
 }
 
 template <class Model>
-void linear(const LinearTask& task, int first_row, int last_row, int first_panel, int last_panel, int next_panel) {
+void linear(const LinearTask& task, int first_row, int last_row, int first_panel, int last_panel,
+            int next_panel) {
   using Multiply = void (*)(const LinearTask&, int, int, Ahead);
   static constexpr Multiply kByRows[] = {
       nullptr,

@@ -40,8 +40,8 @@ inline void put(BF16* to, Vec a) {
   store(to, a);
 }
 
-// 2^x to about one unit in the last place; 0 below -200, infinity above 200, NaN for NaN. The polynomial is the
-// Taylor series of 2^f on [-0.5, 0.5], cut where the rest is below 2^-27.
+// 2^x to about one unit in the last place; 0 below -200, infinity above 200, NaN for NaN. The polynomial is
+// the Taylor series of 2^f on [-0.5, 0.5], cut where the rest is below 2^-27.
 inline Vec exp2(Vec x) {
   x = min(set1(200.0f), max(set1(-200.0f), x));
   const Vec n = nearest(x), f = sub(x, n);
@@ -106,7 +106,8 @@ void rms_norm(const void* x, const float* weight, float eps, int n, void* out) {
   auto* target = static_cast<typename Model::Act*>(out);
   const Vec scale = set1(scale_of_norm(row, eps, n));
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) put<Model::kRounds>(target + i, mul(mul(load(row + i), scale), load(weight + i)));
+  for (; i + kLanes <= n; i += kLanes)
+    put<Model::kRounds>(target + i, mul(mul(load(row + i), scale), load(weight + i)));
   if (i < n) {
     alignas(64) float tail[kLanes] = {};
     for (int j = i; j < n; ++j) tail[j - i] = weight[j];
@@ -116,15 +117,17 @@ void rms_norm(const void* x, const float* weight, float eps, int n, void* out) {
 
 template <class Model>
 void silu_mul(const void* gate, const void* up, int n, void* out) {
-  const auto *a = static_cast<const typename Model::Act*>(gate), *b = static_cast<const typename Model::Act*>(up);
+  const auto *a = static_cast<const typename Model::Act*>(gate),
+             *b = static_cast<const typename Model::Act*>(up);
   auto* target = static_cast<typename Model::Act*>(out);
   for (int i = 0; i < n; i += kLanes) put<Model::kRounds>(target + i, mul(silu(load(a + i)), load(b + i)));
 }
 
-// Norm one head, then rotate pair (j, j + D/2) by its angle. No lambda takes a Vec in these files: g++ compiles
-// lambdas without the file's target.
+// Norm one head, then rotate pair (j, j + D/2) by its angle. No lambda takes a Vec in these files: g++
+// compiles lambdas without the file's target.
 template <bool kRounds, class Act, class Out>
-inline void norm_and_rotate(const Act* head, const float* weight, const float* cos_sin, float eps, int D, Out* out) {
+inline void norm_and_rotate(const Act* head, const float* weight, const float* cos_sin, float eps, int D,
+                            Out* out) {
   const Vec scale = set1(scale_of_norm(head, eps, D));
   const int half = D / 2;
   for (int j = 0; j < half; j += kLanes) {

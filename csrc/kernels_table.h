@@ -1,6 +1,10 @@
 // The table of this file's instruction set. Included last, once, by each kernels_<isa>.cpp.
 #pragma once
 
+#include "kernels_attention.h"
+#include "kernels_linear.h"
+#include "kernels_rows.h"
+
 namespace {
 
 template <class Model>

@@ -12,7 +12,8 @@ class Memory {
   Memory() = default;
 
   // Throws std::bad_alloc. Pages that are never touched cost nothing.
-  explicit Memory(std::size_t num_bytes) : num_bytes_((num_bytes + kHugePage - 1) / kHugePage * kHugePage + kHugePage) {
+  explicit Memory(std::size_t num_bytes)
+      : num_bytes_((num_bytes + kHugePage - 1) / kHugePage * kHugePage + kHugePage) {
     void* start = mmap(nullptr, num_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED) throw std::bad_alloc();
     start_ = start;
@@ -21,7 +22,9 @@ class Memory {
 #endif
   }
 
-  Memory(Memory&& other) noexcept : start_(other.start_), num_bytes_(other.num_bytes_) { other.start_ = nullptr; }
+  Memory(Memory&& other) noexcept : start_(other.start_), num_bytes_(other.num_bytes_) {
+    other.start_ = nullptr;
+  }
 
   Memory& operator=(Memory&& other) noexcept {
     std::swap(start_, other.start_);

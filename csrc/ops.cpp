@@ -6,7 +6,6 @@
 #include <system_error>
 #include <vector>
 
-#include "memory.h"
 #include "phases.h"
 #include "step.h"
 
@@ -27,9 +26,9 @@ bool is_amd() {
 #endif
 }
 
-// In order of preference. Intel's bf16 dot product runs at a quarter of the rate of its fp32 multiply-add (measured
-// on Sapphire Rapids: 1.4 against 5.6 instructions a nanosecond), so converting and multiplying in fp32 is twice as
-// fast there, and more exact; AMD's runs at full rate.
+// In order of preference. Intel's bf16 dot product runs at a quarter of the rate of its fp32 multiply-add
+// (measured on Sapphire Rapids: 1.4 against 5.6 instructions a nanosecond), so converting and multiplying in
+// fp32 is twice as fast there, and more exact; AMD's runs at full rate.
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> found;
   const bool has_avx512 = GE_SUPPORTS("avx512f") && GE_SUPPORTS("avx512bw") && GE_SUPPORTS("avx512vl");
@@ -42,6 +41,21 @@ std::vector<const Kernels*> usable_kernels() {
   return found;
 }
 
+// Memory of one call, at cache lines. Small pages: clearing huge ones would take longer than most operators.
+class Buffer {
+ public:
+  explicit Buffer(std::size_t num_bytes)
+      : data_(static_cast<char*>(::operator new(num_bytes, std::align_val_t{64}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  char* data() const { return data_; }
+
+ private:
+  char* data_;
+};
+
 // Rows of stored values as activations.
 struct Activations {
   Activations(const ModelKernels& kernels, int num_rows, int n)
@@ -52,7 +66,7 @@ struct Activations {
   char* at(int row) const { return memory.data() + row * row_bytes; }
 
   std::size_t stride, row_bytes;
-  Memory memory;
+  Buffer memory;
 };
 
 std::size_t value_bytes(int dtype) { return dtype == GE_BFLOAT16 ? 2 : 4; }
@@ -92,7 +106,8 @@ int reporting_memory(const Body& body) {
 GE_API const char* ge_kernel_isas(void) {
   static const std::string names = [] {
     std::string joined;
-    for (const Kernels* kernels : usable_kernels()) joined += (joined.empty() ? "" : " ") + std::string(kernels->name);
+    for (const Kernels* kernels : usable_kernels())
+      joined += (joined.empty() ? "" : " ") + std::string(kernels->name);
     return joined;
   }();
   return names.c_str();
@@ -114,15 +129,17 @@ GE_API void* ge_workers_create(const char* isa, int num_threads) {
 
 GE_API void ge_workers_destroy(void* workers) { delete static_cast<Workers*>(workers); }
 
-GE_API std::int64_t ge_packed_bytes(int dtype, int N, int K) { return static_cast<std::int64_t>(packed_bytes(dtype, N, K)); }
+GE_API std::int64_t ge_packed_bytes(int dtype, int N, int K) {
+  return static_cast<std::int64_t>(packed_bytes(dtype, N, K));
+}
 
 GE_API void ge_pack(void* workers, int dtype, const void* weight, int N, int K, void* packed) {
   const std::int64_t num_rows = N;
   pack(*static_cast<Workers*>(workers), dtype, {&weight, &num_rows, 1, K, false}, static_cast<char*>(packed));
 }
 
-GE_API int ge_linear(void* workers, int dtype, const void* x, int T, int K, const void* packed, int N, void* out,
-                     int is_float_out) {
+GE_API int ge_linear(void* workers, int dtype, const void* x, int T, int K, const void* packed, int N,
+                     void* out, int is_float_out) {
   return reporting_memory([&] {
     Workers& w = *static_cast<Workers*>(workers);
     const ModelKernels& kernels = w.kernels->model[dtype];
@@ -134,7 +151,8 @@ GE_API int ge_linear(void* workers, int dtype, const void* x, int T, int K, cons
       task.ldo = N;
     }
     on_all_threads(w, [&](int) {
-      for_rows(w.team, T, [&](int row) { kernels.widen(row_of(x, dtype, row, K), K, from.at(row), from.stride); });
+      for_rows(w.team, T,
+               [&](int row) { kernels.widen(row_of(x, dtype, row, K), K, from.at(row), from.stride); });
       run_linear(w, kernels, task, T);
       if (is_float_out) return;
       for_rows(w.team, T, [&](int row) { kernels.narrow(to.at(row), N, row_of(out, dtype, row, N)); });
@@ -142,7 +160,8 @@ GE_API int ge_linear(void* workers, int dtype, const void* x, int T, int K, cons
   });
 }
 
-GE_API int ge_rms_norm(void* workers, int dtype, const void* x, const float* weight, float eps, int T, int n, void* out) {
+GE_API int ge_rms_norm(void* workers, int dtype, const void* x, const float* weight, float eps, int T, int n,
+                       void* out) {
   return reporting_memory([&] {
     Workers& w = *static_cast<Workers*>(workers);
     const ModelKernels& kernels = w.kernels->model[dtype];
@@ -173,15 +192,17 @@ GE_API int ge_silu_and_mul(void* workers, int dtype, const void* gate_up, int T,
   });
 }
 
-GE_API int ge_qk_norm_rope_store_kv(void* workers, int dtype, int kv_dtype, const GeHeads* heads, const void* qkv, int T,
-                                    const float* q_norm, const float* k_norm, const float* cos_sin,
-                                    const std::int64_t* positions, const std::int64_t* slot_mapping, void* k_cache,
-                                    void* v_cache, float eps, void* q) {
+GE_API int ge_qk_norm_rope_store_kv(void* workers, int dtype, int kv_dtype, const GeHeads* heads,
+                                    const void* qkv, int T, const float* q_norm, const float* k_norm,
+                                    const float* cos_sin, const std::int64_t* positions,
+                                    const std::int64_t* slot_mapping, void* k_cache, void* v_cache, float eps,
+                                    void* q) {
   return reporting_memory([&] {
     Workers& w = *static_cast<Workers*>(workers);
     const ModelKernels& kernels = w.kernels->model[dtype];
     const HeadShape shape = shape_of(*heads);
-    const int q_width = shape.num_heads * shape.head_dim, width = q_width + 2 * shape.num_kv_heads * shape.head_dim;
+    const int q_width = shape.num_heads * shape.head_dim,
+              width = q_width + 2 * shape.num_kv_heads * shape.head_dim;
     const Activations rows(kernels, T, width);
     const StoreTask task{shape, q_norm, k_norm, cos_sin, eps, k_cache, v_cache};
     on_all_threads(w, [&](int) {
@@ -196,10 +217,11 @@ GE_API int ge_qk_norm_rope_store_kv(void* workers, int dtype, int kv_dtype, cons
   });
 }
 
-GE_API int ge_paged_attention(void* workers, int dtype, int kv_dtype, const GeHeads* heads, const void* q, int T,
-                              const void* k_cache, const void* v_cache, const std::int32_t* block_tables,
-                              int blocks_per_table, const std::int32_t* cu_seqlens, int B,
-                              const std::int64_t* positions, float softmax_scale, void* out) {
+GE_API int ge_paged_attention(void* workers, int dtype, int kv_dtype, const GeHeads* heads, const void* q,
+                              int T, const void* k_cache, const void* v_cache,
+                              const std::int32_t* block_tables, int blocks_per_table,
+                              const std::int32_t* cu_seqlens, int B, const std::int64_t* positions,
+                              float softmax_scale, void* out) {
   return reporting_memory([&] {
     Workers& w = *static_cast<Workers*>(workers);
     const ModelKernels& kernels = w.kernels->model[dtype];
@@ -208,14 +230,17 @@ GE_API int ge_paged_attention(void* workers, int dtype, int kv_dtype, const GeHe
     const Activations from(kernels, T, width), to(kernels, T, width);
     const std::vector<RowTile> tiles = row_tiles(shape, cu_seqlens, B, positions);
     const std::size_t scratch_size = attention_scratch(shape);
-    const Memory scratch(scratch_size * sizeof(float) * w.team.size());
-    const AttentionTask task{shape,   softmax_scale, k_cache,   v_cache,  from.at(0),
-                             from.stride, nullptr,   positions, to.at(0), to.stride};
+    const Buffer scratch(scratch_size * sizeof(float) * w.team.size());
+    const AttentionTask task{shape,       softmax_scale, k_cache,   v_cache,  from.at(0),
+                             from.stride, nullptr,       positions, to.at(0), to.stride};
     on_all_threads(w, [&](int thread) {
-      for_rows(w.team, T, [&](int row) { kernels.widen(row_of(q, dtype, row, width), width, from.at(row), from.stride); });
+      for_rows(w.team, T, [&](int row) {
+        kernels.widen(row_of(q, dtype, row, width), width, from.at(row), from.stride);
+      });
       run_attention(w, kernels, kv_dtype, task, tiles, block_tables, blocks_per_table,
                     reinterpret_cast<float*>(scratch.data()) + scratch_size * thread);
-      for_rows(w.team, T, [&](int row) { kernels.narrow(to.at(row), width, row_of(out, dtype, row, width)); });
+      for_rows(w.team, T,
+               [&](int row) { kernels.narrow(to.at(row), width, row_of(out, dtype, row, width)); });
     });
   });
 }

@@ -4,12 +4,13 @@
 
 namespace {
 
-// Rows of a linear's input that stay in a core's second-level cache while weights stream past: measured on a core
-// with 2 MiB, half of it.
+// Rows of a linear's input that stay in a core's second-level cache while weights stream past: measured on a
+// core with 2 MiB, half of it.
 constexpr std::size_t kRowBlockBytes = std::size_t{1} << 20;
 constexpr int kRowBlockMultiple = 12;  // of the tallest register tile
 
-// Panels of 32 columns: [K / 2][32][2] of two bytes, or [K][32] of four. Either way four bytes of a row stay together.
+// Panels of 32 columns: [K / 2][32][2] of two bytes, or [K][32] of four. Either way four bytes of a row stay
+// together.
 void pack_panel(const std::uint32_t* const* rows, std::size_t num_words, std::uint32_t* to) {
   constexpr std::size_t kStrip = 64;  // four cache lines of each row at a time
   for (std::size_t start = 0; start < num_words; start += kStrip) {
@@ -68,7 +69,8 @@ std::vector<RowTile> row_tiles(const HeadShape& shape, const std::int32_t* cu_se
     }
   }
   std::stable_sort(tiles.begin(), tiles.end(), [&](const RowTile& a, const RowTile& b) {
-    return positions[a.last_row - 1] * (a.last_row - a.first_row) > positions[b.last_row - 1] * (b.last_row - b.first_row);
+    return positions[a.last_row - 1] * (a.last_row - a.first_row) >
+           positions[b.last_row - 1] * (b.last_row - b.first_row);
   });
   return tiles;
 }
@@ -76,7 +78,8 @@ std::vector<RowTile> row_tiles(const HeadShape& shape, const std::int32_t* cu_se
 void run_linear(Workers& workers, const ModelKernels& kernels, const LinearTask& task, int num_rows) {
   const int threads = workers.team.size();
   const std::size_t row_bytes = static_cast<std::size_t>(task.K) * kernels.act_bytes;
-  const int most_rows = std::max(1, static_cast<int>(kRowBlockBytes / row_bytes) / kRowBlockMultiple) * kRowBlockMultiple;
+  const int most_rows =
+      std::max(1, static_cast<int>(kRowBlockBytes / row_bytes) / kRowBlockMultiple) * kRowBlockMultiple;
   const int num_blocks = ceil_div(num_rows, most_rows);
   const int num_panels = ceil_div(task.N, kPanel);
   const int portion = std::max(1, num_panels * std::min(num_blocks, 4) / (4 * threads));
@@ -96,7 +99,9 @@ void run_attention(Workers& workers, const ModelKernels& kernels, int kv_dtype, 
   const int num_kv_heads = task.shape.num_kv_heads;
   for_each(workers.team, static_cast<int>(tiles.size()) * num_kv_heads, [&](int item) {
     const RowTile& tile = tiles[item / num_kv_heads];
-    const std::int32_t* block_table = block_tables + static_cast<std::ptrdiff_t>(tile.stream) * blocks_per_table;
-    kernels.attention[kv_dtype](task, block_table, tile.first_row, tile.last_row, item % num_kv_heads, scratch);
+    const std::int32_t* block_table =
+        block_tables + static_cast<std::ptrdiff_t>(tile.stream) * blocks_per_table;
+    kernels.attention[kv_dtype](task, block_table, tile.first_row, tile.last_row, item % num_kv_heads,
+                                scratch);
   });
 }

@@ -1,5 +1,5 @@
-// How the operations of a step are shared out among threads. Always over outputs, never within a sum, so results do
-// not depend on the number of threads.
+// How the operations of a step are shared out among threads. Always over outputs, never within a sum, so
+// results do not depend on the number of threads.
 #pragma once
 
 #include <vector>
@@ -13,16 +13,16 @@ struct Workers {
   Team team;
 };
 
-// Distance between rows of n activations. The extra 32 keep rows of 1024 floats out of each other's cache lines'
-// sets: twelve rows at a distance of 4 KiB all fall into one.
+// Distance between rows of n activations. The extra 32 keep rows of 1024 floats out of each other's cache
+// lines' sets: twelve rows at a distance of 4 KiB all fall into one.
 inline std::size_t row_stride(int n) { return (static_cast<std::size_t>(n) + 31) / 32 * 32 + 32; }
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 std::size_t packed_bytes(int dtype, int N, int K);
 
-// A matrix to pack: rows of K values, from one matrix or several (query, key, value). With `interleaves` the first of
-// two goes into the first halves of the panels and the second into the second halves (gate, up).
+// A matrix to pack: rows of K values, from one matrix or several (query, key, value). With `interleaves` the
+// first of two goes into the first halves of the panels and the second into the second halves (gate, up).
 struct Unpacked {
   const void* const* sources;
   const std::int64_t* num_rows;

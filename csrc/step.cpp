@@ -39,7 +39,9 @@ class Model {
     const float *input, *post, *query, *key;
   };
 
-  const Matrix& matrix(int which, int layer) const { return matrices_[which < GE_PRE ? layer * GE_PRE + which : heads_ + which]; }
+  const Matrix& matrix(int which, int layer) const {
+    return matrices_[which < GE_PRE ? layer * GE_PRE + which : heads_ + which];
+  }
   Norms norms(int layer) const;
   void reserve(int num_rows);
   void step_thread(const GeBatch& batch, int thread);
@@ -65,8 +67,13 @@ class Model {
 Model::Model(Workers& workers, const GeModelConfig& config)
     : workers_(workers), config_(config), kernels_(workers.kernels->model[config.dtype]) {
   const std::int64_t token_stride = config.head_dim, head_stride = token_stride * config.block_size;
-  shape_ = {config.num_heads, config.num_kv_heads, config.head_dim, config.block_size,
-            head_stride * config.num_kv_heads * 2 * config.num_layers, token_stride, head_stride};
+  shape_ = {config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.block_size,
+            head_stride * config.num_kv_heads * 2 * config.num_layers,
+            token_stride,
+            head_stride};
   const int q_width = config.num_heads * config.head_dim, kv_width = config.num_kv_heads * config.head_dim;
   for (int layer = 0; layer < config.num_layers; ++layer) {
     matrices_.push_back({q_width + 2 * kv_width, config.hidden});
@@ -93,7 +100,8 @@ Model::Model(Workers& workers, const GeModelConfig& config)
 
 void Model::pack_matrix(int which, int layer, const Unpacked& rows) {
   const Matrix& target = matrix(which, layer);
-  pack(workers_, config_.dtype, {rows.sources, rows.num_rows, rows.num_sources, target.K, which == GE_GATE_UP}, target.data);
+  pack(workers_, config_.dtype,
+       {rows.sources, rows.num_rows, rows.num_sources, target.K, which == GE_GATE_UP}, target.data);
 }
 
 Model::Norms Model::norms(int layer) const {
@@ -145,7 +153,8 @@ void Model::step(const GeBatch& batch) {
 void Model::step_thread(const GeBatch& batch, int thread) {
   const std::size_t value_bytes = config_.dtype == GE_BFLOAT16 ? 2 : 4;
   for_rows(workers_.team, batch.num_tokens, [&](int row) {
-    const char* embedding = static_cast<const char*>(config_.embed) + batch.input_ids[row] * config_.hidden * value_bytes;
+    const char* embedding =
+        static_cast<const char*>(config_.embed) + batch.input_ids[row] * config_.hidden * value_bytes;
     kernels_.widen(embedding, config_.hidden, residual_.at(row), residual_.stride);
   });
   for (int layer = 0; layer < config_.num_layers; ++layer) run_layer(batch, layer, thread);
@@ -159,7 +168,8 @@ void Model::run_layer(const GeBatch& batch, int layer, int thread) {
   multiply(normed_, matrix(GE_QKV, layer), kStore, qkv_, batch.num_tokens);
 
   const std::size_t kv_bytes = config_.kv_dtype == GE_BFLOAT16 ? 2 : 4;
-  const std::size_t plane = shape_.head_stride * config_.num_kv_heads * kv_bytes;  // keys, or values, of one layer
+  const std::size_t plane =
+      shape_.head_stride * config_.num_kv_heads * kv_bytes;  // keys, or values, of one layer
   char* k_cache = static_cast<char*>(batch.kv_cache) + 2 * plane * layer;
   char* v_cache = k_cache + plane;
   const StoreTask store{shape_, weights.query, weights.key, config_.cos_sin, config_.eps, k_cache, v_cache};
@@ -175,7 +185,8 @@ void Model::run_layer(const GeBatch& batch, int layer, int thread) {
   const int num_rows = is_last ? batch.num_labels : batch.num_tokens;
   if (is_last) {
     for_rows(workers_.team, num_rows, [&](int row) {
-      __builtin_memcpy(residual.at(row), residual_.at(batch.label_index[row]), residual.stride * residual.act_bytes);
+      __builtin_memcpy(residual.at(row), residual_.at(batch.label_index[row]),
+                       residual.stride * residual.act_bytes);
     });
   }
   const AttentionTask attention{shape_,
@@ -188,8 +199,9 @@ void Model::run_layer(const GeBatch& batch, int layer, int thread) {
                                 is_last ? batch.label_positions : batch.positions,
                                 attended_.data,
                                 attended_.stride};
-  run_attention(workers_, kernels_, config_.kv_dtype, attention, is_last ? label_tiles_ : tiles_, batch.block_tables,
-                batch.blocks_per_table, reinterpret_cast<float*>(attention_memory_.data()) + attention_scratch_ * thread);
+  run_attention(workers_, kernels_, config_.kv_dtype, attention, is_last ? label_tiles_ : tiles_,
+                batch.block_tables, batch.blocks_per_table,
+                reinterpret_cast<float*>(attention_memory_.data()) + attention_scratch_ * thread);
   multiply(attended_, matrix(GE_O, layer), kAddResidual, residual, num_rows);
   norm_rows(residual, 0, weights.post, config_.hidden, normed_, num_rows);
   multiply(normed_, matrix(GE_GATE_UP, layer), kSiluMul, inner_, num_rows);
@@ -204,24 +216,28 @@ void Model::classify(const GeBatch& batch) {
   norm_rows(qkv_, G, config_.guard_norms + G, G, normed_, W);
   const std::size_t num_logits = config_.response_logits + config_.query_logits;
   const Matrix &response = matrix(GE_RESPONSE, 0), &query = matrix(GE_QUERY, 0);
+  run_linear(
+      workers_, kernels_,
+      {normed_.data, normed_.stride, response.data, G, response.N, kStoreFloat, batch.logits, num_logits}, W);
   run_linear(workers_, kernels_,
-             {normed_.data, normed_.stride, response.data, G, response.N, kStoreFloat, batch.logits, num_logits}, W);
-  run_linear(workers_, kernels_,
-             {static_cast<char*>(normed_.data) + G * kernels_.act_bytes, normed_.stride, query.data, G, query.N,
-              kStoreFloat, batch.logits + config_.response_logits, num_logits},
+             {static_cast<char*>(normed_.data) + G * kernels_.act_bytes, normed_.stride, query.data, G,
+              query.N, kStoreFloat, batch.logits + config_.response_logits, num_logits},
              W);
 }
 
 // Values [offset, offset + n) of each row.
-void Model::norm_rows(const Rows& from, int offset, const float* weight, int n, const Rows& to, int num_rows) {
+void Model::norm_rows(const Rows& from, int offset, const float* weight, int n, const Rows& to,
+                      int num_rows) {
   const std::size_t skip = offset * kernels_.act_bytes;
   for_rows(workers_.team, num_rows, [&](int row) {
-    kernels_.rms_norm(static_cast<char*>(from.at(row)) + skip, weight, config_.eps, n, static_cast<char*>(to.at(row)) + skip);
+    kernels_.rms_norm(static_cast<char*>(from.at(row)) + skip, weight, config_.eps, n,
+                      static_cast<char*>(to.at(row)) + skip);
   });
 }
 
 void Model::multiply(const Rows& x, const Matrix& weight, Epilogue epilogue, const Rows& out, int num_rows) {
-  run_linear(workers_, kernels_, {x.data, x.stride, weight.data, weight.K, weight.N, epilogue, out.data, out.stride}, num_rows);
+  run_linear(workers_, kernels_,
+             {x.data, x.stride, weight.data, weight.K, weight.N, epilogue, out.data, out.stride}, num_rows);
 }
 
 }  // namespace
@@ -236,8 +252,8 @@ GE_API void* ge_model_create(void* workers, const GeModelConfig* config) {
 
 GE_API void ge_model_destroy(void* model) { delete static_cast<Model*>(model); }
 
-GE_API void ge_model_pack(void* model, int matrix, int layer, const void* const* sources, const std::int64_t* num_rows,
-                          int num_sources) {
+GE_API void ge_model_pack(void* model, int matrix, int layer, const void* const* sources,
+                          const std::int64_t* num_rows, int num_sources) {
   static_cast<Model*>(model)->pack_matrix(matrix, layer, {sources, num_rows, num_sources, 0, false});
 }
 

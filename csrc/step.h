@@ -1,13 +1,13 @@
 // The model on the CPU: packed weights and one call for a whole step. A plain C ABI, used through ctypes.
 //
-// Nothing here checks its arguments: the Python side does. A model and its workers belong to one thread at a time.
-// Sizes follow the dimension key of guardengine.kernels; dtypes are GeDtype (0 float32, 1 bfloat16).
+// Nothing here checks its arguments: the Python side does. A model and its workers belong to one thread at a
+// time. Sizes follow the dimension key of guardengine.kernels; dtypes are GeDtype (0 float32, 1 bfloat16).
 #pragma once
 
 #include "bf16.h"
 
-// Threads and the kernels of one instruction set, "avx512bf16", "avx512", "avx2" or "portable". Null when the threads
-// cannot be started, or for a set that this CPU or build lacks.
+// Threads and the kernels of one instruction set, "avx512bf16", "avx512", "avx2" or "portable". Null when the
+// threads cannot be started, or for a set that this CPU or build lacks.
 GE_API void* ge_workers_create(const char* isa, int num_threads);
 GE_API void ge_workers_destroy(void* workers);
 
@@ -29,14 +29,15 @@ struct GeModelConfig {
 
 enum GeMatrix { GE_QKV, GE_O, GE_GATE_UP, GE_DOWN, GE_PRE, GE_RESPONSE, GE_QUERY, GE_NUM_MATRICES };
 
-// Room for a model's matrices, to be filled by ge_model_pack before the first step. Null when memory runs out.
+// Room for a model's matrices, to be filled by ge_model_pack before the first step. Null when memory runs
+// out.
 GE_API void* ge_model_create(void* workers, const GeModelConfig* config);
 GE_API void ge_model_destroy(void* model);
 
-// Pack one matrix (GeMatrix; `layer` is ignored for the guard heads') from row-major sources in the model's dtype,
-// which stand one after another; gate and up are two sources.
-GE_API void ge_model_pack(void* model, int matrix, int layer, const void* const* sources, const std::int64_t* num_rows,
-                          int num_sources);
+// Pack one matrix (GeMatrix; `layer` is ignored for the guard heads') from row-major sources in the model's
+// dtype, which stand one after another; gate and up are two sources.
+GE_API void ge_model_pack(void* model, int matrix, int layer, const void* const* sources,
+                          const std::int64_t* num_rows, int num_sources);
 
 struct GeBatch {
   std::int32_t num_tokens, num_streams, blocks_per_table, num_labels;
@@ -52,17 +53,18 @@ struct GeBatch {
   float* logits;   // [W, C]
 };
 
-// Run one batch: guardengine.model.forward and guard_logits. 0, or -2 when there is no memory for its rows (then
-// nothing was changed).
+// Run one batch: guardengine.model.forward and guard_logits. 0, or -2 when there is no memory for its rows
+// (then nothing was changed).
 GE_API int ge_step(void* model, const GeBatch* batch);
 
-// Single operators with the contracts of guardengine.kernels.reference, on contiguous tensors of `dtype`; norms'
-// weights are float; `packed` is zeroed memory of ge_packed_bytes. 0, or -2 when memory runs out.
+// Single operators with the contracts of guardengine.kernels.reference, on contiguous tensors of `dtype`;
+// norms' weights are float; `packed` is zeroed memory of ge_packed_bytes. 0, or -2 when memory runs out.
 GE_API std::int64_t ge_packed_bytes(int dtype, int N, int K);
 GE_API void ge_pack(void* workers, int dtype, const void* weight, int N, int K, void* packed);
-GE_API int ge_linear(void* workers, int dtype, const void* x, int T, int K, const void* packed, int N, void* out,
-                     int is_float_out);
-GE_API int ge_rms_norm(void* workers, int dtype, const void* x, const float* weight, float eps, int T, int n, void* out);
+GE_API int ge_linear(void* workers, int dtype, const void* x, int T, int K, const void* packed, int N,
+                     void* out, int is_float_out);
+GE_API int ge_rms_norm(void* workers, int dtype, const void* x, const float* weight, float eps, int T, int n,
+                       void* out);
 GE_API int ge_silu_and_mul(void* workers, int dtype, const void* gate_up, int T, int F, void* out);
 
 struct GeHeads {
@@ -70,11 +72,13 @@ struct GeHeads {
   std::int64_t block_stride, token_stride, head_stride;  // of both caches, in values
 };
 
-GE_API int ge_qk_norm_rope_store_kv(void* workers, int dtype, int kv_dtype, const GeHeads* heads, const void* qkv, int T,
-                                    const float* q_norm, const float* k_norm, const float* cos_sin,
-                                    const std::int64_t* positions, const std::int64_t* slot_mapping, void* k_cache,
-                                    void* v_cache, float eps, void* q);
-GE_API int ge_paged_attention(void* workers, int dtype, int kv_dtype, const GeHeads* heads, const void* q, int T,
-                              const void* k_cache, const void* v_cache, const std::int32_t* block_tables,
-                              int blocks_per_table, const std::int32_t* cu_seqlens, int B,
-                              const std::int64_t* positions, float softmax_scale, void* out);
+GE_API int ge_qk_norm_rope_store_kv(void* workers, int dtype, int kv_dtype, const GeHeads* heads,
+                                    const void* qkv, int T, const float* q_norm, const float* k_norm,
+                                    const float* cos_sin, const std::int64_t* positions,
+                                    const std::int64_t* slot_mapping, void* k_cache, void* v_cache, float eps,
+                                    void* q);
+GE_API int ge_paged_attention(void* workers, int dtype, int kv_dtype, const GeHeads* heads, const void* q,
+                              int T, const void* k_cache, const void* v_cache,
+                              const std::int32_t* block_tables, int blocks_per_table,
+                              const std::int32_t* cu_seqlens, int B, const std::int64_t* positions,
+                              float softmax_scale, void* out);

@@ -14,7 +14,8 @@ void pause_briefly() {
 #endif
 }
 
-// About 50 microseconds on the machines seen. With more threads than cores, spinning only delays the one waited for.
+// About 50 microseconds on the machines seen. With more threads than cores, spinning only delays the one
+// waited for.
 int spins_for(int num_threads) {
   const unsigned cores = std::thread::hardware_concurrency();
   return cores != 0 && static_cast<unsigned>(num_threads) > cores ? 0 : 1000;
@@ -74,7 +75,8 @@ void Team::wait_while(const std::atomic<unsigned>& counter, unsigned value) {
     if (counter != value) return;
     pause_briefly();
   }
-  // Sequential consistency of num_asleep_ and the counter: either the one who advances sees us, or we see that.
+  // Sequential consistency of num_asleep_ and the counter: either the one who advances sees us, or we see
+  // that.
   std::unique_lock<std::mutex> lock(mutex_);
   ++num_asleep_;
   changed_.wait(lock, [&] { return counter != value; });

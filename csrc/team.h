@@ -49,8 +49,8 @@ class Team {
   std::vector<std::thread> threads_;
 };
 
-// Inside Team::run(): body(i, next) for every i in 0 .. num_items - 1, shared out, then a barrier. `next` is the item
-// that this thread takes next, num_items or more when there is none.
+// Inside Team::run(): body(i, next) for every i in 0 .. num_items - 1, shared out, then a barrier. `next` is
+// the item that this thread takes next, num_items or more when there is none.
 template <class Body>
 void for_each_ahead(Team& team, int num_items, const Body& body) {
   for (int i = team.take(); i < num_items;) {

@@ -5,7 +5,8 @@ namespace {
 
 constexpr int kLanes = 8;
 #define GE_TILE_ROWS 5
-constexpr int kTileRows = GE_TILE_ROWS;  // of a linear's register tile: 10 accumulators, 4 weights, 2 to spare
+constexpr int kTileRows =
+    GE_TILE_ROWS;             // of a linear's register tile: 10 accumulators, 4 weights, 2 to spare
 constexpr int kTileVecs = 2;  // columns of that tile, in registers
 
 using Vec = __m256;
@@ -54,7 +55,8 @@ inline void store(BF16* to, Vec a) {
 }
 
 inline Vec round_to_bf16(Vec a) {
-  return _mm256_castsi256_ps(_mm256_and_si256(bf16_bits(a), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  return _mm256_castsi256_ps(
+      _mm256_and_si256(bf16_bits(a), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
 // kLanes pairs of bf16: their first and their second values.
@@ -75,7 +77,8 @@ inline Vec keep_first(Vec a, int count) {
 inline Vec sum_halves(Vec p, Vec q, Vec r, Vec s) {
   const __m256d x = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(p, q), _mm256_unpackhi_ps(p, q)));
   const __m256d y = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(r, s), _mm256_unpackhi_ps(r, s)));
-  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
+                       _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
 }
 
 // Lane i of the result is the sum of the lanes of a[i], always in the same order.

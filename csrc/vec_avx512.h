@@ -5,8 +5,9 @@ namespace {
 
 constexpr int kLanes = 16;
 #define GE_TILE_ROWS 12
-constexpr int kTileRows = GE_TILE_ROWS;  // of a linear's register tile: 24 accumulators, 4 weights, 2 to spare
-constexpr int kTileVecs = 2;   // columns of that tile, in registers
+constexpr int kTileRows =
+    GE_TILE_ROWS;             // of a linear's register tile: 24 accumulators, 4 weights, 2 to spare
+constexpr int kTileVecs = 2;  // columns of that tile, in registers
 
 using Vec = __m512;
 
@@ -44,7 +45,8 @@ inline void store(BF16* to, Vec a) {
 }
 
 inline Vec round_to_bf16(Vec a) {
-  return _mm512_castsi512_ps(_mm512_and_si512(bf16_bits(a), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(bf16_bits(a), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
 // kLanes pairs of bf16: their first and their second values.
@@ -70,11 +72,13 @@ inline Vec sum_each(const Vec (&a)[kLanes]) {
   Vec quads[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const Vec x = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i], a[4 * i + 1]), _mm512_unpackhi_ps(a[4 * i], a[4 * i + 1]));
+    const Vec x =
+        _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i], a[4 * i + 1]), _mm512_unpackhi_ps(a[4 * i], a[4 * i + 1]));
     const Vec y = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i + 2], a[4 * i + 3]),
                                 _mm512_unpackhi_ps(a[4 * i + 2], a[4 * i + 3]));
     const __m512d xd = _mm512_castps_pd(x), yd = _mm512_castps_pd(y);
-    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(xd, yd)), _mm512_castpd_ps(_mm512_unpackhi_pd(xd, yd)));
+    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(xd, yd)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(xd, yd)));
   }
   return halve(halve(quads[0], quads[1]), halve(quads[2], quads[3]));
 }

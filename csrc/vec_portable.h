@@ -1,12 +1,13 @@
-// Eight floats in an array, for any CPU. The same functions as in vec_avx512.h and vec_avx2.h; a multiplication and
-// an addition round separately here.
+// Eight floats in an array, for any CPU. The same functions as in vec_avx512.h and vec_avx2.h; a
+// multiplication and an addition round separately here.
 #pragma once
 
 namespace {
 
 constexpr int kLanes = 8;
 #define GE_TILE_ROWS 2
-constexpr int kTileRows = GE_TILE_ROWS;  // of a linear's register tile: compilers keep 2 x 8 floats in registers
+constexpr int kTileRows =
+    GE_TILE_ROWS;             // of a linear's register tile: compilers keep 2 x 8 floats in registers
 constexpr int kTileVecs = 1;  // columns of that tile, in registers
 
 struct Vec {

@@ -97,8 +97,9 @@ class CpuRunner:
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Compute one batch.  Returns the logits of its wanted rows, [W, C], in the order of `label_index`.
 
-        Raises MemoryError when there is no room for the batch's rows; nothing was computed then.
+        Raises RuntimeError in a forked child, and MemoryError when there is no room for the batch's rows; nothing was computed then.
         """
+        self._workers.check_process()
         logits = np.empty((len(batch.label_index), self._num_logits), dtype=np.float32)
         rows, label_rows = batch.rows, batch.label_rows
         call = native.BatchStruct(

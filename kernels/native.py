@@ -133,7 +133,20 @@ class Workers:
             raise MemoryError(
                 f"{num_threads} threads cannot be started: use fewer, or raise the limit (ulimit -u)"
             )
-        self.close = weakref.finalize(self, library().ge_workers_destroy, self.handle)
+        self._pid = os.getpid()
+        self.close = weakref.finalize(self, _destroy_workers, self._pid, self.handle)
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a forked child: threads do not survive a fork, and a step would wait for them."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "this engine was made before os.fork(), which its threads do not survive; make one in each process"
+            )
+
+
+def _destroy_workers(pid: int, handle: int) -> None:
+    if os.getpid() == pid:  # a forked child has no threads to join
+        library().ge_workers_destroy(handle)
 
 
 class Packed:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -224,6 +226,28 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_a_forked_child_is_told_to_make_its_own_engine(tiny: Path) -> None:
+    """Its threads are gone: without the check a step would hang."""
+    code = (
+        "import os, sys; from guardengine import Engine\n"
+        f"engine = Engine.from_pretrained({str(tiny)!r}, backend='cpu', kv_cache_bytes=2**20)\n"
+        "engine.open(token_ids=[1, 2])\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    try:\n"
+        "        engine.step()\n"
+        "    except RuntimeError as error:\n"
+        "        sys.exit('os.fork()' in str(error) and 7)\n"
+        "    sys.exit(1)\n"
+        "status = os.waitpid(child, 0)[1]\n"
+        "print(os.waitstatus_to_exitcode(status), len(engine.step()))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert run.stdout.split() == ["7", "1"]
+
+
 def test_closing_leaves_no_threads_and_no_memory(make_engine: MakeEngine) -> None:
     def once() -> None:
         with make_engine(num_threads=4) as engine:
