@@ -97,7 +97,8 @@ class CpuRunner:
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Compute one batch.  Returns the logits of its wanted rows, [W, C], in the order of `label_index`.
 
-        Raises RuntimeError in a forked child, and MemoryError when there is no room for the batch's rows; nothing was computed then.
+        Raises RuntimeError in a forked child, and MemoryError when there is no room for the batch's rows; nothing
+        was computed then.
         """
         self._workers.check_process()
         logits = np.empty((len(batch.label_index), self._num_logits), dtype=np.float32)
