@@ -109,9 +109,9 @@ def _draw(axes: Any, curves: Curves, x_label: str, y_label: str, title: str) -> 
     if values:
         y_ticks = _round_ticks(values[0], values[-1])
         axes.set_yticks(y_ticks)
-        axes.set_ylim(y_ticks[0], y_ticks[-1])
+        axes.set_ylim(min(y_ticks[0], values[0] / 1.3), max(y_ticks[-1], values[-1] * 1.3))
         axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, loc="best", framealpha=0.6)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
