@@ -100,9 +100,9 @@ std::size_t panel_bytes(int K) {
   return num_blocks * Matrix::kHeader + static_cast<std::size_t>(K) * kPanel * sizeof(typename Matrix::Format::Value);
 }
 
-// Fetches the lines of this step some bytes further on, and, `step` bytes further with every step, the panel to
-// come. Only the first pass over the columns of a block fetches its lines: later passes find them in the cache.
-template <int kLines>
+// Fetches, with every step over a part of a panel, its share of what comes after, and, `step` bytes further with
+// every step of a first pass, the panel to come.
+template <int kLines, int kPasses>
 struct PanelAhead {
   const char* later;
   const char* next;
@@ -110,7 +110,7 @@ struct PanelAhead {
 
   void operator()(std::size_t offset) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kLines; ++i) prefetch(later + offset + 64 * i);
+    for (int i = 0; i < kLines; ++i) prefetch(later + offset / kPasses + 64 * i);
     prefetch_second_level(next);
     next += step;
   }
@@ -152,43 +152,55 @@ void multiply_rows(const LinearTask& task, int row, int panel, const char* next,
   constexpr int kWanted = R <= 2 ? kWideTileVecs : kTileVecs;
   constexpr int C = kWanted < F::kColumnVecs ? F::kColumnVecs : kWanted;  // registers of columns in a pass
   constexpr int kColumns = C / F::kColumnVecs, kPasses = kPanel / (kLanes * C);
+  constexpr int kPart = Matrix::kBlock < kSumLength ? Matrix::kBlock : kSumLength;  // of k, in the first-level cache
   constexpr std::size_t kStepBytes = kPanel * F::kStep * sizeof(typename F::Value);
-  constexpr int kLines = kStepBytes > 64 ? kStepBytes / 64 : 1;
+  constexpr int kLines = kStepBytes / kPasses > 64 ? kStepBytes / kPasses / 64 : 1;
+  using Ahead = PanelAhead<kLines, kPasses>;
 
   alignas(64) float sums[R * kPanel] = {};
+  typename F::Acc partial[R][kPanel / kLanes];  // sums of the block so far
+  for (auto& row_sums : partial) {
+    for (auto& acc : row_sums) acc = zero_like(&acc);
+  }
   const auto* x = static_cast<const typename F::X*>(task.x) + row * task.ldx;
-  const char* block = static_cast<const char*>(task.weight) + panel * panel_bytes<Matrix>(task.K);
-  for (int k = 0; k < task.K; k += Matrix::kBlock) {
-    const int length = task.K - k < Matrix::kBlock ? task.K - k : Matrix::kBlock;
-    const char* weights = block + Matrix::kHeader;
-    for (int pass = 0; pass < kPasses; ++pass) {
-      typename F::Acc acc[R][C];
+  const char* weights = static_cast<const char*>(task.weight) + panel * panel_bytes<Matrix>(task.K);
+  for (int k = 0; k < task.K;) {
+    const char* header = weights;
+    weights += Matrix::kHeader;
+    const int end = task.K - k < Matrix::kBlock ? task.K : k + Matrix::kBlock;
+    while (k < end) {
+      const int length = end - k < kPart ? end - k : kPart;
+      const std::size_t part_bytes = static_cast<std::size_t>(length) * kPanel * sizeof(typename F::Value);
+      for (int pass = 0; pass < kPasses; ++pass) {
+        typename F::Acc acc[R][C];
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) acc[r][c] = zero_like(&acc[r][c]);
-      }
-      const char* columns[kColumns];
+          for (int c = 0; c < C; ++c) acc[r][c] = partial[r][pass * C + c];
+        }
+        const char* columns[kColumns];
 #pragma GCC unroll 4
-      for (int c = 0; c < kColumns; ++c) columns[c] = weights + (pass * kColumns + c) * F::kColumnBytes;
-      if (pass == 0) {
-        PanelAhead<kLines> ahead{weights + kPrefetchBytes, next, next_step};
+        for (int c = 0; c < kColumns; ++c) columns[c] = weights + (pass * kColumns + c) * F::kColumnBytes;
+        // Several passes: each fetches its share of the next part. One: some lines further on.
+        Ahead ahead{kPasses > 1 ? weights + part_bytes + part_bytes / kPasses * pass : weights + kPrefetchBytes, next,
+                    pass == 0 ? next_step : 0};
         multiply<F, R, C>(x + k, task.ldx, columns, kStepBytes, length, ahead, acc);
         next = ahead.next;
-      } else {
-        NoAhead ahead;
-        multiply<F, R, C>(x + k, task.ldx, columns, kStepBytes, length, ahead, acc);
-      }
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-          const int column = (pass * C + c) * kLanes;
-          Matrix::finish(acc[r][c], reinterpret_cast<const float*>(block) + column, sums + r * kPanel + column);
+          for (int c = 0; c < C; ++c) {
+            partial[r][pass * C + c] = acc[r][c];
+            if (k + length < end) continue;
+            const int column = (pass * C + c) * kLanes;
+            Matrix::finish(acc[r][c], reinterpret_cast<const float*>(header) + column, sums + r * kPanel + column);
+            partial[r][pass * C + c] = zero_like(&acc[r][c]);
+          }
         }
       }
+      k += length;
+      weights += part_bytes;
     }
-    block = weights + static_cast<std::size_t>(length) * kPanel * sizeof(typename F::Value);
   }
   for (int r = 0; r < R; ++r) {
     if constexpr (Matrix::kScalesRows) {
