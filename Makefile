@@ -6,11 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help install bench test lint types format clean
+.PHONY: help install bench test test-emulated lint types format clean
 
 help:
 	@echo "make bench    install, build, and run the throughput benchmark (random weights, under 3 minutes)"
 	@echo "make test     install, build, then lint, type checks and tests"
+	@echo "make test-emulated  the kernels for AVX-512 on a CPU without it, as AVX2 code (a part of make test)"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make clean    remove everything that make made"
 
@@ -34,6 +35,17 @@ types: install
 
 test: lint types
 	$(BIN)/python -P -m pytest
+	$(MAKE) test-emulated
+
+# The kernels that this CPU may lack the instructions for, compiled to others: same tests.
+NATIVE := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile PYTHON=$(BIN)/python
+NATIVE_TESTS := tests/test_cpu_ops.py tests/test_cpu_engine.py
+
+test-emulated: install
+	$(NATIVE) emulated check-intrinsics
+	for isa in avx512 avx512bf16; do \
+	  $(BIN)/python -P -m pytest -q --native-library build/native/emulated.so --isa $$isa $(NATIVE_TESTS) || exit 1; \
+	done
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -26,16 +26,7 @@ setup(
             "guardengine._C",
             sources=sorted(str(p) for p in Path("csrc").glob("*.cpp")),
             depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
-            extra_compile_args=[
-                "-O3",
-                "-g0",
-                "-std=c++17",
-                "-ffp-contract=off",
-                "-fvisibility=hidden",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-            ],
+            extra_compile_args=Path("csrc/compile_flags.txt").read_text().split(),
             extra_link_args=["-pthread"],
         )
     ],
