@@ -23,6 +23,10 @@ struct Lanes {
   T lane[kCount];
 };
 
+struct Halves {
+  __m256i lane[2];
+};
+
 // A denormal becomes a zero of its sign.
 inline float flushed(float value) {
   const auto bits = as<std::uint32_t>(value);
@@ -36,20 +40,28 @@ inline std::uint16_t narrowed(float value) {
   return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-using Words = std::uint32_t __attribute__((vector_size(64)));
-
-inline __m512 flushed(Words bits) {
-  return as<__m512>((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
+inline __m256 flushed(__m256i bits) {
+  const __m256i exponent = _mm256_and_si256(bits, _mm256_set1_epi32(0x7f800000));
+  const __m256i is_small = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+  return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_srli_epi32(is_small, 1), bits));
 }
 
 // VDPBF16PS: two fused multiply-adds a lane, the odd pair first, denormals zero on the way in and out. SIMDe adds
 // the even pair first and keeps denormals.
 inline __m512 dpbf16(__m512 sums, __m512bh x, __m512bh y) {
-  const auto a = as<Words>(x), b = as<Words>(y);
-  const __m512 odd =
-      _mm512_fmadd_ps(flushed(a & 0xffff0000u), flushed(b & 0xffff0000u), flushed(as<Words>(sums)));
-  const __m512 both = _mm512_fmadd_ps(flushed(a << 16), flushed(b << 16), flushed(as<Words>(odd)));
-  return flushed(as<Words>(both));
+  auto out = as<Halves>(sums);
+  const auto a = as<Halves>(x), b = as<Halves>(y);
+  const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  for (int i = 0; i < 2; ++i) {
+    __m256 sum = flushed(out.lane[i]);
+    sum = _mm256_fmadd_ps(flushed(_mm256_and_si256(a.lane[i], odd)),
+                          flushed(_mm256_and_si256(b.lane[i], odd)), sum);
+    sum = flushed(_mm256_castps_si256(sum));
+    sum = _mm256_fmadd_ps(flushed(_mm256_slli_epi32(a.lane[i], 16)),
+                          flushed(_mm256_slli_epi32(b.lane[i], 16)), sum);
+    out.lane[i] = _mm256_castps_si256(flushed(_mm256_castps_si256(sum)));
+  }
+  return as<__m512>(out);
 }
 
 inline __m256bh cvtneps_pbh(__m512 x) {
