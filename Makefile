@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help install bench test test-emulated lint types format clean
+.PHONY: help install bench test test-emulated test-asan lint types format clean
 
 help:
 	@echo "make bench    install, build, and run the throughput benchmark (random weights, under 3 minutes)"
 	@echo "make test     install, build, then lint, type checks and tests"
 	@echo "make test-emulated  the kernels for AVX-512 on a CPU without it, as AVX2 code (a part of make test)"
+	@echo "make test-asan      the native code under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make clean    remove everything that make made"
 
@@ -46,6 +47,16 @@ test-emulated: install
 	for isa in avx512 avx512bf16; do \
 	  $(BIN)/python -P -m pytest -q --native-library build/native/emulated.so --isa $$isa $(NATIVE_TESTS) || exit 1; \
 	done
+
+# Both runtimes come first into python, and reports go past pytest. Python itself does not free all it takes.
+ASAN = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  $(BIN)/python -P -m pytest -q --capture=sys --native-library build/native/sanitized.so
+
+test-asan: install
+	$(NATIVE) sanitized
+	$(ASAN) --isa avx2 $(NATIVE_TESTS) -k "not transformers_numbers"
+	$(ASAN) tests/test_cpu_ops.py -k "not avx2 and not 16384 and not neighbours"
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -104,7 +104,8 @@ inline Out converted(const In& x) {
   return as<Out>(to);
 }
 
-// Lanes that the mask leaves out are not touched in memory, as in hardware: SIMDe reads all of them first.
+// Lanes that the mask leaves out are not touched in memory, as in hardware. SIMDe loads all of them first, and its
+// masked stores overwrite what they should leave with zeros.
 template <class T, int kCount>
 inline __m512i masked_load(std::uint64_t mask, const void* from) {
   Lanes<T, kCount> out = {};
