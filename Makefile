@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help install bench test test-emulated test-asan lint types format clean
+.PHONY: help install bench test test-emulated test-asan wheel lint types format clean
 
 help:
 	@echo "make bench    install, build, and run the throughput benchmark (random weights, under 3 minutes)"
 	@echo "make test     install, build, then lint, type checks and tests"
 	@echo "make test-emulated  the kernels for AVX-512 on a CPU without it, as AVX2 code (a part of make test)"
 	@echo "make test-asan      the native code under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make wheel    dist/: a wheel for this platform, tried in an environment without a compiler"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make clean    remove everything that make made"
 
@@ -57,6 +58,14 @@ test-asan: install
 	$(NATIVE) sanitized
 	$(ASAN) --isa avx2 $(NATIVE_TESTS) -k "not transformers_numbers"
 	$(ASAN) tests/test_cpu_ops.py -k "not avx2 and not 16384 and not neighbours"
+
+# The wheel has its C++ run-time library inside (hidden: torch loads another), so it asks for a C library only.
+wheel: install
+	rm -rf build/lib* build/bdist* build/wheel
+	LDFLAGS="-static-libstdc++ -Wl,--exclude-libs,ALL -Wl,--gc-sections" \
+	  $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	$(PYTHON) tests/native/check_wheel.py dist/*.whl $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 format: install
 	$(BIN)/ruff check --fix .
