@@ -12,7 +12,7 @@ help:
 	@echo "make bench    install, build, and run the throughput benchmark (random weights, under 3 minutes)"
 	@echo "make test     install, build, then lint, type checks and tests"
 	@echo "make test-emulated  the kernels for AVX-512 on a CPU without it, as AVX2 code (a part of make test)"
-	@echo "make test-asan      the native code under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make test-asan      the native code under AddressSanitizer and UndefinedBehaviorSanitizer, its threads under TSan"
 	@echo "make wheel    dist/: a wheel for this platform, tried in an environment without a compiler"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make clean    remove everything that make made"
@@ -55,7 +55,7 @@ ASAN = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=l
   $(BIN)/python -P -m pytest -q --capture=sys --native-library build/native/sanitized.so
 
 test-asan: install
-	$(NATIVE) sanitized
+	$(NATIVE) sanitized check-threads
 	$(ASAN) --isa avx2 $(NATIVE_TESTS) -k "not transformers_numbers"
 	$(ASAN) tests/test_cpu_ops.py -k "not avx2 and not 16384 and not neighbours"
 
