@@ -11,12 +11,18 @@
 
 #include "bf16.h"
 
-enum GeDtype { GE_FLOAT32 = 0, GE_BFLOAT16 = 1 };
+enum GeDtype { GE_FLOAT32 = 0, GE_BFLOAT16 = 1, GE_INT8 = 2 };  // GE_INT8: of a KV cache only
 
-constexpr int kPanel = 32;    // columns of a packed weight matrix that lie together
-constexpr int kKeyTile = 64;  // keys that attention takes at a time, aligned at position 0
-constexpr int kHeadRows =
-    32;  // query rows (row x head of a group) that share a key tile at most, unless a group is larger
+// How a matrix is stored: in the model's dtype; int8 with a scale for every kGroup of a row; int8 with a scale
+// for every row, multiplied with activations that are rounded to int8 too.
+enum GeFormat { GE_FULL = 0, GE_INT8_WEIGHTS = 1, GE_W8A8 = 2, GE_NUM_FORMATS = 3 };
+
+constexpr int kPanel = 32;      // columns of a packed weight matrix that lie together
+constexpr int kGroup = 128;     // weights of a row that share a scale; the last group may be shorter
+constexpr int kKeyGroup = 16;   // tokens that a tiled KV cache keeps together
+constexpr int kKeyTile = 64;    // keys that attention takes at a time, aligned at position 0
+constexpr int kHeadRows = 64;   // query rows (row x head of a group) that share a key tile, unless a group is larger
+constexpr int kMaxGroup = 256, kMaxHeadDim = 512, kMaxInner = 1 << 16;  // what callers check
 
 enum Epilogue {
   kStore,        // out = x wᵀ, rounded to the model's dtype
@@ -26,20 +32,30 @@ enum Epilogue {
 };
 
 struct LinearTask {
-  const void* x;  // [M, K] activations
+  const void* x;  // [M, K] activations; for GE_W8A8 what quantize_row wrote
   std::size_t ldx;
-  const void* weight;  // packed [ceil(N / 32)][K / 2][32][2] bf16, or [ceil(N / 32)][K][32] float; K is even
+  const float* x_scales;  // [M], for GE_W8A8
+  const void* weight;     // packed by `pack_panel`, panel after panel
   int K, N;
   Epilogue epilogue;
   void* out;  // [M, N] activations (or float; [M, N / 2] for kSiluMul)
   std::size_t ldo;
 };
 
+// Of k_cache and v_cache, counted in values: slot = block * block_size + offset.
 struct HeadShape {
   int num_heads, num_kv_heads, head_dim;  // head_dim a multiple of 32
   int block_size;
-  // Of k_cache and v_cache, counted in values: slot = block * block_size + offset.
+  // Tiled: a head's kKeyGroup tokens lie together as the kernels multiply them (block_size is a multiple of
+  // kKeyGroup then, token_stride unused). Else a token's values lie together: any strides, any block size.
+  bool is_tiled;
   std::int64_t block_stride, token_stride, head_stride;
+  std::int64_t scale_block_stride, scale_head_stride;  // of an int8 cache's scales: one a token and head
+};
+
+struct KVCache {
+  void *keys, *values;
+  float *key_scales, *value_scales;  // null unless int8
 };
 
 struct StoreTask {
@@ -47,13 +63,13 @@ struct StoreTask {
   const float *q_norm, *k_norm;  // [D]
   const float* cos_sin;          // [positions, D]
   float eps;
-  void *k_cache, *v_cache;
+  KVCache cache;
 };
 
 struct AttentionTask {
   HeadShape shape;
   float softmax_scale;
-  const void *k_cache, *v_cache;
+  KVCache cache;
   const void* q;  // [rows, H * D] activations, row `rows[t]` (or t) for output row t
   std::size_t ldq;
   const std::int64_t* rows;  // null: row t
@@ -62,26 +78,43 @@ struct AttentionTask {
   std::size_t ldo;
 };
 
+// Rows [first_row, last_row) of one stream, in ascending order of position.
+struct Segment {
+  const std::int32_t* block_table;
+  int first_row, last_row;
+};
+
+// Rows that attention takes in one call: of one stream, or of several whose first `shared_keys` keys (a
+// multiple of kKeyTile, seen by every one of the rows) lie in the same blocks and are read once for all.
+struct RowTile {
+  const Segment* segments;
+  int num_segments, num_rows, shared_keys;
+};
+
 struct ModelKernels {
   std::size_t act_bytes;
+  std::size_t quantized_bytes;  // of one of the values that quantize_row writes
   // Rows of n stored values to activations, the padding up to the stride zeroed, and back.
   void (*widen)(const void* from, int n, void* to, std::size_t stride);
   void (*narrow)(const void* from, int n, void* to);
   // out = x / sqrt(mean(x²) + eps) * weight over n values; x is zero from there to the next multiple of 32.
   void (*rms_norm)(const void* x, const float* weight, float eps, int n, void* out);
   void (*silu_mul)(const void* gate, const void* up, int n, void* out);
-  // Columns [32 * first_panel, 32 * last_panel) of rows [first_row, last_row); next_panel is what comes
-  // afterwards.
-  void (*linear)(const LinearTask& task, int first_row, int last_row, int first_panel, int last_panel,
-                 int next_panel);
-  // For each dtype of the KV cache:
+  // Round a row of activations to int8 for GE_W8A8; returns its scale.
+  float (*quantize_row)(const void* x, int n, void* out);
+  // By GeFormat: bytes of a panel of K weights, and packing one from kPanel rows of K stored values (null: zeros).
+  std::size_t (*panel_bytes[GE_NUM_FORMATS])(int K);
+  void (*pack_panel[GE_NUM_FORMATS])(const void* const* rows, int K, char* to);
+  // By GeFormat: columns [32 * first_panel, 32 * last_panel) of rows [first_row, last_row); next_panel is what
+  // comes afterwards.
+  void (*linear[GE_NUM_FORMATS])(const LinearTask& task, int first_row, int last_row, int first_panel,
+                                 int last_panel, int next_panel);
+  // By GeDtype of the KV cache:
   // norm and rotate one key head and its query heads in the row qkv, in place, and store key and value in the
   // cache
-  void (*store_kv[2])(const StoreTask& task, void* qkv, std::int64_t position, std::int64_t slot,
-                      int kv_head);
-  // out rows [first_row, last_row), all of one stream, for the query heads of one key head
-  void (*attention[2])(const AttentionTask& task, const std::int32_t* block_table, int first_row,
-                       int last_row, int kv_head, float* scratch);
+  void (*store_kv[3])(const StoreTask& task, void* qkv, std::int64_t position, std::int64_t slot, int kv_head);
+  // the rows of one tile for the query heads of one key head
+  void (*attention[3])(const AttentionTask& task, const RowTile& tile, int kv_head, float* scratch);
 };
 
 struct Kernels {
@@ -95,17 +128,17 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();
 
-// Query rows of one attention call, at most, and the floats of scratch memory, at a cache line, that it
-// needs.
+// Tokens of a stream that share a call of attention, at most.
 static inline int attention_rows(const HeadShape& shape) {
   const int group = shape.num_heads / shape.num_kv_heads;
   return group >= kHeadRows ? 1 : kHeadRows / group;
 }
 
+// Floats of scratch memory, at a cache line, that a call of attention needs.
 static inline std::size_t attention_scratch(const HeadShape& shape) {
-  const int rows = attention_rows(shape) * (shape.num_heads / shape.num_kv_heads);
+  const std::size_t rows = static_cast<std::size_t>(attention_rows(shape)) * (shape.num_heads / shape.num_kv_heads);
   const std::size_t head_dim = static_cast<std::size_t>(shape.head_dim);
-  const std::size_t count =
-      (2 * rows + kKeyTile) * head_dim + static_cast<std::size_t>(rows) * (kKeyTile + 2);
-  return (count + 63) / 64 * 64;  // every thread's part begins at a cache line
+  // Queries and sums, scores and weights, three numbers a row; two copied tiles with their scales.
+  const std::size_t count = rows * (2 * head_dim + 2 * kKeyTile + 3) + 2 * kKeyTile * (head_dim + 1);
+  return (count + 63) / 64 * 64 + 64 * 8;  // every thread's part, and each array in it, begins at a cache line
 }

@@ -1,4 +1,5 @@
-// The kernels for AVX-512 with bf16 dot products (AMD from Zen 4, Intel from Cooper Lake).
+// The kernels for AVX-512 with bf16 and int8 dot products and byte permutes (AMD from Zen 4, Intel from Sapphire
+// Rapids).
 #include "kernels.h"
 
 #if defined(GE_EMULATE_AVX512)
@@ -15,9 +16,9 @@
 // From here on the compiler may use the instructions anywhere, so nothing of std:: follows: other files
 // would share it.
 #if !defined(GE_EMULATE_AVX512)
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni,avx512vbmi")
 #endif
-#define GE_BF16_DOT
+#define GE_DOT
 // In this order: the rest is written in terms of the first.
 // clang-format off
 #include "vec_avx512.h"

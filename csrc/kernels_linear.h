@@ -1,7 +1,13 @@
-// out = x wᵀ on packed weights. Each output is the sum, in ascending order, of sums over kSumLength k in
-// ascending order: the number of rows and columns that are computed together changes nothing but the speed.
+// out = x wᵀ on packed weights. Each output is the sum, in ascending order, of the sums of its blocks of k (each in
+// ascending order): the number of rows and columns that are computed together changes nothing but the speed.
+//
+// A panel is its blocks one after another, each a header and then kPanel columns of weights:
+//   GE_FULL          blocks of kSumLength k, no header
+//   GE_INT8_WEIGHTS  blocks of kGroup k; header: a scale for every column
+//   GE_W8A8          one block; header: a scale for every column, and the sum of its weights
 #pragma once
 
+#include "kernels_formats.h"
 #include "kernels_rows.h"
 
 namespace {
@@ -10,118 +16,105 @@ namespace {
 // rows, on Sapphire Rapids. Where several tiles of rows share a panel, the next one comes into the second
 // level meanwhile.
 constexpr int kPrefetchBytes = 4096;
-constexpr int kPasses = kPanel / (kLanes * kTileVecs);
 
 // A single sum over thousands of k loses digits: at 3072 it had five times the error of torch's.
 constexpr int kSumLength = 256;
 
-// What to fetch for later, `step` bytes further with every k (or pair of k).
-struct Ahead {
-  const char* next;
-  std::size_t step;
+template <class F>
+struct FullMatrix {
+  using Format = F;
+  static constexpr int kBlock = kSumLength, kHeader = 0, kRows = F::kStep == 2 ? kPairTileRows : kTileRows;
+  static constexpr bool kScalesRows = false;
+  // sums += acc, the columns' part of the header at hand
+  static void finish(const Vec& acc, const float*, float* sums) { store(sums, add(load(sums), acc)); }
 };
 
-inline void add_to(float* sums, Vec a) { store(sums, add(load(sums), a)); }
+template <class F>
+struct Int8Matrix {
+  using Format = F;
+  static constexpr int kBlock = kGroup, kHeader = kPanel * 4, kRows = kTileRows;
+  static constexpr bool kScalesRows = false;
+  static void finish(const Vec& acc, const float* scales, float* sums) {
+    store(sums, fma(acc, load(scales), load(sums)));
+  }
+};
 
-inline void fetch_ahead(const void* weights, Ahead& ahead) {
-  const char* later = static_cast<const char*>(weights) + kPrefetchBytes;
-  prefetch(later);
-  if (kTileVecs * kLanes == kPanel) prefetch(later + 64);
-  prefetch_second_level(ahead.next);
-  ahead.next += ahead.step;
-}
+template <class F>
+struct W8A8Matrix {
+  using Format = F;
+  static constexpr int kBlock = kMaxInner, kHeader = 2 * kPanel * 4, kRows = kTileRows;
+  static constexpr bool kScalesRows = true;
+  static void finish(const IVec& acc, const float* scales, float* sums) {
+    const IVec excess = load_int(reinterpret_cast<const std::int32_t*>(scales + kPanel));
+    store(sums, mul(int_to_float(sub(acc, excess)), load(scales)));
+  }
+};
 
-// sums [R][32] += x [R] · panel, columns of one pass.
-template <int R>
-inline void multiply(const float* x, std::size_t ldx, const BF16* panel, int K, Ahead ahead, float* sums) {
-  Vec acc[R][kTileVecs];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int c = 0; c < kTileVecs; ++c) acc[r][c] = zero();
-  }
-  for (int k = 0; k < K; k += 2) {
-    Vec even[kTileVecs], odd[kTileVecs];
-    fetch_ahead(panel, ahead);
-#pragma GCC unroll 2
-    for (int c = 0; c < kTileVecs; ++c) load_pairs(panel + 2 * kLanes * c, even[c], odd[c]);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec a = set1(x[r * ldx + k]), b = set1(x[r * ldx + k + 1]);
-#pragma GCC unroll 2
-      for (int c = 0; c < kTileVecs; ++c) acc[r][c] = fma(b, odd[c], fma(a, even[c], acc[r][c]));
-    }
-    panel += 2 * kPanel;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int c = 0; c < kTileVecs; ++c) add_to(sums + r * kPanel + kLanes * c, acc[r][c]);
-  }
-}
-
-template <int R>
-inline void multiply(const float* x, std::size_t ldx, const float* panel, int K, Ahead ahead, float* sums) {
-  Vec acc[R][kTileVecs];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int c = 0; c < kTileVecs; ++c) acc[r][c] = zero();
-  }
-  for (int k = 0; k < K; ++k) {
-    Vec w[kTileVecs];
-    fetch_ahead(panel, ahead);
-#pragma GCC unroll 2
-    for (int c = 0; c < kTileVecs; ++c) w[c] = load(panel + kLanes * c);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec a = set1(x[r * ldx + k]);
-#pragma GCC unroll 2
-      for (int c = 0; c < kTileVecs; ++c) acc[r][c] = fma(a, w[c], acc[r][c]);
-    }
-    panel += kPanel;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int c = 0; c < kTileVecs; ++c) add_to(sums + r * kPanel + kLanes * c, acc[r][c]);
-  }
-}
-
-#if defined(GE_BF16_DOT)
-// Pairs of products into fp32 in one instruction.
-template <int R>
-inline void multiply(const BF16* x, std::size_t ldx, const BF16* panel, int K, Ahead ahead, float* sums) {
-  Vec acc[R][kTileVecs];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int c = 0; c < kTileVecs; ++c) acc[r][c] = zero();
-  }
-  for (int k = 0; k < K; k += 2) {
-    __m512i w[kTileVecs];
-    fetch_ahead(panel, ahead);
-#pragma GCC unroll 2
-    for (int c = 0; c < kTileVecs; ++c) w[c] = _mm512_loadu_si512(panel + 2 * kLanes * c);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      int pair;
-      __builtin_memcpy(&pair, x + r * ldx + k, sizeof pair);
-      const __m512i a = _mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-      // C-style casts: __m512bh is a vector of short in older compilers and of __bf16 in newer ones.
-      for (int c = 0; c < kTileVecs; ++c)
-        acc[r][c] = _mm512_dpbf16_ps(acc[r][c], (__m512bh)w[c], (__m512bh)a);
-    }
-    panel += 2 * kPanel;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int c = 0; c < kTileVecs; ++c) add_to(sums + r * kPanel + kLanes * c, acc[r][c]);
-  }
-}
+#if defined(GE_DOT)
+using W8A8 = W8A8Matrix<VnniFormat>;
+#else
+using W8A8 = W8A8Matrix<Int8PairFormat>;
 #endif
+
+inline void store_quantized(std::int16_t* to, Vec a) { store(to, to_int(a)); }
+inline void store_quantized(std::uint8_t* to, Vec a) {
+  store(reinterpret_cast<std::int8_t*>(to), to_int(add(a, set1(128.0f))));
+}
+
+template <class Model>
+float quantize_row(const void* x, int n, void* out) {
+  using X = W8A8::Format::X;
+  const auto* row = static_cast<const typename Model::Act*>(x);
+  auto* target = static_cast<X*>(out);
+  const int padded = (n + kLanes - 1) / kLanes * kLanes;  // x is zero there
+  const Magnitude magnitude = magnitude_of(row, padded);
+  const Vec inverse = set1(magnitude.inverse);
+  for (int i = 0; i < padded; i += kLanes) store_quantized(target + i, nearest(mul(load(row + i), inverse)));
+  return magnitude.scale;
+}
+
+// The matrices of a model: what multiplies its dtype and its activations.
+template <class Model>
+struct Matrices;
+
+template <>
+struct Matrices<Float32Model> {
+  using Full = FullMatrix<Float32Format>;
+  using Int8 = Int8Matrix<Int8Format>;
+};
+
+template <>
+struct Matrices<BFloat16Model> {
+#if defined(GE_DOT)
+  using Full = FullMatrix<BF16DotFormat>;
+  using Int8 = Int8Matrix<Int8DotFormat>;
+#else
+  using Full = FullMatrix<BF16Format>;
+  using Int8 = Int8Matrix<Int8Format>;
+#endif
+};
+
+template <class Matrix>
+std::size_t panel_bytes(int K) {
+  const std::size_t num_blocks = (static_cast<std::size_t>(K) + Matrix::kBlock - 1) / Matrix::kBlock;
+  return num_blocks * Matrix::kHeader + static_cast<std::size_t>(K) * kPanel * sizeof(typename Matrix::Format::Value);
+}
+
+// Fetches the lines of this step some bytes further on, and, `step` bytes further with every step, the panel to
+// come. Only the first pass over the columns of a block fetches its lines: later passes find them in the cache.
+template <int kLines>
+struct PanelAhead {
+  const char* later;
+  const char* next;
+  std::size_t step;
+
+  void operator()(std::size_t offset) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLines; ++i) prefetch(later + offset + 64 * i);
+    prefetch_second_level(next);
+    next += step;
+  }
+};
 
 template <class Model>
 void finish_row(const LinearTask& task, const float* sums, int row, int panel) {
@@ -153,64 +146,85 @@ void finish_row(const LinearTask& task, const float* sums, int row, int panel) {
   }
 }
 
-template <class Model, int R>
-void multiply_rows(const LinearTask& task, int row, int panel, Ahead ahead) {
-  using Weight = typename Model::Weight;
-  constexpr int kPairs = sizeof(Weight) == 2 ? 2 : 1;  // values of one column that lie together
+template <class Matrix, class Model, int R>
+void multiply_rows(const LinearTask& task, int row, int panel, const char* next, std::size_t next_step) {
+  using F = typename Matrix::Format;
+  constexpr int kWanted = R <= 2 ? kWideTileVecs : kTileVecs;
+  constexpr int C = kWanted < F::kColumnVecs ? F::kColumnVecs : kWanted;  // registers of columns in a pass
+  constexpr int kColumns = C / F::kColumnVecs, kPasses = kPanel / (kLanes * C);
+  constexpr std::size_t kStepBytes = kPanel * F::kStep * sizeof(typename F::Value);
+  constexpr int kLines = kStepBytes > 64 ? kStepBytes / 64 : 1;
+
   alignas(64) float sums[R * kPanel] = {};
-  const auto* x = static_cast<const typename Model::Act*>(task.x) + row * task.ldx;
-  const Weight* weight =
-      static_cast<const Weight*>(task.weight) + static_cast<std::size_t>(panel) * kPanel * task.K;
-  for (int k = 0; k < task.K; k += kSumLength) {
-    const int length = task.K - k < kSumLength ? task.K - k : kSumLength;
+  const auto* x = static_cast<const typename F::X*>(task.x) + row * task.ldx;
+  const char* block = static_cast<const char*>(task.weight) + panel * panel_bytes<Matrix>(task.K);
+  for (int k = 0; k < task.K; k += Matrix::kBlock) {
+    const int length = task.K - k < Matrix::kBlock ? task.K - k : Matrix::kBlock;
+    const char* weights = block + Matrix::kHeader;
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int column = pass * kLanes * kTileVecs;
-      multiply<R>(x + k, task.ldx, weight + kPairs * column, length, ahead, sums + column);
+      typename F::Acc acc[R][C];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) acc[r][c] = zero_like(&acc[r][c]);
+      }
+      const char* columns[kColumns];
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; ++c) columns[c] = weights + (pass * kColumns + c) * F::kColumnBytes;
+      if (pass == 0) {
+        PanelAhead<kLines> ahead{weights + kPrefetchBytes, next, next_step};
+        multiply<F, R, C>(x + k, task.ldx, columns, kStepBytes, length, ahead, acc);
+        next = ahead.next;
+      } else {
+        NoAhead ahead;
+        multiply<F, R, C>(x + k, task.ldx, columns, kStepBytes, length, ahead, acc);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          const int column = (pass * C + c) * kLanes;
+          Matrix::finish(acc[r][c], reinterpret_cast<const float*>(block) + column, sums + r * kPanel + column);
+        }
+      }
     }
-    weight += static_cast<std::size_t>(kSumLength) * kPanel;
-    ahead.next += kSumLength / kPairs * ahead.step;
+    block = weights + static_cast<std::size_t>(length) * kPanel * sizeof(typename F::Value);
   }
-  for (int r = 0; r < R; ++r) finish_row<Model>(task, sums + r * kPanel, row + r, panel);
+  for (int r = 0; r < R; ++r) {
+    if constexpr (Matrix::kScalesRows) {
+      const Vec scale = set1(task.x_scales[row + r]);
+      for (int c = 0; c < kPanel; c += kLanes) store(sums + r * kPanel + c, mul(load(sums + r * kPanel + c), scale));
+    }
+    finish_row<Model>(task, sums + r * kPanel, row + r, panel);
+  }
 }
 
-template <class Model>
+// multiply_rows for `count` rows, 1 .. R.
+template <class Matrix, class Model, int R>
+inline void multiply_count(int count, const LinearTask& task, int row, int panel, const char* next, std::size_t step) {
+  if constexpr (R > 1) {
+    if (count < R) return multiply_count<Matrix, Model, R - 1>(count, task, row, panel, next, step);
+  }
+  multiply_rows<Matrix, Model, R>(task, row, panel, next, step);
+}
+
+template <class Matrix, class Model>
 void linear(const LinearTask& task, int first_row, int last_row, int first_panel, int last_panel,
             int next_panel) {
-  using Multiply = void (*)(const LinearTask&, int, int, Ahead);
-  static constexpr Multiply kByRows[] = {
-      nullptr,
-      multiply_rows<Model, 1>,
-      multiply_rows<Model, 2>,
-#if GE_TILE_ROWS > 2
-      multiply_rows<Model, 3>,
-      multiply_rows<Model, 4>,
-      multiply_rows<Model, 5>,
-#endif
-#if GE_TILE_ROWS > 5
-      multiply_rows<Model, 6>,
-      multiply_rows<Model, 7>,
-      multiply_rows<Model, 8>,
-      multiply_rows<Model, 9>,
-      multiply_rows<Model, 10>,
-      multiply_rows<Model, 11>,
-      multiply_rows<Model, 12>,
-#endif
-  };
-  static_assert(sizeof kByRows / sizeof kByRows[0] == kTileRows + 1, "one for every number of rows");
-  const std::size_t panel_bytes = sizeof(typename Model::Weight) * kPanel * static_cast<std::size_t>(task.K);
+  const std::size_t num_bytes = panel_bytes<Matrix>(task.K);
   // Tiles as equal as can be: 13 rows are 7 and 6, not 12 and 1.
-  const int num_rows = last_row - first_row, num_tiles = (num_rows + kTileRows - 1) / kTileRows;
-  const std::size_t share = num_tiles > 1 ? panel_bytes / num_tiles : 0;
-  const std::size_t steps = static_cast<std::size_t>(task.K) / (sizeof(typename Model::Weight) == 2 ? 2 : 1);
+  const int num_rows = last_row - first_row, num_tiles = (num_rows + Matrix::kRows - 1) / Matrix::kRows;
+  const std::size_t share = num_tiles > 1 ? num_bytes / num_tiles : 0;
+  const std::size_t steps = static_cast<std::size_t>(task.K) / Matrix::Format::kStep;
   for (int panel = first_panel; panel < last_panel; ++panel) {
-    const int next = panel + 1 < last_panel ? panel + 1 : next_panel;
-    Ahead ahead{static_cast<const char*>(task.weight) + next * panel_bytes, share / steps};
+    const int later = panel + 1 < last_panel ? panel + 1 : next_panel;
+    const char* next = static_cast<const char*>(task.weight) + later * num_bytes;
     int row = first_row;
     for (int tile = 0; tile < num_tiles; ++tile) {
       const int count = (num_rows - (row - first_row)) / (num_tiles - tile);
-      kByRows[count](task, row, panel, ahead);
+      multiply_count<Matrix, Model, Matrix::kRows>(count, task, row, panel, next, share / steps);
       row += count;
-      ahead.next += share;
+      next += share;
     }
   }
 }

@@ -3,7 +3,7 @@
 
 namespace {
 
-#if defined(GE_BF16_DOT)
+#if defined(GE_DOT)
 using BF16Act = BF16;
 #else
 using BF16Act = float;  // holding bf16 values: multiplying bf16 takes a conversion to float, done once here
@@ -123,40 +123,43 @@ void silu_mul(const void* gate, const void* up, int n, void* out) {
   for (int i = 0; i < n; i += kLanes) put<Model::kRounds>(target + i, mul(silu(load(a + i)), load(b + i)));
 }
 
-// Norm one head, then rotate pair (j, j + D/2) by its angle. No lambda takes a Vec in these files: g++
-// compiles lambdas without the file's target.
-template <bool kRounds, class Act, class Out>
-inline void norm_and_rotate(const Act* head, const float* weight, const float* cos_sin, float eps, int D,
-                            Out* out) {
-  const Vec scale = set1(scale_of_norm(head, eps, D));
-  const int half = D / 2;
-  for (int j = 0; j < half; j += kLanes) {
-    const Vec a = mul(mul(load(head + j), scale), load(weight + j));
-    const Vec b = mul(mul(load(head + half + j), scale), load(weight + half + j));
-    const Vec cos = load(cos_sin + j), sin = load(cos_sin + half + j);
-    put<kRounds>(out + j, sub(mul(a, cos), mul(b, sin)));
-    put<kRounds>(out + half + j, add(mul(b, cos), mul(a, sin)));
+// Rounding to int8: value = scale * q, scale = max |value| / 127, q = value * (127 / max |value|) to the nearest, ties
+// to even. A value that is not finite makes the scale NaN; a row below kLeastMagnitude becomes zeros.
+constexpr float kLeastMagnitude = 1e-35f;  // 127 / that is still finite
+
+struct Magnitude {
+  float scale, inverse;
+};
+
+template <class Value>
+inline Magnitude magnitude_of(const Value* values, int n) {
+  Vec top = zero(), broken = zero();
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec v = load(values + i);
+    top = max(top, max(v, sub(zero(), v)));
+    broken = fma(v, zero(), broken);  // NaN for NaN and infinities
   }
+  float largest_value = largest(top), is_broken = sum(broken);
+  for (; i < n; ++i) {
+    const float v = to_float(values[i]), size = v < 0 ? -v : v;
+    largest_value = size > largest_value ? size : largest_value;
+    is_broken += v * 0.0f;
+  }
+  return {largest_value / 127.0f + is_broken, largest_value > kLeastMagnitude ? 127.0f / largest_value : 0.0f};
 }
 
-template <class Model, class Cached>
-void store_kv(const StoreTask& task, void* qkv, std::int64_t position, std::int64_t slot, int kv_head) {
-  const HeadShape& shape = task.shape;
-  const int D = shape.head_dim, group = shape.num_heads / shape.num_kv_heads;
-  const float* cos_sin = task.cos_sin + position * D;
-  auto* row = static_cast<typename Model::Act*>(qkv);
-  for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-    auto* head = row + h * D;
-    norm_and_rotate<Model::kRounds>(head, task.q_norm, cos_sin, task.eps, D, head);
+template <class Value>
+inline float quantize(const Value* values, int n, std::int8_t* out) {
+  const Magnitude magnitude = magnitude_of(values, n);
+  const Vec inverse = set1(magnitude.inverse);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, to_int(mul(load(values + i), inverse)));
+  for (; i < n; ++i) {
+    const float v = to_float(values[i]) * magnitude.inverse;
+    out[i] = v == v ? static_cast<std::int8_t>(__builtin_nearbyintf(v)) : 0;
   }
-  const auto* key = row + (shape.num_heads + kv_head) * D;
-  const auto* value = key + shape.num_kv_heads * D;
-  const std::int64_t place = slot / shape.block_size * shape.block_stride +
-                             slot % shape.block_size * shape.token_stride + kv_head * shape.head_stride;
-  Cached* k = static_cast<Cached*>(task.k_cache) + place;
-  Cached* v = static_cast<Cached*>(task.v_cache) + place;
-  norm_and_rotate<false>(key, task.k_norm, cos_sin, task.eps, D, k);
-  for (int j = 0; j < D; j += kLanes) store(v + j, load(value + j));
+  return magnitude.scale;
 }
 
 }  // namespace

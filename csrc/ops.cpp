@@ -34,7 +34,8 @@ bool is_amd() {
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> found;
   const bool has_avx512 = GE_SUPPORTS("avx512f") && GE_SUPPORTS("avx512bw") && GE_SUPPORTS("avx512vl");
-  const Kernels* dot = has_avx512 && GE_SUPPORTS("avx512bf16") ? kernels_avx512bf16() : nullptr;
+  const bool has_dots = GE_SUPPORTS("avx512bf16") && GE_SUPPORTS("avx512vnni") && GE_SUPPORTS("avx512vbmi");
+  const Kernels* dot = has_avx512 && has_dots ? kernels_avx512bf16() : nullptr;
   if (dot != nullptr && is_amd()) found.push_back(dot);
   if (has_avx512 && kernels_avx512() != nullptr) found.push_back(kernels_avx512());
   if (dot != nullptr && !is_amd()) found.push_back(dot);
@@ -81,10 +82,13 @@ char* row_of(void* values, int dtype, int row, int n) {
   return static_cast<char*>(values) + static_cast<std::size_t>(row) * n * value_bytes(dtype);
 }
 
-HeadShape shape_of(const GeHeads& heads) {
-  return {heads.num_heads,    heads.num_kv_heads, heads.head_dim,   heads.block_size,
-          heads.block_stride, heads.token_stride, heads.head_stride};
+HeadShape shape_of(const GeCache& cache) {
+  return {cache.num_heads,    cache.num_kv_heads,       cache.head_dim,         cache.block_size,
+          cache.is_tiled != 0, cache.block_stride,       cache.token_stride,     cache.head_stride,
+          cache.scale_block_stride, cache.scale_head_stride};
 }
+
+KVCache memory_of(const GeCache& cache) { return {cache.keys, cache.values, cache.key_scales, cache.value_scales}; }
 
 // Runs body(workers, kernels, thread) on all threads.
 template <class Body>
@@ -131,31 +135,40 @@ GE_API void* ge_workers_create(const char* isa, int num_threads) {
 
 GE_API void ge_workers_destroy(void* workers) { delete static_cast<Workers*>(workers); }
 
-GE_API std::int64_t ge_packed_bytes(int dtype, int N, int K) {
-  return static_cast<std::int64_t>(packed_bytes(dtype, N, K));
+GE_API std::int64_t ge_packed_bytes(void* workers, int dtype, int format, int N, int K) {
+  return static_cast<std::int64_t>(
+      packed_bytes(static_cast<Workers*>(workers)->kernels->model[dtype], format, N, K));
 }
 
-GE_API void ge_pack(void* workers, int dtype, const void* weight, int N, int K, void* packed) {
+GE_API void ge_pack(void* workers, int dtype, int format, const void* weight, int N, int K, void* packed) {
   const std::int64_t num_rows = N;
-  pack(*static_cast<Workers*>(workers), dtype, {&weight, &num_rows, 1, K, false}, static_cast<char*>(packed));
+  pack(*static_cast<Workers*>(workers), dtype, format, {&weight, &num_rows, 1, K, false},
+       static_cast<char*>(packed));
 }
 
-GE_API int ge_linear(void* workers, int dtype, const void* x, int T, int K, const void* packed, int N,
+GE_API int ge_linear(void* workers, int dtype, int format, const void* x, int T, int K, const void* packed, int N,
                      void* out, int is_float_out) {
   return reporting_memory([&] {
     Workers& w = *static_cast<Workers*>(workers);
     const ModelKernels& kernels = w.kernels->model[dtype];
     const Activations from(kernels, T, K), to(kernels, T, N);
-    LinearTask task{from.at(0), from.stride, packed, K, N, kStore, to.at(0), to.stride};
+    const std::size_t quantized_row = from.stride * kernels.quantized_bytes;
+    const Buffer quantized(quantized_row * T);
+    std::vector<float> scales(T);
+    LinearTask task{from.at(0), from.stride, scales.data(), packed, K, N, kStore, to.at(0), to.stride};
+    if (format == GE_W8A8) task.x = quantized.data();
     if (is_float_out) {
       task.epilogue = kStoreFloat;
       task.out = out;
       task.ldo = N;
     }
     on_all_threads(w, [&](int) {
-      for_rows(w.team, T,
-               [&](int row) { kernels.widen(row_of(x, dtype, row, K), K, from.at(row), from.stride); });
-      run_linear(w, kernels, task, T);
+      for_rows(w.team, T, [&](int row) {
+        kernels.widen(row_of(x, dtype, row, K), K, from.at(row), from.stride);
+        if (format == GE_W8A8)
+          scales[row] = kernels.quantize_row(from.at(row), K, quantized.data() + row * quantized_row);
+      });
+      run_linear(w, kernels, format, task, T);
       if (is_float_out) return;
       for_rows(w.team, T, [&](int row) { kernels.narrow(to.at(row), N, row_of(out, dtype, row, N)); });
     });
@@ -194,24 +207,23 @@ GE_API int ge_silu_and_mul(void* workers, int dtype, const void* gate_up, int T,
   });
 }
 
-GE_API int ge_qk_norm_rope_store_kv(void* workers, int dtype, int kv_dtype, const GeHeads* heads,
-                                    const void* qkv, int T, const float* q_norm, const float* k_norm,
-                                    const float* cos_sin, const std::int64_t* positions,
-                                    const std::int64_t* slot_mapping, void* k_cache, void* v_cache, float eps,
+GE_API int ge_qk_norm_rope_store_kv(void* workers, int dtype, const GeCache* cache, const void* qkv, int T,
+                                    const float* q_norm, const float* k_norm, const float* cos_sin,
+                                    const std::int64_t* positions, const std::int64_t* slot_mapping, float eps,
                                     void* q) {
   return reporting_memory([&] {
     Workers& w = *static_cast<Workers*>(workers);
     const ModelKernels& kernels = w.kernels->model[dtype];
-    const HeadShape shape = shape_of(*heads);
+    const HeadShape shape = shape_of(*cache);
     const int q_width = shape.num_heads * shape.head_dim,
               width = q_width + 2 * shape.num_kv_heads * shape.head_dim;
     const Activations rows(kernels, T, width);
-    const StoreTask task{shape, q_norm, k_norm, cos_sin, eps, k_cache, v_cache};
+    const StoreTask task{shape, q_norm, k_norm, cos_sin, eps, memory_of(*cache)};
     on_all_threads(w, [&](int) {
       for_rows(w.team, T, [&](int row) {
         kernels.widen(row_of(qkv, dtype, row, width), width, rows.at(row), rows.stride);
         for (int head = 0; head < shape.num_kv_heads; ++head) {
-          kernels.store_kv[kv_dtype](task, rows.at(row), positions[row], slot_mapping[row], head);
+          kernels.store_kv[cache->kv_dtype](task, rows.at(row), positions[row], slot_mapping[row], head);
         }
         kernels.narrow(rows.at(row), q_width, row_of(q, dtype, row, q_width));
       });
@@ -219,27 +231,26 @@ GE_API int ge_qk_norm_rope_store_kv(void* workers, int dtype, int kv_dtype, cons
   });
 }
 
-GE_API int ge_paged_attention(void* workers, int dtype, int kv_dtype, const GeHeads* heads, const void* q,
-                              int T, const void* k_cache, const void* v_cache,
+GE_API int ge_paged_attention(void* workers, int dtype, const GeCache* cache, const void* q, int T,
                               const std::int32_t* block_tables, int blocks_per_table,
                               const std::int32_t* cu_seqlens, int B, const std::int64_t* positions,
                               float softmax_scale, void* out) {
   return reporting_memory([&] {
     Workers& w = *static_cast<Workers*>(workers);
     const ModelKernels& kernels = w.kernels->model[dtype];
-    const HeadShape shape = shape_of(*heads);
+    const HeadShape shape = shape_of(*cache);
     const int width = shape.num_heads * shape.head_dim;
     const Activations from(kernels, T, width), to(kernels, T, width);
-    const std::vector<RowTile> tiles = row_tiles(shape, cu_seqlens, B, positions);
+    const RowTiles tiles = row_tiles(shape, {cu_seqlens, positions, B, block_tables, blocks_per_table});
     const std::size_t scratch_size = attention_scratch(shape);
     const Buffer scratch(scratch_size * sizeof(float) * w.team.size());
-    const AttentionTask task{shape,       softmax_scale, k_cache,   v_cache,  from.at(0),
-                             from.stride, nullptr,       positions, to.at(0), to.stride};
+    const AttentionTask task{shape,   softmax_scale, memory_of(*cache), from.at(0), from.stride,
+                             nullptr, positions,     to.at(0),          to.stride};
     on_all_threads(w, [&](int thread) {
       for_rows(w.team, T, [&](int row) {
         kernels.widen(row_of(q, dtype, row, width), width, from.at(row), from.stride);
       });
-      run_attention(w, kernels, kv_dtype, task, tiles, block_tables, blocks_per_table,
+      run_attention(w, kernels, cache->kv_dtype, task, tiles,
                     reinterpret_cast<float*>(scratch.data()) + scratch_size * thread);
       for_rows(w.team, T,
                [&](int row) { kernels.narrow(to.at(row), width, row_of(out, dtype, row, width)); });

@@ -19,7 +19,9 @@ inline std::size_t row_stride(int n) { return (static_cast<std::size_t>(n) + 31)
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-std::size_t packed_bytes(int dtype, int N, int K);
+inline std::size_t packed_bytes(const ModelKernels& kernels, int format, int N, int K) {
+  return ceil_div(N, kPanel) * kernels.panel_bytes[format](K);
+}
 
 // A matrix to pack: rows of K values, from one matrix or several (query, key, value). With `interleaves` the
 // first of two goes into the first halves of the panels and the second into the second halves (gate, up).
@@ -31,23 +33,30 @@ struct Unpacked {
   bool interleaves;
 };
 
-// `to` is zeroed memory of packed_bytes.
-void pack(Workers& workers, int dtype, const Unpacked& matrix, char* to);
+// `dtype` is that of the sources and the model, `to` has packed_bytes.
+void pack(Workers& workers, int dtype, int format, const Unpacked& matrix, char* to);
 
-// The rows of one stream that attention takes in one call.
-struct RowTile {
-  int stream, first_row, last_row;
+// A batch's rows as attention takes them.
+struct RowTiles {
+  std::vector<Segment> segments;
+  std::vector<RowTile> tiles;  // longest first: the threads then finish at about the same time
 };
 
-// Longest first: the threads then finish at about the same time.
-std::vector<RowTile> row_tiles(const HeadShape& shape, const std::int32_t* cu_seqlens, int num_streams,
-                               const std::int64_t* positions);
+// A ragged batch's rows: those of stream b are cu_seqlens[b] .. cu_seqlens[b + 1].
+struct RaggedRows {
+  const std::int32_t* cu_seqlens;
+  const std::int64_t* positions;
+  int num_streams;
+  const std::int32_t* block_tables;
+  int blocks_per_table;
+};
+
+RowTiles row_tiles(const HeadShape& shape, const RaggedRows& rows);
 
 // Inside Team::run(), each followed by a barrier.
-void run_linear(Workers& workers, const ModelKernels& kernels, const LinearTask& task, int num_rows);
+void run_linear(Workers& workers, const ModelKernels& kernels, int format, const LinearTask& task, int num_rows);
 void run_attention(Workers& workers, const ModelKernels& kernels, int kv_dtype, const AttentionTask& task,
-                   const std::vector<RowTile>& tiles, const std::int32_t* block_tables, int blocks_per_table,
-                   float* scratch);
+                   const RowTiles& tiles, float* scratch);
 
 // body(i) for each i in 0 .. num_rows - 1, in portions.
 template <class Body>

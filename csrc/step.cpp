@@ -14,7 +14,7 @@ constexpr std::size_t kAlignment = 4096;
 std::size_t aligned(std::size_t num_bytes) { return (num_bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 struct Matrix {
-  int N = 0, K = 0;
+  int N = 0, K = 0, format = GE_FULL;
   char* data = nullptr;
 };
 
@@ -43,11 +43,14 @@ class Model {
     return matrices_[which < GE_PRE ? layer * GE_PRE + which : heads_ + which];
   }
   Norms norms(int layer) const;
+  KVCache cache_of(const GeBatch& batch, int layer) const;
   void reserve(int num_rows);
   void step_thread(const GeBatch& batch, int thread);
   void run_layer(const GeBatch& batch, int layer, int thread);
   void classify(const GeBatch& batch);
-  void norm_rows(const Rows& from, int offset, const float* weight, int n, const Rows& to, int num_rows);
+  void norm_rows(const Rows& from, int offset, const float* weight, int n, const Rows& to, int num_rows,
+                 bool feeds_layer);
+  void quantize_rows(const Rows& from, int n, int num_rows);
   void multiply(const Rows& x, const Matrix& weight, Epilogue epilogue, const Rows& out, int num_rows);
 
   Workers& workers_;
@@ -59,39 +62,45 @@ class Model {
   Memory weights_, scratch_;
   int capacity_ = 0;  // rows
   Rows residual_, labelled_, normed_, qkv_, attended_, inner_;
+  Rows quantized_;  // the input of the next matrix, for GE_W8A8, and each row's scale
+  float* row_scales_ = nullptr;
   std::size_t attention_scratch_;  // floats a thread
   Memory attention_memory_;
-  std::vector<RowTile> tiles_, label_tiles_;
+  RowTiles tiles_, label_tiles_;
 };
 
 Model::Model(Workers& workers, const GeModelConfig& config)
     : workers_(workers), config_(config), kernels_(workers.kernels->model[config.dtype]) {
   const std::int64_t token_stride = config.head_dim, head_stride = token_stride * config.block_size;
+  const std::int64_t heads_of_block = std::int64_t{2} * config.num_kv_heads * config.num_layers;
   shape_ = {config.num_heads,
             config.num_kv_heads,
             config.head_dim,
             config.block_size,
-            head_stride * config.num_kv_heads * 2 * config.num_layers,
+            config.block_size % kKeyGroup == 0,
+            head_stride * heads_of_block,
             token_stride,
-            head_stride};
+            head_stride,
+            config.block_size * heads_of_block,
+            config.block_size};
   const int q_width = config.num_heads * config.head_dim, kv_width = config.num_kv_heads * config.head_dim;
   for (int layer = 0; layer < config.num_layers; ++layer) {
-    matrices_.push_back({q_width + 2 * kv_width, config.hidden});
-    matrices_.push_back({config.hidden, q_width});
-    matrices_.push_back({2 * config.intermediate, config.hidden});
-    matrices_.push_back({config.hidden, config.intermediate});
+    matrices_.push_back({q_width + 2 * kv_width, config.hidden, config.format});
+    matrices_.push_back({config.hidden, q_width, config.format});
+    matrices_.push_back({2 * config.intermediate, config.hidden, config.format});
+    matrices_.push_back({config.hidden, config.intermediate, config.format});
   }
   heads_ = static_cast<int>(matrices_.size()) - GE_PRE;
   matrices_.push_back({2 * config.guard_inner, config.hidden});
   matrices_.push_back({config.response_logits, config.guard_inner});
   matrices_.push_back({config.query_logits, config.guard_inner});
   std::size_t total = 0;
-  for (const Matrix& m : matrices_) total += aligned(packed_bytes(config.dtype, m.N, m.K));
+  for (const Matrix& m : matrices_) total += aligned(packed_bytes(kernels_, m.format, m.N, m.K));
   weights_ = Memory(total);
   char* place = weights_.data();
   for (Matrix& m : matrices_) {
     m.data = place;
-    place += aligned(packed_bytes(config.dtype, m.N, m.K));
+    place += aligned(packed_bytes(kernels_, m.format, m.N, m.K));
   }
   attention_scratch_ = attention_scratch(shape_);
   attention_memory_ = Memory(attention_scratch_ * sizeof(float) * workers.team.size());
@@ -100,8 +109,18 @@ Model::Model(Workers& workers, const GeModelConfig& config)
 
 void Model::pack_matrix(int which, int layer, const Unpacked& rows) {
   const Matrix& target = matrix(which, layer);
-  pack(workers_, config_.dtype,
+  pack(workers_, config_.dtype, target.format,
        {rows.sources, rows.num_rows, rows.num_sources, target.K, which == GE_GATE_UP}, target.data);
+}
+
+// The keys and values of one layer: [N, layers, 2, Hkv, S * D] values, [N, layers, 2, Hkv, S] scales.
+KVCache Model::cache_of(const GeBatch& batch, int layer) const {
+  static constexpr std::size_t kValueBytes[] = {4, 2, 1};  // by GeDtype
+  const std::size_t plane = shape_.head_stride * config_.num_kv_heads * kValueBytes[config_.kv_dtype];
+  const std::size_t scales_plane = shape_.scale_head_stride * config_.num_kv_heads;
+  char* keys = static_cast<char*>(batch.kv_cache) + 2 * plane * layer;
+  float* scales = batch.kv_scales == nullptr ? nullptr : batch.kv_scales + 2 * scales_plane * layer;
+  return {keys, keys + plane, scales, scales == nullptr ? nullptr : scales + scales_plane};
 }
 
 Model::Norms Model::norms(int layer) const {
@@ -123,19 +142,27 @@ void Model::reserve(int num_rows) {
   Rows* const buffers[] = {&residual_, &labelled_, &normed_, &qkv_, &attended_, &inner_};
   std::size_t total = 0;
   for (int width : widths) total += aligned(row_stride(width) * kernels_.act_bytes * num_rows);
-  scratch_ = Memory(total);
+  const int widest = std::max({config_.hidden, config_.num_heads * config_.head_dim, config_.intermediate});
+  const std::size_t quantized =
+      config_.format == GE_W8A8 ? aligned(row_stride(widest) * kernels_.quantized_bytes * num_rows) : 0;
+  const std::size_t scales = config_.format == GE_W8A8 ? aligned(sizeof(float) * num_rows) : 0;
+  scratch_ = Memory(total + quantized + scales);
   char* place = scratch_.data();
   for (int i = 0; i < 6; ++i) {
     *buffers[i] = {place, row_stride(widths[i]), kernels_.act_bytes};
     place += aligned(row_stride(widths[i]) * kernels_.act_bytes * num_rows);
   }
+  quantized_ = {place, row_stride(widest), kernels_.quantized_bytes};
+  row_scales_ = reinterpret_cast<float*>(place + quantized);
   capacity_ = num_rows;
 }
 
 void Model::step(const GeBatch& batch) {
   reserve(batch.num_tokens);
-  tiles_ = row_tiles(shape_, batch.cu_seqlens, batch.num_streams, batch.positions);
-  label_tiles_ = row_tiles(shape_, batch.label_cu_seqlens, batch.num_streams, batch.label_positions);
+  tiles_ = row_tiles(shape_, {batch.cu_seqlens, batch.positions, batch.num_streams, batch.block_tables,
+                              batch.blocks_per_table});
+  label_tiles_ = row_tiles(shape_, {batch.label_cu_seqlens, batch.label_positions, batch.num_streams,
+                                    batch.block_tables, batch.blocks_per_table});
   struct Call {
     Model* model;
     const GeBatch* batch;
@@ -164,15 +191,11 @@ void Model::step_thread(const GeBatch& batch, int thread) {
 void Model::run_layer(const GeBatch& batch, int layer, int thread) {
   const bool is_last = layer == config_.num_layers - 1;
   const Norms weights = norms(layer);
-  norm_rows(residual_, 0, weights.input, config_.hidden, normed_, batch.num_tokens);
+  norm_rows(residual_, 0, weights.input, config_.hidden, normed_, batch.num_tokens, true);
   multiply(normed_, matrix(GE_QKV, layer), kStore, qkv_, batch.num_tokens);
 
-  const std::size_t kv_bytes = config_.kv_dtype == GE_BFLOAT16 ? 2 : 4;
-  const std::size_t plane =
-      shape_.head_stride * config_.num_kv_heads * kv_bytes;  // keys, or values, of one layer
-  char* k_cache = static_cast<char*>(batch.kv_cache) + 2 * plane * layer;
-  char* v_cache = k_cache + plane;
-  const StoreTask store{shape_, weights.query, weights.key, config_.cos_sin, config_.eps, k_cache, v_cache};
+  const KVCache cache = cache_of(batch, layer);
+  const StoreTask store{shape_, weights.query, weights.key, config_.cos_sin, config_.eps, cache};
   for_rows(workers_.team, batch.num_tokens * config_.num_kv_heads, [&](int item) {
     const int row = item / config_.num_kv_heads;
     kernels_.store_kv[config_.kv_dtype](store, qkv_.at(row), batch.positions[row], batch.slot_mapping[row],
@@ -191,8 +214,7 @@ void Model::run_layer(const GeBatch& batch, int layer, int thread) {
   }
   const AttentionTask attention{shape_,
                                 1.0f / __builtin_sqrtf(static_cast<float>(config_.head_dim)),
-                                k_cache,
-                                v_cache,
+                                cache,
                                 qkv_.data,
                                 qkv_.stride,
                                 is_last ? batch.label_index : nullptr,
@@ -200,44 +222,56 @@ void Model::run_layer(const GeBatch& batch, int layer, int thread) {
                                 attended_.data,
                                 attended_.stride};
   run_attention(workers_, kernels_, config_.kv_dtype, attention, is_last ? label_tiles_ : tiles_,
-                batch.block_tables, batch.blocks_per_table,
                 reinterpret_cast<float*>(attention_memory_.data()) + attention_scratch_ * thread);
+  quantize_rows(attended_, config_.num_heads * config_.head_dim, num_rows);
   multiply(attended_, matrix(GE_O, layer), kAddResidual, residual, num_rows);
-  norm_rows(residual, 0, weights.post, config_.hidden, normed_, num_rows);
+  norm_rows(residual, 0, weights.post, config_.hidden, normed_, num_rows, true);
   multiply(normed_, matrix(GE_GATE_UP, layer), kSiluMul, inner_, num_rows);
+  quantize_rows(inner_, config_.intermediate, num_rows);
   multiply(inner_, matrix(GE_DOWN, layer), kAddResidual, residual, num_rows);
 }
 
 void Model::classify(const GeBatch& batch) {
   const int W = batch.num_labels, G = config_.guard_inner;
-  norm_rows(labelled_, 0, config_.final_norm, config_.hidden, normed_, W);
+  norm_rows(labelled_, 0, config_.final_norm, config_.hidden, normed_, W, false);
   multiply(normed_, matrix(GE_PRE, 0), kStore, qkv_, W);
-  norm_rows(qkv_, 0, config_.guard_norms, G, normed_, W);
-  norm_rows(qkv_, G, config_.guard_norms + G, G, normed_, W);
+  norm_rows(qkv_, 0, config_.guard_norms, G, normed_, W, false);
+  norm_rows(qkv_, G, config_.guard_norms + G, G, normed_, W, false);
   const std::size_t num_logits = config_.response_logits + config_.query_logits;
   const Matrix &response = matrix(GE_RESPONSE, 0), &query = matrix(GE_QUERY, 0);
   run_linear(
-      workers_, kernels_,
-      {normed_.data, normed_.stride, response.data, G, response.N, kStoreFloat, batch.logits, num_logits}, W);
-  run_linear(workers_, kernels_,
-             {static_cast<char*>(normed_.data) + G * kernels_.act_bytes, normed_.stride, query.data, G,
+      workers_, kernels_, GE_FULL,
+      {normed_.data, normed_.stride, nullptr, response.data, G, response.N, kStoreFloat, batch.logits, num_logits}, W);
+  run_linear(workers_, kernels_, GE_FULL,
+             {static_cast<char*>(normed_.data) + G * kernels_.act_bytes, normed_.stride, nullptr, query.data, G,
               query.N, kStoreFloat, batch.logits + config_.response_logits, num_logits},
              W);
 }
 
-// Values [offset, offset + n) of each row.
-void Model::norm_rows(const Rows& from, int offset, const float* weight, int n, const Rows& to,
-                      int num_rows) {
+// Values [offset, offset + n) of each row. `feeds_layer`: also as the input of one of the layers' matrices.
+void Model::norm_rows(const Rows& from, int offset, const float* weight, int n, const Rows& to, int num_rows,
+                      bool feeds_layer) {
   const std::size_t skip = offset * kernels_.act_bytes;
+  const bool quantizes = feeds_layer && config_.format == GE_W8A8;
   for_rows(workers_.team, num_rows, [&](int row) {
     kernels_.rms_norm(static_cast<char*>(from.at(row)) + skip, weight, config_.eps, n,
                       static_cast<char*>(to.at(row)) + skip);
+    if (quantizes) row_scales_[row] = kernels_.quantize_row(to.at(row), n, quantized_.at(row));
   });
 }
 
+// Rows as the input of one of the layers' matrices, where that takes other numbers than the activations.
+void Model::quantize_rows(const Rows& from, int n, int num_rows) {
+  if (config_.format != GE_W8A8) return;
+  for_rows(workers_.team, num_rows,
+           [&](int row) { row_scales_[row] = kernels_.quantize_row(from.at(row), n, quantized_.at(row)); });
+}
+
 void Model::multiply(const Rows& x, const Matrix& weight, Epilogue epilogue, const Rows& out, int num_rows) {
-  run_linear(workers_, kernels_,
-             {x.data, x.stride, weight.data, weight.K, weight.N, epilogue, out.data, out.stride}, num_rows);
+  const Rows& input = weight.format == GE_W8A8 ? quantized_ : x;
+  run_linear(workers_, kernels_, weight.format,
+             {input.data, input.stride, row_scales_, weight.data, weight.K, weight.N, epilogue, out.data, out.stride},
+             num_rows);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ struct GeModelConfig {
   std::int32_t num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, guard_inner;
   std::int32_t response_logits, query_logits;
   std::int32_t dtype, kv_dtype, block_size;
+  std::int32_t format;  // GeFormat of the layers' matrices
   float eps;
   // Owned by the caller, who keeps them while the model lives.
   const void* embed;         // [V, E], in the model's dtype
@@ -49,7 +50,8 @@ struct GeBatch {
   const std::int64_t* label_index;   // [W]
   const std::int64_t* label_positions;
   const std::int32_t* label_cu_seqlens;
-  void* kv_cache;  // [N, layers, 2, Hkv, S, D]
+  void* kv_cache;    // [N, layers, 2, Hkv, S * D]: keys, values; within S * D see HeadShape::is_tiled
+  float* kv_scales;  // [N, layers, 2, Hkv, S], null unless the cache is int8
   float* logits;   // [W, C]
 };
 
@@ -58,27 +60,29 @@ struct GeBatch {
 GE_API int ge_step(void* model, const GeBatch* batch);
 
 // Single operators with the contracts of guardengine.kernels.reference, on contiguous tensors of `dtype`;
-// norms' weights are float; `packed` is zeroed memory of ge_packed_bytes. 0, or -2 when memory runs out.
-GE_API std::int64_t ge_packed_bytes(int dtype, int N, int K);
-GE_API void ge_pack(void* workers, int dtype, const void* weight, int N, int K, void* packed);
-GE_API int ge_linear(void* workers, int dtype, const void* x, int T, int K, const void* packed, int N,
+// norms' weights are float; `packed` has ge_packed_bytes. 0, or -2 when memory runs out.
+GE_API std::int64_t ge_packed_bytes(void* workers, int dtype, int format, int N, int K);
+GE_API void ge_pack(void* workers, int dtype, int format, const void* weight, int N, int K, void* packed);
+GE_API int ge_linear(void* workers, int dtype, int format, const void* x, int T, int K, const void* packed, int N,
                      void* out, int is_float_out);
 GE_API int ge_rms_norm(void* workers, int dtype, const void* x, const float* weight, float eps, int T, int n,
                        void* out);
 GE_API int ge_silu_and_mul(void* workers, int dtype, const void* gate_up, int T, int F, void* out);
 
-struct GeHeads {
-  std::int32_t num_heads, num_kv_heads, head_dim, block_size;
+// A KV cache of one layer: HeadShape, KVCache.
+struct GeCache {
+  std::int32_t num_heads, num_kv_heads, head_dim, block_size, kv_dtype, is_tiled;
   std::int64_t block_stride, token_stride, head_stride;  // of both caches, in values
+  std::int64_t scale_block_stride, scale_head_stride;
+  void *keys, *values;
+  float *key_scales, *value_scales;
 };
 
-GE_API int ge_qk_norm_rope_store_kv(void* workers, int dtype, int kv_dtype, const GeHeads* heads,
-                                    const void* qkv, int T, const float* q_norm, const float* k_norm,
-                                    const float* cos_sin, const std::int64_t* positions,
-                                    const std::int64_t* slot_mapping, void* k_cache, void* v_cache, float eps,
+GE_API int ge_qk_norm_rope_store_kv(void* workers, int dtype, const GeCache* cache, const void* qkv, int T,
+                                    const float* q_norm, const float* k_norm, const float* cos_sin,
+                                    const std::int64_t* positions, const std::int64_t* slot_mapping, float eps,
                                     void* q);
-GE_API int ge_paged_attention(void* workers, int dtype, int kv_dtype, const GeHeads* heads, const void* q,
-                              int T, const void* k_cache, const void* v_cache,
+GE_API int ge_paged_attention(void* workers, int dtype, const GeCache* cache, const void* q, int T,
                               const std::int32_t* block_tables, int blocks_per_table,
                               const std::int32_t* cu_seqlens, int B, const std::int64_t* positions,
                               float softmax_scale, void* out);

@@ -4,10 +4,11 @@
 namespace {
 
 constexpr int kLanes = 8;
-#define GE_TILE_ROWS 5
-constexpr int kTileRows =
-    GE_TILE_ROWS;             // of a linear's register tile: 10 accumulators, 4 weights, 2 to spare
-constexpr int kTileVecs = 2;  // columns of that tile, in registers
+// A linear's register tile: rows (of weights that come in pairs, and of others) by columns in registers, and the
+// columns of a tile of one or two rows.
+constexpr int kTileRows = 6, kPairTileRows = 5, kTileVecs = 2, kWideTileVecs = 4;
+// The same of attention.
+constexpr int kHeadTileRows = 4, kHeadTileVecs = 2, kWideHeadTileVecs = 4;
 
 using Vec = __m256;
 
@@ -66,25 +67,54 @@ inline void load_pairs(const BF16* from, Vec& first, Vec& second) {
   second = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+inline Vec load(const std::int8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+
+// Eight 32-bit integers.
+using IVec = __m256i;
+
+inline IVec int_zero() { return _mm256_setzero_si256(); }
+inline IVec load_int(const std::int32_t* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+inline IVec sub(IVec a, IVec b) { return _mm256_sub_epi32(a, b); }
+inline Vec int_to_float(IVec a) { return _mm256_cvtepi32_ps(a); }
+inline IVec to_int(Vec a) { return _mm256_cvtps_epi32(a); }  // nearest, ties to even
+inline void store(std::int16_t* to, IVec a) {
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+}
+inline void store(std::int8_t* to, IVec a) {
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(halves, halves));
+}
+using PairVec = IVec;  // of int16
+
+// kLanes pairs of int8, as int16.
+inline PairVec load_int_pairs(const std::int8_t* from) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline PairVec set1_pair(const std::int16_t* from) {
+  int pair;
+  __builtin_memcpy(&pair, from, sizeof pair);
+  return _mm256_set1_epi32(pair);
+}
+// sum + a[0] * b[0] + a[1] * b[1] in every lane
+inline IVec add_pairs(IVec sum, PairVec a, PairVec b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+
+// All bits of the lanes before `count`.
+inline Vec first_lanes(int count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+}
+
+// Lanes from `count` on become zero.
+inline Vec first_or_zero(Vec a, int count) { return _mm256_and_ps(a, first_lanes(count)); }
+
 // Lanes from `count` on become -infinity.
 inline Vec keep_first(Vec a, int count) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256 mask = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
-  return _mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), a, mask);
-}
-
-// The sums of the lower halves of p, q, r and s, then of their upper halves.
-inline Vec sum_halves(Vec p, Vec q, Vec r, Vec s) {
-  const __m256d x = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(p, q), _mm256_unpackhi_ps(p, q)));
-  const __m256d y = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(r, s), _mm256_unpackhi_ps(r, s)));
-  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
-                       _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
-}
-
-// Lane i of the result is the sum of the lanes of a[i], always in the same order.
-inline Vec sum_each(const Vec (&a)[kLanes]) {
-  const Vec x = sum_halves(a[0], a[1], a[2], a[3]), y = sum_halves(a[4], a[5], a[6], a[7]);
-  return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  return _mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), a, first_lanes(count));
 }
 
 inline float sum(Vec a) {

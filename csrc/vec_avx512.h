@@ -4,10 +4,11 @@
 namespace {
 
 constexpr int kLanes = 16;
-#define GE_TILE_ROWS 12
-constexpr int kTileRows =
-    GE_TILE_ROWS;             // of a linear's register tile: 24 accumulators, 4 weights, 2 to spare
-constexpr int kTileVecs = 2;  // columns of that tile, in registers
+// A linear's register tile: rows (of weights that come in pairs, and of others) by columns in registers, and the
+// columns of a tile of one or two rows.
+constexpr int kTileRows = 12, kPairTileRows = 12, kTileVecs = 2, kWideTileVecs = 2;
+// The same of attention.
+constexpr int kHeadTileRows = 8, kHeadTileVecs = 2, kWideHeadTileVecs = 4;
 
 using Vec = __m512;
 
@@ -56,31 +57,48 @@ inline void load_pairs(const BF16* from, Vec& first, Vec& second) {
   second = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+inline Vec load(const std::int8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
+// Sixteen 32-bit integers.
+using IVec = __m512i;
+
+inline IVec int_zero() { return _mm512_setzero_si512(); }
+inline IVec load_int(const std::int32_t* from) { return _mm512_loadu_si512(from); }
+inline IVec sub(IVec a, IVec b) { return _mm512_sub_epi32(a, b); }
+inline Vec int_to_float(IVec a) { return _mm512_cvtepi32_ps(a); }
+inline IVec to_int(Vec a) { return _mm512_cvtps_epi32(a); }  // nearest, ties to even
+inline void store(std::int8_t* to, IVec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a));
+}
+inline void store(std::int16_t* to, IVec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(a));
+}
+using PairVec = IVec;  // of int16
+
+// kLanes pairs of int8, as int16.
+inline PairVec load_int_pairs(const std::int8_t* from) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline PairVec set1_pair(const std::int16_t* from) {
+  int pair;
+  __builtin_memcpy(&pair, from, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+// sum + a[0] * b[0] + a[1] * b[1] in every lane
+inline IVec add_pairs(IVec sum, PairVec a, PairVec b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+
+// Lanes from `count` on become zero.
+inline Vec first_or_zero(Vec a, int count) {
+  const __mmask16 mask = count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+  return _mm512_maskz_mov_ps(mask, a);
+}
+
 // Lanes from `count` on become -infinity.
 inline Vec keep_first(Vec a, int count) {
   const __mmask16 mask = count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
   return _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), mask, a);
-}
-
-// Adds up neighbouring quarters: those of x, then those of y.
-inline Vec halve(Vec x, Vec y) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
-}
-
-// Lane i of the result is the sum of the lanes of a[i], always in the same order.
-inline Vec sum_each(const Vec (&a)[kLanes]) {
-  Vec quads[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const Vec x =
-        _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i], a[4 * i + 1]), _mm512_unpackhi_ps(a[4 * i], a[4 * i + 1]));
-    const Vec y = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i + 2], a[4 * i + 3]),
-                                _mm512_unpackhi_ps(a[4 * i + 2], a[4 * i + 3]));
-    const __m512d xd = _mm512_castps_pd(x), yd = _mm512_castps_pd(y);
-    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(xd, yd)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(xd, yd)));
-  }
-  return halve(halve(quads[0], quads[1]), halve(quads[2], quads[3]));
 }
 
 inline float sum(Vec a) {

@@ -5,10 +5,10 @@
 namespace {
 
 constexpr int kLanes = 8;
-#define GE_TILE_ROWS 2
-constexpr int kTileRows =
-    GE_TILE_ROWS;             // of a linear's register tile: compilers keep 2 x 8 floats in registers
-constexpr int kTileVecs = 1;  // columns of that tile, in registers
+// A linear's register tile: rows by columns in registers. Compilers keep 2 x 8 floats in registers.
+constexpr int kTileRows = 2, kPairTileRows = 2, kTileVecs = 1, kWideTileVecs = 1;
+// The same of attention.
+constexpr int kHeadTileRows = 2, kHeadTileVecs = 1, kWideHeadTileVecs = 1;
 
 struct Vec {
   float lane[kLanes];
@@ -87,6 +87,75 @@ inline void load_pairs(const BF16* from, Vec& first, Vec& second) {
   second = by_lane([&](int i) { return to_float(from[2 * i + 1]); });
 }
 
+inline Vec load(const std::int8_t* from) {
+  return by_lane([&](int i) { return static_cast<float>(from[i]); });
+}
+
+// Eight 32-bit integers.
+struct IVec {
+  std::int32_t lane[kLanes];
+};
+
+template <class Function>
+inline IVec by_int_lane(const Function& function) {
+  IVec out;
+  for (int i = 0; i < kLanes; ++i) out.lane[i] = function(i);
+  return out;
+}
+
+inline IVec int_zero() {
+  return by_int_lane([](int) { return 0; });
+}
+inline IVec load_int(const std::int32_t* from) {
+  return by_int_lane([&](int i) { return from[i]; });
+}
+inline IVec sub(IVec a, IVec b) {
+  return by_int_lane([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline Vec int_to_float(IVec a) {
+  return by_lane([&](int i) { return static_cast<float>(a.lane[i]); });
+}
+inline IVec to_int(Vec a) {  // nearest, ties to even; what is out of range becomes the smallest
+  return by_int_lane([&](int i) {
+    const float x = __builtin_nearbyintf(a.lane[i]);
+    return x > -2147483648.0f && x < 2147483648.0f ? static_cast<std::int32_t>(x) : INT32_MIN;
+  });
+}
+inline void store(std::int8_t* to, IVec a) {
+  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<std::int8_t>(a.lane[i]);
+}
+inline void store(std::int16_t* to, IVec a) {
+  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<std::int16_t>(a.lane[i]);
+}
+
+// Pairs of int16.
+struct PairVec {
+  std::int16_t lane[2 * kLanes];
+};
+
+// kLanes pairs of int8, as int16.
+inline PairVec load_int_pairs(const std::int8_t* from) {
+  PairVec out;
+  for (int i = 0; i < 2 * kLanes; ++i) out.lane[i] = from[i];
+  return out;
+}
+inline PairVec set1_pair(const std::int16_t* from) {
+  PairVec out;
+  for (int i = 0; i < 2 * kLanes; ++i) out.lane[i] = from[i % 2];
+  return out;
+}
+// sum + a[0] * b[0] + a[1] * b[1] in every lane
+inline IVec add_pairs(IVec sum, PairVec a, PairVec b) {
+  return by_int_lane([&](int i) {
+    return sum.lane[i] + a.lane[2 * i] * b.lane[2 * i] + a.lane[2 * i + 1] * b.lane[2 * i + 1];
+  });
+}
+
+// Lanes from `count` on become zero.
+inline Vec first_or_zero(Vec a, int count) {
+  return by_lane([&](int i) { return i < count ? a.lane[i] : 0.0f; });
+}
+
 // Lanes from `count` on become -infinity.
 inline Vec keep_first(Vec a, int count) {
   return by_lane([&](int i) { return i < count ? a.lane[i] : -__builtin_inff(); });
@@ -95,11 +164,6 @@ inline Vec keep_first(Vec a, int count) {
 inline float sum(Vec a) {
   const float* v = a.lane;
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-}
-
-// Lane i of the result is the sum of the lanes of a[i], always in the same order.
-inline Vec sum_each(const Vec (&a)[kLanes]) {
-  return by_lane([&](int i) { return sum(a[i]); });
 }
 
 inline float largest(Vec a) {

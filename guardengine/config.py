@@ -237,7 +237,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048  # token budget of one step
     max_model_len: int | None = None  # tokens a stream; None: the checkpoint's max_position_embeddings
     block_size: int = 16  # tokens per KV cache block
-    kv_dtype: str = "auto"  # auto: the model's dtype
+    kv_dtype: str = "auto"  # auto: the model's dtype; or float32, bfloat16, int8
     prefix_caching: bool = False
     num_threads: int | None = None  # None: torch's choice
 
@@ -266,9 +266,9 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
                 raise ConfigError(f"{name}={value!r}: a whole number from 1 to {largest} is needed")
-        if config.kv_dtype not in ("auto", "float32", "bfloat16"):
+        if config.kv_dtype not in ("auto", "float32", "bfloat16", "int8"):
             raise ConfigError(
-                f"kv_dtype={config.kv_dtype!r}: this backend stores 'auto', 'float32' or 'bfloat16'"
+                f"kv_dtype={config.kv_dtype!r}: 'auto', 'float32', 'bfloat16' or 'int8' is needed"
             )
         if config.prefix_caching is not False:
             raise ConfigError(f"prefix_caching={config.prefix_caching!r}: not available yet; leave it False")

@@ -59,6 +59,7 @@ class CpuRunner:
         dtype: torch.dtype,
         max_model_len: int,
         *,
+        quantization: str | None = None,
         num_threads: int | None = None,
         progress: bool = False,
     ) -> None:
@@ -71,12 +72,8 @@ class CpuRunner:
         self._workers = _start_workers(physical_cores() if num_threads is None else num_threads)
         self.isa, self.num_threads = self._workers.isa, self._workers.num_threads
         self._num_logits = heads.num_logits
-        # Never read before written, so left unset: pages of blocks that are never used cost no memory. A block is
-        # contiguous over all layers, so that huge pages do not change that.
-        self.kv_cache = torch.empty(
-            (cache.num_blocks, config.num_layers, 2, config.num_kv_heads, cache.block_size, config.head_dim),
-            dtype=cache.dtype,
-        )
+        self.kv_cache, self.kv_scales = _allocate_cache(cache, config)
+        self.quantization = quantization
         self.cos_sin = self.ops.rope_table(config.head_dim, config.rope_theta, max_model_len)
         stored = _StoredTensors(checkpoint)
         self.weights = _vector_weights(stored, dtype)
@@ -117,6 +114,7 @@ class CpuRunner:
             label_rows.positions.data_ptr(),
             label_rows.cu_seqlens_q.data_ptr(),
             self.kv_cache.data_ptr(),
+            None if self.kv_scales is None else self.kv_scales.data_ptr(),
             logits.ctypes.data,
         )
         native.check(native.library().ge_step(self._model, ctypes.byref(call)))
@@ -125,12 +123,14 @@ class CpuRunner:
     def copy_block(self, source: int, destination: int) -> None:
         """Copy one block's keys and values in every layer."""
         self.kv_cache[destination] = self.kv_cache[source]
+        if self.kv_scales is not None:
+            self.kv_scales[destination] = self.kv_scales[source]
 
     def close(self) -> None:
         """Free weights, KV cache and threads; nothing can run afterwards."""
         self._free_model()
         self._workers.close()
-        del self.weights, self.kv_cache
+        del self.weights, self.kv_cache, self.kv_scales
 
     def _create_model(self, heads: GuardHeadsConfig, block_size: int) -> int:
         config, weights = self.config, self.weights
@@ -147,6 +147,7 @@ class CpuRunner:
             native.DTYPES[self.dtype],
             native.DTYPES[self.kv_cache.dtype],
             block_size,
+            native.FORMATS[self.quantization],
             config.rms_norm_eps,
             weights.embed.data_ptr(),
             weights.layer_norms.data_ptr(),
@@ -197,6 +198,17 @@ def _vector_weights(stored: _StoredTensors, dtype: torch.dtype) -> VectorWeights
     )
 
 
+def _allocate_cache(cache: CacheShape, config: ModelConfig) -> tuple[Tensor, Tensor | None]:
+    """Keys and values [N, layers, 2, Hkv, S, D], and an int8 cache's scales [N, layers, 2, Hkv, S].
+
+    Never read before written, so left unset: pages of blocks that are never used cost no memory. A block is
+    contiguous over all layers, so that huge pages do not change that.
+    """
+    shape = (cache.num_blocks, config.num_layers, 2, config.num_kv_heads, cache.block_size)
+    values = torch.empty((*shape, config.head_dim), dtype=cache.dtype)
+    return values, torch.empty(shape, dtype=torch.float32) if cache.dtype == torch.int8 else None
+
+
 def _check_shape(config: ModelConfig, heads: GuardHeadsConfig) -> None:
     sizes = {
         "hidden_size": config.hidden_size,
@@ -208,6 +220,18 @@ def _check_shape(config: ModelConfig, heads: GuardHeadsConfig) -> None:
         if size % 32:
             raise ConfigError(
                 f"{key}={size}: the cpu backend needs a multiple of 32; use backend='reference'"
+            )
+    widths = {
+        "head_dim": (config.head_dim, native.MAX_HEAD_DIM),
+        "hidden_size": (config.hidden_size, native.MAX_INNER),
+        "intermediate_size": (config.intermediate_size, native.MAX_INNER),
+        "num_attention_heads * head_dim": (config.num_heads * config.head_dim, native.MAX_INNER),
+        "num_attention_heads / num_key_value_heads": (config.num_heads // config.num_kv_heads, native.MAX_GROUP),
+    }
+    for key, (size, largest) in widths.items():
+        if size > largest:
+            raise ConfigError(
+                f"{key} is {size}: the cpu backend's kernels take {largest} at most; use backend='reference'"
             )
 
 

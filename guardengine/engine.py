@@ -64,6 +64,7 @@ class Engine:
             options,
             choose_backend(backend, device, quantization),
             dtype,
+            quantization,
             progress=progress,
         )
         engine = Engine(*loaded)
@@ -163,7 +164,8 @@ class Engine:
             "tokens_pending": core.num_pending_tokens,
             "kv_blocks_total": core.pool.num_blocks,
             "kv_blocks_free": core.pool.num_free,
-            "kv_cache_bytes": runner.kv_cache.nbytes,
+            "kv_cache_bytes": runner.kv_cache.nbytes
+            + (0 if runner.kv_scales is None else runner.kv_scales.nbytes),
             "block_size": core.pool.block_size,
             "max_model_len": core.max_model_len,
             "max_num_streams": core.max_num_streams,
@@ -171,6 +173,7 @@ class Engine:
             "device": str(runner.device),
             "isa": runner.isa,
             "dtype": str(runner.dtype).removeprefix("torch."),
+            "quantization": runner.quantization,
             "kv_dtype": str(runner.kv_cache.dtype).removeprefix("torch."),
             "num_threads": runner.num_threads,
             "version": __version__,

@@ -20,6 +20,7 @@ from guardengine.core import EngineCore
 from guardengine.cpu_runner import CpuRunner
 from guardengine.errors import CheckpointError, ConfigError
 from guardengine.kernels import BACKENDS, load
+from guardengine.kernels.quantization import SCHEMES
 from guardengine.machine import memory_bytes
 from guardengine.readout import Readout
 from guardengine.runner import CacheShape, Runner, TorchRunner
@@ -29,6 +30,7 @@ from guardengine.weights import load_weights
 logger = logging.getLogger("guardengine")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_KV_DTYPES = {**_DTYPES, "int8": torch.int8}
 _DEFAULT_KV_CACHE_BYTES = 4 * 2**30
 
 
@@ -42,8 +44,8 @@ class LoadedEngine(NamedTuple):
 
 def choose_backend(backend: str, device: str, quantization: str | None) -> str:
     """The backend's name. Raises ConfigError, naming what there is."""
-    if quantization is not None:
-        raise ConfigError(f"quantization={quantization!r}: not available in this version; leave it None")
+    if quantization is not None and quantization not in SCHEMES:
+        raise ConfigError(f"quantization={quantization!r}: choose None or one of {', '.join(SCHEMES)}")
     name = "cpu" if backend == "auto" else backend
     if name not in BACKENDS:
         raise ConfigError(f"backend={backend!r}: choose 'auto' or one of {', '.join(BACKENDS)}")
@@ -53,7 +55,7 @@ def choose_backend(backend: str, device: str, quantization: str | None) -> str:
 
 
 def load_engine(
-    folder: Path, options: EngineConfig, backend: str, dtype: str, *, progress: bool
+    folder: Path, options: EngineConfig, backend: str, dtype: str, quantization: str | None, *, progress: bool
 ) -> LoadedEngine:
     """Load a Stream checkpoint. Raises CheckpointError and ConfigError."""
     if dtype not in ("auto", *_DTYPES):
@@ -67,7 +69,7 @@ def load_engine(
             )
         chosen = "bfloat16" if config.dtype == "bfloat16" else "float32"
         model_dtype = _DTYPES[chosen if dtype == "auto" else dtype]
-        kv_dtype = model_dtype if options.kv_dtype == "auto" else _DTYPES[options.kv_dtype]
+        kv_dtype = model_dtype if options.kv_dtype == "auto" else _KV_DTYPES[options.kv_dtype]
         max_model_len = _max_model_len(options, config)
         cache = CacheShape(
             num_blocks=_num_blocks(options, config, max_model_len, kv_dtype),
@@ -83,11 +85,14 @@ def load_engine(
                 cache,
                 model_dtype,
                 max_model_len,
+                quantization=quantization,
                 num_threads=threads,
                 progress=progress,
             )
         else:
-            weights = load_weights(checkpoint, model_dtype, torch.device("cpu"), progress=progress)
+            weights = load_weights(
+                checkpoint, model_dtype, torch.device("cpu"), quantization=quantization, progress=progress
+            )
             if options.num_threads is not None:
                 torch.set_num_threads(options.num_threads)
             runner = TorchRunner(load(backend), config, weights, cache, max_model_len)

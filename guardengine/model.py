@@ -16,11 +16,18 @@ from guardengine.weights import HeadWeights, LayerWeights, Weights
 
 
 def forward(
-    ops: ModuleType, config: ModelConfig, weights: Weights, cos_sin: Tensor, kv_cache: Tensor, batch: Batch
+    ops: ModuleType,
+    config: ModelConfig,
+    weights: Weights,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    kv_scales: Tensor | None,
+    batch: Batch,
 ) -> Tensor:
     """Run one ragged batch: store its keys and values, return the last layer's output where a label is wanted.
 
-    Shapes: kv_cache [layers, 2, N, S, Hkv, D], written in place; cos_sin [positions, D] -> [W, E], not normed.
+    Shapes: kv_cache [layers, 2, N, S, Hkv, D] and, where it is int8, kv_scales [layers, 2, N, Hkv, S], written in
+            place; cos_sin [positions, D] -> [W, E], not normed.
 
     Past the last layer's KV store only the W wanted rows are computed: a prompt chunk that wants none ends there.
     """
@@ -31,6 +38,7 @@ def forward(
     x = ops.rms_norm(residual, weights.layers[0].input_norm, eps)
     for index, layer in enumerate(weights.layers):
         k_cache, v_cache = kv_cache[index]
+        k_scales, v_scales = (None, None) if kv_scales is None else kv_scales[index]
         if index:
             x, residual = ops.fused_add_rms_norm(x, residual, layer.input_norm, eps)
         q = ops.qk_norm_rope_store_kv(
@@ -43,12 +51,22 @@ def forward(
             k_cache,
             v_cache,
             eps,
+            k_scales,
+            v_scales,
         )
         if index == config.num_layers - 1:
             rows = batch.label_rows
             q, residual = q[batch.label_index], residual[batch.label_index]
         attended = ops.paged_attention(
-            q, k_cache, v_cache, batch.block_tables, rows.cu_seqlens_q, rows.positions, softmax_scale
+            q,
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            rows.cu_seqlens_q,
+            rows.positions,
+            softmax_scale,
+            k_scales,
+            v_scales,
         )
         x = ops.linear(attended.flatten(1), layer.o)
         x, residual = ops.fused_add_rms_norm(x, residual, layer.post_norm, eps)

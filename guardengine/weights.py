@@ -16,6 +16,7 @@ from tqdm import tqdm
 from guardengine.checkpoint import Checkpoint, shorten
 from guardengine.config import ModelConfig
 from guardengine.errors import CheckpointError, ConfigError
+from guardengine.kernels.quantization import QuantizedWeight, quantize_weight
 
 _NUM_NAMES_SHOWN = 8
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
@@ -42,19 +43,21 @@ _SIZED_BY = {
     "query_category_head": "num_query_category, guard_inner_size",
 }
 
+Matrix = Tensor | QuantizedWeight
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One decoder layer."""
 
     input_norm: Tensor  # [E]
-    qkv: Tensor  # [(H + 2 * Hkv) * D, E]: query, key, value rows
+    qkv: Matrix  # [(H + 2 * Hkv) * D, E]: query, key, value rows
     q_norm: Tensor  # [D]
     k_norm: Tensor  # [D]
-    o: Tensor  # [E, H * D]
+    o: Matrix  # [E, H * D]
     post_norm: Tensor  # [E]
-    gate_up: Tensor  # [2 * F, E]: gate, up rows
-    down: Tensor  # [E, F]
+    gate_up: Matrix  # [2 * F, E]: gate, up rows
+    down: Matrix  # [E, F]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class Weights:
     norm: Tensor  # [E]
     heads: HeadWeights | None  # None for Gen
     lm_head: Tensor | None  # [V, E]; None for Stream; `embed` itself when tied
+    quantization: str | None = None  # of the layers' matrices
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -113,9 +117,15 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def load_weights(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: bool = False
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantization: str | None = None,
+    progress: bool = False,
 ) -> Weights:
-    """Copy an open checkpoint's tensors into their final form.
+    """Copy an open checkpoint's tensors into their final form, the layers' matrices rounded to int8 where a
+    `quantization` scheme is given.
 
     Peak memory: the result plus at most one tensor.
     Dtypes: stored float32, float16 or bfloat16, each cast to `dtype` (one of the three) on the way.
@@ -138,18 +148,22 @@ def load_weights(
             start = stop
         return target
 
+    def matrix(*names: str) -> Matrix:
+        whole = fused(*names)
+        return whole if quantization is None else quantize_weight(whole, quantization)
+
     def layer_weights(index: int) -> LayerWeights:
         layer = f"model.layers.{index}."
         attention, mlp = layer + "self_attn.", layer + "mlp."
         return LayerWeights(
             input_norm=fused(layer + "input_layernorm.weight"),
-            qkv=fused(*(f"{attention}{part}_proj.weight" for part in "qkv")),
+            qkv=matrix(*(f"{attention}{part}_proj.weight" for part in "qkv")),
             q_norm=fused(attention + "q_norm.weight"),
             k_norm=fused(attention + "k_norm.weight"),
-            o=fused(attention + "o_proj.weight"),
+            o=matrix(attention + "o_proj.weight"),
             post_norm=fused(layer + "post_attention_layernorm.weight"),
-            gate_up=fused(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-            down=fused(mlp + "down_proj.weight"),
+            gate_up=matrix(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
+            down=matrix(mlp + "down_proj.weight"),
         )
 
     embed = fused("model.embed_tokens.weight")
@@ -166,7 +180,7 @@ def load_weights(
         )
     else:
         lm_head = embed if config.tie_word_embeddings else fused("lm_head.weight")
-    return Weights(embed, layers, fused("model.norm.weight"), heads, lm_head)
+    return Weights(embed, layers, fused("model.norm.weight"), heads, lm_head, quantization)
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:

@@ -18,6 +18,19 @@ from torch import Tensor
 
 from guardengine.kernels import native
 from guardengine.kernels.native import DTYPES
+from guardengine.kernels.rope import rope_table
+
+__all__ = [
+    "fused_add_rms_norm",
+    "guard_heads",
+    "linear",
+    "paged_attention",
+    "qk_norm_rope_store_kv",
+    "quantize",
+    "rms_norm",
+    "rope_table",
+    "silu_and_mul",
+]
 
 
 @lru_cache(maxsize=1)
@@ -29,8 +42,12 @@ def _workers() -> native.Workers:
     return _workers_for(native.choose_isa(), torch.get_num_threads())
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | native.Packed) -> Tensor:
     return _linear(x, weight, is_float_out=False)
+
+
+def quantize(weight: Tensor, scheme: str) -> native.Packed:
+    return native.Packed(_workers(), weight, scheme)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -74,18 +91,6 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def rope_table(head_dim: int, theta: float, num_positions: int) -> Tensor:
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
-
-
-def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
-    cos, sin = cos_sin[:, None].chunk(2, dim=-1)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
 def qk_norm_rope_store_kv(
     qkv: Tensor,
     q_norm: Tensor,
@@ -96,6 +101,8 @@ def qk_norm_rope_store_kv(
     k_cache: Tensor,
     v_cache: Tensor,
     eps: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     qkv, cos_sin = qkv.contiguous(), cos_sin.contiguous()
     q_norm, k_norm = q_norm.float().contiguous(), k_norm.float().contiguous()
@@ -107,8 +114,7 @@ def qk_norm_rope_store_kv(
         native.library().ge_qk_norm_rope_store_kv(
             _workers().handle,
             DTYPES[qkv.dtype],
-            DTYPES[k_cache.dtype],
-            ctypes.byref(_heads(num_heads, k_cache, v_cache)),
+            ctypes.byref(_cache(num_heads, k_cache, v_cache, k_scales, v_scales)),
             qkv.data_ptr(),
             num_rows,
             q_norm.data_ptr(),
@@ -116,8 +122,6 @@ def qk_norm_rope_store_kv(
             cos_sin.data_ptr(),
             positions.data_ptr(),
             slot_mapping.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
             eps,
             q.data_ptr(),
         )
@@ -133,6 +137,8 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     positions: Tensor,
     softmax_scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     q, tables = q.contiguous(), block_tables.to(torch.int32).contiguous()
     bounds, positions = cu_seqlens_q.to(torch.int32).contiguous(), positions.contiguous()
@@ -141,12 +147,9 @@ def paged_attention(
         native.library().ge_paged_attention(
             _workers().handle,
             DTYPES[q.dtype],
-            DTYPES[k_cache.dtype],
-            ctypes.byref(_heads(q.shape[1], k_cache, v_cache)),
+            ctypes.byref(_cache(q.shape[1], k_cache, v_cache, k_scales, v_scales)),
             q.data_ptr(),
             len(q),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
             tables.data_ptr(),
             tables.shape[1],
             bounds.data_ptr(),
@@ -176,20 +179,16 @@ def guard_heads(
     return torch.cat(logits, dim=-1)
 
 
-def _linear(x: Tensor, weight: Tensor, *, is_float_out: bool) -> Tensor:
-    """Packs the weight on every call, which the engine does once."""
-    if weight.shape[1] % 2:
-        x, weight = F.pad(x, (0, 1)), F.pad(weight, (0, 1))
-    return _linear_packed(x, native.Packed(_workers(), weight), is_float_out=is_float_out)
-
-
-def _linear_packed(x: Tensor, packed: native.Packed, *, is_float_out: bool = False) -> Tensor:
-    x = x.contiguous()
+def _linear(x: Tensor, weight: Tensor | native.Packed, *, is_float_out: bool) -> Tensor:
+    """Packs a plain weight on every call, which the engine does once."""
+    packed = weight if isinstance(weight, native.Packed) else native.Packed(_workers(), weight)
+    x = F.pad(x, (0, -x.shape[1] % 4)).contiguous()
     out = torch.empty(len(x), packed.shape[0], dtype=torch.float32 if is_float_out else x.dtype)
     native.check(
         native.library().ge_linear(
             _workers().handle,
             DTYPES[x.dtype],
+            packed.format,
             x.data_ptr(),
             *x.shape,
             packed.address,
@@ -201,16 +200,40 @@ def _linear_packed(x: Tensor, packed: native.Packed, *, is_float_out: bool = Fal
     return out
 
 
-def _heads(num_heads: int, k_cache: Tensor, v_cache: Tensor) -> native.HeadsStruct:
-    """Shape and strides of the caches, which may be views of a larger one."""
+def _cache(
+    num_heads: int, k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
+) -> native.CacheStruct:
+    """Addresses and strides of the caches, which may be views of a larger one."""
     _, block_size, num_kv_heads, head_dim = k_cache.shape
-    if head_dim % 32:
+    if head_dim % 32 or head_dim > native.MAX_HEAD_DIM:
         raise ValueError(
-            f"head_dim={head_dim}: these kernels need a multiple of 32; use the reference backend"
+            f"head_dim={head_dim}: these kernels need a multiple of 32 up to {native.MAX_HEAD_DIM}; use the "
+            "reference backend"
         )
     block, token, head, value = k_cache.stride()
     if v_cache.stride() != k_cache.stride() or value != 1:
         raise ValueError(
             f"k_cache has strides {k_cache.stride()}, v_cache {v_cache.stride()}: equal ones are needed"
         )
-    return native.HeadsStruct(num_heads, num_kv_heads, head_dim, block_size, block, token, head)
+    scale_strides, scales = (0, 0), (None, None)
+    if k_scales is not None and v_scales is not None:
+        if v_scales.stride() != k_scales.stride() or k_scales.stride(2) != 1:
+            raise ValueError(
+                f"k_scales has strides {k_scales.stride()}, v_scales {v_scales.stride()}: equal ones are needed"
+            )
+        scale_strides, scales = k_scales.stride()[:2], (k_scales.data_ptr(), v_scales.data_ptr())
+    return native.CacheStruct(
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        block_size,
+        DTYPES[k_cache.dtype],
+        False,
+        block,
+        token,
+        head,
+        *scale_strides,
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        *scales,
+    )

@@ -15,14 +15,17 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import library as compiled
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # GeDtype; int8: of a KV cache only
+FORMATS = {None: 0, "int8": 1, "w8a8": 2}  # GeFormat, by quantization scheme
+MAX_GROUP, MAX_HEAD_DIM, MAX_INNER = 256, 512, 1 << 16  # kMaxGroup, kMaxHeadDim, kMaxInner in csrc/kernels.h
+KEY_GROUP = 16  # kKeyGroup: a KV cache with blocks of a multiple of it is multiplied with in place
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
-_ATTENTION_END = (c_void_p, c_float, c_void_p)
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ge_kernel_isas": (c_char_p, []),
     "ge_workers_create": (c_void_p, [c_char_p, c_int]),
@@ -31,29 +34,18 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ge_model_destroy": (None, [c_void_p]),
     "ge_model_pack": (None, [c_void_p, c_int, c_int, POINTER(c_void_p), POINTER(c_int64), c_int]),
     "ge_step": (c_int, [c_void_p, c_void_p]),
-    "ge_packed_bytes": (c_int64, [c_int] * 3),
-    "ge_pack": (None, [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p]),
-    "ge_linear": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p, c_int]),
+    "ge_packed_bytes": (c_int64, [c_void_p, *[c_int] * 4]),
+    "ge_pack": (None, [c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_void_p]),
+    "ge_linear": (c_int, [c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p, c_int]),
     "ge_rms_norm": (c_int, [c_void_p, c_int, c_void_p, c_void_p, c_float, c_int, c_int, c_void_p]),
     "ge_silu_and_mul": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p]),
     "ge_qk_norm_rope_store_kv": (
         c_int,
-        [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int, *[c_void_p] * 7, c_float, c_void_p],
+        [c_void_p, c_int, c_void_p, c_void_p, c_int, *[c_void_p] * 5, c_float, c_void_p],
     ),
     "ge_paged_attention": (
         c_int,
-        [
-            c_void_p,
-            c_int,
-            c_int,
-            *[c_void_p] * 2,
-            c_int,
-            *[c_void_p] * 3,
-            c_int,
-            c_void_p,
-            c_int,
-            *_ATTENTION_END,
-        ],
+        [c_void_p, c_int, c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p, c_int, c_void_p, c_float, c_void_p],
     ),
 }
 
@@ -64,7 +56,7 @@ class ModelStruct(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim")),
         *((name, c_int32) for name in ("intermediate", "guard_inner", "response_logits", "query_logits")),
-        *((name, c_int32) for name in ("dtype", "kv_dtype", "block_size")),
+        *((name, c_int32) for name in ("dtype", "kv_dtype", "block_size", "format")),
         ("eps", c_float),
         *((name, c_void_p) for name in ("embed", "layer_norms", "final_norm", "guard_norms", "cos_sin")),
     )
@@ -80,16 +72,19 @@ class BatchStruct(ctypes.Structure):
             (name, c_void_p)
             for name in ("block_tables", "label_index", "label_positions", "label_cu_seqlens")
         ),
-        *((name, c_void_p) for name in ("kv_cache", "logits")),
+        *((name, c_void_p) for name in ("kv_cache", "kv_scales", "logits")),
     )
 
 
-class HeadsStruct(ctypes.Structure):
-    """GeHeads."""
+class CacheStruct(ctypes.Structure):
+    """GeCache."""
 
     _fields_ = (
         *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size")),
+        *((name, c_int32) for name in ("kv_dtype", "is_tiled")),
         *((name, c_int64) for name in ("block_stride", "token_stride", "head_stride")),
+        *((name, c_int64) for name in ("scale_block_stride", "scale_head_stride")),
+        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
     )
 
 
@@ -149,15 +144,17 @@ def _destroy_workers(pid: int, handle: int) -> None:
 
 
 class Packed:
-    """A weight matrix [N, K] in the kernels' own layout. K is even."""
+    """A weight matrix [N, K] in the kernels' own layout, rounded to int8 under a quantization scheme."""
 
-    def __init__(self, workers: Workers, weight: Tensor) -> None:
-        self.shape, self.dtype = weight.shape, weight.dtype
-        code, (rows, columns) = DTYPES[weight.dtype], weight.shape
-        self.data = torch.zeros(library().ge_packed_bytes(code, rows, columns) + 64, dtype=torch.uint8)
+    def __init__(self, workers: Workers, weight: Tensor, scheme: str | None = None) -> None:
+        self.shape, self.format = weight.shape, FORMATS[scheme]
+        # Steps of four k at most. Zeros at the end of a row change no sum and no scale.
+        weight = F.pad(weight, (0, -weight.shape[1] % 4)).contiguous()
+        arguments = (DTYPES[weight.dtype], self.format)
+        num_bytes = library().ge_packed_bytes(workers.handle, *arguments, *weight.shape)
+        self.data = torch.empty(num_bytes + 64, dtype=torch.uint8)
         self.address = (self.data.data_ptr() + 63) // 64 * 64
-        weight = weight.contiguous()
-        library().ge_pack(workers.handle, code, weight.data_ptr(), rows, columns, self.address)
+        library().ge_pack(workers.handle, *arguments, weight.data_ptr(), *weight.shape, self.address)
 
 
 def pointers(tensors: Sequence[Tensor]) -> tuple[object, object, int]:

@@ -13,10 +13,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from guardengine.kernels.quantization import QuantizedWeight, quantize_rows, quantize_weight
+from guardengine.kernels.rope import apply_rope, rope_table
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """out = x weightᵀ.  Shapes: x [T, in], weight [out, in] -> [T, out]."""
-    return F.linear(x, weight)
+__all__ = [
+    "fused_add_rms_norm",
+    "guard_heads",
+    "linear",
+    "paged_attention",
+    "qk_norm_rope_store_kv",
+    "quantize",
+    "rms_norm",
+    "rope_table",
+    "silu_and_mul",
+]
+
+
+def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+    """out = x weightᵀ.  Shapes: x [T, in], weight [out, in], or `quantize` of it -> [T, out].
+
+    "int8": the weight's integers times their scales. "w8a8": integers times integers, exactly, times both scales:
+    out[t, n] = (Σ xq[t, k] wq[n, k]) * w_scale[n] * x_scale[t], with xq the rows of x rounded by `quantize_rows`.
+    """
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    if not weight.rounds_rows:
+        return F.linear(x.float(), weight.dequantized()).to(x.dtype)
+    rows, row_scales = quantize_rows(x)
+    sums = rows.double() @ weight.values.double().T  # integers below 2^53: exact
+    return (sums.float() * weight.scales[:, 0] * row_scales[:, None]).to(x.dtype)
+
+
+def quantize(weight: Tensor, scheme: str) -> QuantizedWeight:
+    """A weight matrix [out, in] as `linear` takes it under "int8" or "w8a8"."""
+    return quantize_weight(weight, scheme)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,27 +74,6 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def rope_table(head_dim: int, theta: float, num_positions: int) -> Tensor:
-    """Cosines and sines of RoPE's angles, position * theta^(-2j/D).
-
-    Shapes: out [num_positions, D] float32: D/2 cosines, then D/2 sines.
-    Source: Su 2021; Qwen3's (half, half) pairing, see `apply_rope`.
-    """
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
-
-
-def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate pair (j, j + D/2) of each head by its angle: (a cos - b sin, b cos + a sin).
-
-    Shapes: x, out [T, heads, D] float32; cos_sin [T, D], the rows of `rope_table` at each token's position.
-    """
-    cos, sin = cos_sin[:, None].chunk(2, dim=-1)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
 def qk_norm_rope_store_kv(
     qkv: Tensor,
     q_norm: Tensor,
@@ -75,11 +84,15 @@ def qk_norm_rope_store_kv(
     k_cache: Tensor,
     v_cache: Tensor,
     eps: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Norm and rotate q and k per head, store k and v in the cache, return q.
 
     Shapes:   qkv [T, (H + 2 Hkv) D], q then k then v; q_norm, k_norm [D]; cos_sin [positions, D] float32;
-              positions, slot_mapping [T] int64; k_cache, v_cache [N, S, Hkv, D], written in place -> q [T, H, D].
+              positions, slot_mapping [T] int64; k_cache, v_cache [N, S, Hkv, D], written in place; k_scales,
+              v_scales [N, Hkv, S] float32, for int8 caches: each head of a token rounded by `quantize_rows`
+              -> q [T, H, D].
     Requires: slots are distinct and lie in blocks that only the token's own stream holds.
     """
     num_kv_heads, head_dim = k_cache.shape[2:]
@@ -88,9 +101,16 @@ def qk_norm_rope_store_kv(
     angles = cos_sin[positions]
     q = apply_rope(rms_norm(q.float(), q_norm, eps), angles)
     k = apply_rope(rms_norm(k.float(), k_norm, eps), angles)
-    k_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = k.to(k_cache.dtype)
-    v_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = v.to(v_cache.dtype)
+    _store(k, k_cache, k_scales, slot_mapping)
+    _store(v, v_cache, v_scales, slot_mapping)
     return q.to(qkv.dtype)
+
+
+def _store(values: Tensor, cache: Tensor, scales: Tensor | None, slot_mapping: Tensor) -> None:
+    block, offset = slot_mapping // cache.shape[1], slot_mapping % cache.shape[1]
+    if scales is not None:
+        values, scales[block, :, offset] = quantize_rows(values)
+    cache[block, offset] = values.to(cache.dtype)
 
 
 def paged_attention(
@@ -101,6 +121,8 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     positions: Tensor,
     softmax_scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Attend causally from a ragged batch of rows over the paged KV cache.
 
@@ -109,34 +131,46 @@ def paged_attention(
     Shapes:   q, out [T, H, D]; k_cache, v_cache [N, S, Hkv, D]; block_tables [B, M] int32 (-1 past a stream's
               end); cu_seqlens_q [B+1] int32, rows cu_seqlens_q[b]:cu_seqlens_q[b+1] are stream b's, in
               ascending order of position, any subset of its positions and possibly none; positions [T] int64.
-    Dtypes:   q and caches bf16 or fp32; dot products and softmax in fp32; rounded at the output.
+    Dtypes:   q bf16 or fp32, caches also int8 with scales k_scales, v_scales [N, Hkv, S] float32; dot products and
+              softmax in fp32; rounded at the output.
     Requires: H % Hkv == 0; every slot up to positions[t] of t's stream was stored.
     Source:   Vaswani 2017 eq. 1; grouped queries: Ainslie 2023; paging: Kwon 2023 section 4.
     """
     out = torch.empty_like(q)
-    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    block_size = k_cache.shape[1]
     bounds = cu_seqlens_q.tolist()
     for stream, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
         last = int(positions[end - 1])
         blocks = block_tables[stream, : last // block_size + 1]
-        k = k_cache[blocks].view(-1, num_kv_heads, head_dim)[: last + 1]
-        v = v_cache[blocks].view(-1, num_kv_heads, head_dim)[: last + 1]
+        k, v = _gather(k_cache, k_scales, blocks, last + 1), _gather(v_cache, v_scales, blocks, last + 1)
+        if k_scales is None:
+            k, v, queries = k.to(q.dtype), v.to(q.dtype), q
+        else:
+            queries = q.float()
         for tile in range(start, end, _QUERY_TILE):
             rows = slice(tile, min(tile + _QUERY_TILE, end))
             length = int(positions[rows.stop - 1]) + 1
             visible = torch.arange(length, device=q.device) <= positions[rows, None]
             attended = F.scaled_dot_product_attention(
-                q[rows].transpose(0, 1)[None],
-                k[:length].to(q.dtype).transpose(0, 1)[None],
-                v[:length].to(q.dtype).transpose(0, 1)[None],
+                queries[rows].transpose(0, 1)[None],
+                k[:length].transpose(0, 1)[None],
+                v[:length].transpose(0, 1)[None],
                 attn_mask=None if rows.stop - rows.start == 1 else visible[None, None],
                 scale=softmax_scale,
                 enable_gqa=True,
             )
-            out[rows] = attended[0].transpose(0, 1)
+            out[rows] = attended[0].transpose(0, 1).to(q.dtype)
     return out
+
+
+def _gather(cache: Tensor, scales: Tensor | None, blocks: Tensor, length: int) -> Tensor:
+    """One stream's first `length` keys or values, [length, Hkv, D], in float32 where they are int8."""
+    found = cache[blocks]
+    if scales is not None:
+        found = found.float() * scales[blocks].transpose(1, 2)[..., None]
+    return found.flatten(0, 1)[:length]
 
 
 # Rows of one stream attended at a time: keeps the mask of an 8,192-token prompt at 4 MB.

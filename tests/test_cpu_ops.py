@@ -65,11 +65,11 @@ def test_linear(out: int, inner: int, dtype: torch.dtype) -> None:
 def test_linear_rows_do_not_depend_on_their_number(out: int, inner: int, dtype: torch.dtype) -> None:
     x, weight = rand(70, inner, dtype=dtype), rand(out, inner, dtype=dtype)
     packed = native.Packed(cpu._workers(), weight)
-    whole = cpu._linear_packed(x, packed)
+    whole = cpu.linear(x, packed)
     for num_rows in range(1, 70):
-        assert torch.equal(cpu._linear_packed(x[:num_rows], packed), whole[:num_rows]), num_rows
+        assert torch.equal(cpu.linear(x[:num_rows], packed), whole[:num_rows]), num_rows
     for row in (0, 31, 69):
-        assert torch.equal(cpu._linear_packed(x[row : row + 1], packed), whole[row : row + 1])
+        assert torch.equal(cpu.linear(x[row : row + 1], packed), whole[row : row + 1])
 
 
 @pytest.mark.usefixtures("num_threads")
