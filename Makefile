@@ -61,7 +61,7 @@ test-asan: install
 
 # The wheel has its C++ run-time library inside (hidden: torch loads another), so it asks for a C library only.
 wheel: install
-	rm -rf build/lib* build/bdist* build/wheel
+	rm -rf build/lib* build/bdist* build/wheel dist
 	LDFLAGS="-static-libstdc++ -Wl,--exclude-libs,ALL -Wl,--gc-sections" \
 	  $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
