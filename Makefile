@@ -6,11 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help install bench test lint types format clean
+.PHONY: help install bench test test-emulated test-asan wheel lint types format clean
 
 help:
 	@echo "make bench    install, build, and run the throughput benchmark (random weights, under 3 minutes)"
 	@echo "make test     install, build, then lint, type checks and tests"
+	@echo "make test-emulated  the kernels for AVX-512 on a CPU without it, as AVX2 code (a part of make test)"
+	@echo "make test-asan      the native code under AddressSanitizer and UndefinedBehaviorSanitizer, its threads under TSan"
+	@echo "make wheel    dist/: a wheel for this platform, tried in an environment without a compiler"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make clean    remove everything that make made"
 
@@ -34,6 +37,35 @@ types: install
 
 test: lint types
 	$(BIN)/python -P -m pytest
+	$(MAKE) test-emulated
+
+# The kernels that this CPU may lack the instructions for, compiled to others: same tests.
+NATIVE := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile PYTHON=$(BIN)/python
+NATIVE_TESTS := tests/test_cpu_ops.py tests/test_cpu_engine.py
+
+test-emulated: install
+	$(NATIVE) emulated check-intrinsics
+	for isa in avx512 avx512bf16; do \
+	  $(BIN)/python -P -m pytest -q --native-library build/native/emulated.so --isa $$isa $(NATIVE_TESTS) || exit 1; \
+	done
+
+# Both runtimes come first into python, and reports go past pytest. Python itself does not free all it takes.
+ASAN = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  $(BIN)/python -P -m pytest -q --capture=sys --native-library build/native/sanitized.so
+
+test-asan: install
+	$(NATIVE) sanitized check-threads
+	$(ASAN) --isa avx2 $(NATIVE_TESTS) -k "not transformers_numbers"
+	$(ASAN) tests/test_cpu_ops.py -k "not avx2 and not 16384 and not neighbours"
+
+# The wheel has its C++ run-time library inside (hidden: torch loads another), so it asks for a C library only.
+wheel: install
+	rm -rf build/lib* build/bdist* build/wheel dist
+	LDFLAGS="-static-libstdc++ -Wl,--exclude-libs,ALL -Wl,--gc-sections" \
+	  $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	$(PYTHON) tests/native/check_wheel.py dist/*.whl $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 format: install
 	$(BIN)/ruff check --fix .

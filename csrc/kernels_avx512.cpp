@@ -1,16 +1,22 @@
 // The kernels for AVX-512 (F, BW, VL).
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#if defined(GE_EMULATE_AVX512)
+#include "avx512_on_simde.h"  // of tests/native
+#elif defined(__x86_64__)
 #include <immintrin.h>
+#endif
 
+#if defined(__x86_64__)
 // Of g++ 12 about its own headers, which leave registers undefined on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
 // From here on the compiler may use the instructions anywhere, so nothing of std:: follows: other files
 // would share it.
+#if !defined(GE_EMULATE_AVX512)
 #pragma GCC target("avx512f,avx512bw,avx512vl")
+#endif
 // In this order: the rest is written in terms of the first.
 // clang-format off
 #include "vec_avx512.h"

@@ -27,6 +27,7 @@ from guardengine.batch import Batch
 from guardengine.checkpoint import Checkpoint
 from guardengine.config import GuardHeadsConfig, ModelConfig
 from guardengine.errors import ConfigError
+from guardengine.kernels import library as compiled
 from guardengine.kernels import load, native
 from guardengine.runner import CacheShape
 from guardengine.weights import check_tensors, tensor_shapes
@@ -247,7 +248,7 @@ def _start_workers(num_threads: int) -> native.Workers:
         return native.Workers(native.choose_isa(), num_threads)
     except AttributeError as error:
         raise ConfigError(
-            f"{machine.LIBRARY} is of another version ({error}): build it with "
+            f"{compiled.path} is of another version ({error}): build it with "
             "`pip install --no-build-isolation -e .` in the source folder, or install a wheel"
         ) from None
     except (ValueError, MemoryError) as error:

@@ -17,8 +17,7 @@ from typing import Any
 
 from guardengine._version import __version__
 from guardengine.errors import ConfigError
-
-LIBRARY = Path(__file__).with_name("_C.so")
+from guardengine.kernels import library as compiled
 
 _FP32, _BF16, _INT8 = 0, 1, 2  # enum GePeak in csrc/probe.h
 _PROBLEMS = {
@@ -51,13 +50,14 @@ class Ceilings:
     isa: str
 
 
-def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
+def load_library(path: Path | None = None) -> ctypes.CDLL:
     """The compiled library, with its functions' types declared. Raises ConfigError when it is not usable."""
+    path = path or compiled.path
     mend = "build it with `pip install --no-build-isolation -e .` in the source folder, or install a wheel"
     if not path.exists():
         raise ConfigError(f"{path} is missing: the C++ part of guardengine was not built; {mend}")
     try:
-        library = ctypes.CDLL(str(path))
+        library: ctypes.CDLL = compiled.open_library(path)
         isa, read, peak = library.ge_isa, library.ge_probe_read, library.ge_probe_peak
     except (OSError, AttributeError) as error:
         raise ConfigError(

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import library as compiled
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # GeDtype; int8: of a KV cache only
 FORMATS = {None: 0, "int8": 1, "w8a8": 2}  # GeFormat, by quantization scheme
@@ -90,9 +90,8 @@ class CacheStruct(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    """Load guardengine/_C.so and declare its functions. Raises OSError or AttributeError where it does not fit."""
-    package = sys.modules[__name__.partition(".")[0]]
-    loaded = ctypes.CDLL(str(Path(package.__path__[0]) / "_C.so"))
+    """Load the compiled library and declare its functions. Raises OSError or AttributeError where it does not fit."""
+    loaded = compiled.open_library(compiled.path)
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

@@ -1,7 +1,9 @@
-"""Fixtures shared by the suite: tiny checkpoints, made once a session."""
+"""Shared by the suite: options for other builds of the native code, and tiny checkpoints, made once a session."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,59 @@ import pytest
 import torch
 
 from guardengine import Engine
+from guardengine.kernels import library, native
 from guardengine.make_checkpoint import make_checkpoint
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only costs
 
 SMALL_VOCAB = 512
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("guardengine")
+    group.addoption(
+        "--native-library",
+        type=Path,
+        metavar="PATH",
+        help="another build of csrc/ to test, made by tests/native/Makefile",
+    )
+    group.addoption(
+        "--isa",
+        choices=native.ISAS,
+        help="test this instruction set only: as the one that engines run, and of tests that take one each",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before any test module is imported: some of them ask the library what it has.
+    if path := config.getoption("--native-library"):
+        library.path = path.resolve()
+    if isa := config.getoption("--isa"):
+        os.environ["GUARDENGINE_ISA"] = isa
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if config.getoption("--native-library") is None:
+        return []
+    loaded = native.library()
+    lines = [f"native library: {library.path} with {', '.join(native.usable_isas())}"]
+    if hasattr(loaded, "ge_emulated_isas"):
+        loaded.ge_emulated_isas.restype = ctypes.c_char_p
+        lines.append(f"native library: {loaded.ge_emulated_isas().decode()} emulated")
+    return lines
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--isa")
+    others = [item for item in items if wanted and callspec_isa(item) not in (None, wanted)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+def callspec_isa(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("isa") if callspec else None
 
 
 @pytest.fixture(scope="session")
