@@ -210,7 +210,8 @@ def _allocate_cache(cache: CacheShape, config: ModelConfig) -> tuple[Tensor, Ten
     shape = (cache.num_blocks, config.num_layers, 2, config.num_kv_heads, cache.block_size)
     count = math.prod(shape) * config.head_dim
     memory = mmap.mmap(-1, count * cache.dtype.itemsize)
-    with contextlib.suppress(AttributeError, OSError):  # not everywhere, and refused on some kernels: only slower
+    # Not everywhere, and refused on some kernels: only slower.
+    with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     values = torch.frombuffer(memory, dtype=cache.dtype, count=count).view(*shape, config.head_dim)
     return values, torch.empty(shape, dtype=torch.float32) if cache.dtype == torch.int8 else None
@@ -233,7 +234,10 @@ def _check_shape(config: ModelConfig, heads: GuardHeadsConfig) -> None:
         "hidden_size": (config.hidden_size, native.MAX_INNER),
         "intermediate_size": (config.intermediate_size, native.MAX_INNER),
         "num_attention_heads * head_dim": (config.num_heads * config.head_dim, native.MAX_INNER),
-        "num_attention_heads / num_key_value_heads": (config.num_heads // config.num_kv_heads, native.MAX_GROUP),
+        "num_attention_heads / num_key_value_heads": (
+            config.num_heads // config.num_kv_heads,
+            native.MAX_GROUP,
+        ),
     }
     for key, (size, largest) in widths.items():
         if size > largest:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ _SIZED_BY = {
     "query_category_head": "num_query_category, guard_inner_size",
 }
 
-Matrix = Tensor | QuantizedWeight
+Matrix: TypeAlias = "Tensor | QuantizedWeight"
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,13 +215,14 @@ def _cache(
         raise ValueError(
             f"k_cache has strides {k_cache.stride()}, v_cache {v_cache.stride()}: equal ones are needed"
         )
-    scale_strides, scales = (0, 0), (None, None)
+    strides: tuple[int, ...] = (0, 0)
+    scales: tuple[int | None, int | None] = (None, None)
     if k_scales is not None and v_scales is not None:
         if v_scales.stride() != k_scales.stride() or k_scales.stride(2) != 1:
             raise ValueError(
                 f"k_scales has strides {k_scales.stride()}, v_scales {v_scales.stride()}: equal ones are needed"
             )
-        scale_strides, scales = k_scales.stride()[:2], (k_scales.data_ptr(), v_scales.data_ptr())
+        strides, scales = k_scales.stride()[:2], (k_scales.data_ptr(), v_scales.data_ptr())
     return native.CacheStruct(
         num_heads,
         num_kv_heads,
@@ -232,7 +233,7 @@ def _cache(
         block,
         token,
         head,
-        *scale_strides,
+        *strides,
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         *scales,

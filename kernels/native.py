@@ -45,7 +45,20 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "ge_paged_attention": (
         c_int,
-        [c_void_p, c_int, c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p, c_int, c_void_p, c_float, c_void_p],
+        [
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_float,
+            c_void_p,
+        ],
     ),
 }
 

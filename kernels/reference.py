@@ -41,7 +41,8 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
         return F.linear(x.float(), weight.dequantized()).to(x.dtype)
     rows, row_scales = quantize_rows(x)
     sums = rows.double() @ weight.values.double().T  # integers below 2^53: exact
-    return (sums.float() * weight.scales[:, 0] * row_scales[:, None]).to(x.dtype)
+    out: Tensor = sums.float() * weight.scales[:, 0] * row_scales[:, None]
+    return out.to(x.dtype)
 
 
 def quantize(weight: Tensor, scheme: str) -> QuantizedWeight:
@@ -99,11 +100,11 @@ def qk_norm_rope_store_kv(
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     q, k, v = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
     angles = cos_sin[positions]
-    q = apply_rope(rms_norm(q.float(), q_norm, eps), angles)
+    rotated: Tensor = apply_rope(rms_norm(q.float(), q_norm, eps), angles)
     k = apply_rope(rms_norm(k.float(), k_norm, eps), angles)
     _store(k, k_cache, k_scales, slot_mapping)
     _store(v, v_cache, v_scales, slot_mapping)
-    return q.to(qkv.dtype)
+    return rotated.to(qkv.dtype)
 
 
 def _store(values: Tensor, cache: Tensor, scales: Tensor | None, slot_mapping: Tensor) -> None:
