@@ -18,6 +18,7 @@ from torch import Tensor
 
 from guardengine.kernels import native
 from guardengine.kernels.native import DTYPES
+from guardengine.kernels.quantization import check_scheme
 from guardengine.kernels.rope import rope_table
 
 __all__ = [
@@ -47,6 +48,7 @@ def linear(x: Tensor, weight: Tensor | native.Packed) -> Tensor:
 
 
 def quantize(weight: Tensor, scheme: str) -> native.Packed:
+    check_scheme(scheme)
     return native.Packed(_workers(), weight, scheme)
 
 
