@@ -184,6 +184,8 @@ def guard_heads(
 def _linear(x: Tensor, weight: Tensor | native.Packed, *, is_float_out: bool) -> Tensor:
     """Packs a plain weight on every call, which the engine does once."""
     packed = weight if isinstance(weight, native.Packed) else native.Packed(_workers(), weight)
+    if x.dtype != packed.dtype:
+        raise ValueError(f"rows of {x.dtype}, weight packed from {packed.dtype}: equal dtypes are needed")
     x = F.pad(x, (0, -x.shape[1] % 4)).contiguous()
     out = torch.empty(len(x), packed.shape[0], dtype=torch.float32 if is_float_out else x.dtype)
     native.check(
