@@ -208,11 +208,11 @@ def attend(ops: ModuleType, q: Tensor, cache: Cache, tables: Tensor, rows: list[
     )
 
 
-def exact_attention(q: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
-    """One row by the formula in float64.  Shapes: q [H, D]; keys, values [n, Hkv, D]."""
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+    """One row by the formula, in the dtype given.  Shapes: q [H, D]; keys, values [n, Hkv, D]."""
     group = q.shape[0] // keys.shape[1]
     k, v = (part[: position + 1].repeat_interleave(group, dim=1) for part in (keys, values))
-    scores = torch.einsum("hd,nhd->hn", q.double(), k) * q.shape[-1] ** -0.5
+    scores = torch.einsum("hd,nhd->hn", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("hn,nhd->hd", scores.softmax(-1), v)
 
 
@@ -235,9 +235,11 @@ def test_attention(lengths, rows, shape: tuple[int, int, int], block_size: int, 
     cache, tables, dense = paged(lengths, block_size, num_kv_heads, head_dim)
     q = rand(sum(map(len, rows)), num_heads, head_dim, dtype=dtype, seed=5)
     wanted = [(dense[i], p) for i, row in enumerate(rows) for p in row]
-    exact = torch.stack([exact_attention(q[t], *pair, p) for t, (pair, p) in enumerate(wanted)])
-    actual, plain = (attend(ops, q, cache, tables, rows) for ops in BACKENDS)
-    assert_close_as_torch(actual, plain, exact)
+    exact = torch.stack([dense_attention(q[t].double(), k, v, p) for t, ((k, v), p) in enumerate(wanted)])
+    plain = [dense_attention(q[t].float(), k.float(), v.float(), p) for t, ((k, v), p) in enumerate(wanted)]
+    for ops in BACKENDS:
+        actual = attend(ops, q, cache, tables, rows)
+        assert_close_as_torch(actual, torch.stack(plain).to(dtype), exact)
 
 
 @pytest.mark.parametrize("block_size", [5, 16])
@@ -308,7 +310,7 @@ def test_tokens_of_zeros(dtype: torch.dtype) -> None:
             cache.scales[which, block, :, place % 16] = 0
             dense[0][which][place] = 0
     q = rand(2, 4, 32, dtype=dtype)
-    exact = torch.stack([exact_attention(q[t], *dense[0], p) for t, p in enumerate((0, 39))])
+    exact = torch.stack([dense_attention(q[t].double(), *dense[0], p) for t, p in enumerate((0, 39))])
     actual, plain = (attend(ops, q, cache, tables, [[0, 39]]) for ops in BACKENDS)
     assert_close_as_torch(actual[1], plain[1], exact[1])
     assert (actual[0] == 0).all()
