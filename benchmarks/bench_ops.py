@@ -61,16 +61,19 @@ def slower_than_larger(times: dict[int, float]) -> list[tuple[int, int]]:
 
 
 def slow_spots(kind: str, name: str) -> list[str]:
-    """What `slower_than_larger` finds, once both have been timed again in turns: others may have used the machine."""
+    """What `slower_than_larger` finds, once each pair was timed in turns: others may have used the machine before."""
     times = _linear_times[kind, name]
     packed, _ = packed_weight(name, kind)
-    for pair in slower_than_larger(times):
-        rows = {count: torch.randn(count, LINEARS[name][1]).bfloat16() for count in pair}
-        for _ in range(15):
-            for count, x in rows.items():
-                start = time.perf_counter()
-                cpu.linear(x, packed)
-                times[count] = min(times[count], time.perf_counter() - start)
+    compared: set[tuple[int, int]] = set()
+    while pairs := set(slower_than_larger(times)) - compared:
+        compared |= pairs
+        for pair in sorted(pairs):
+            rows = {count: torch.randn(count, LINEARS[name][1]).bfloat16() for count in pair}
+            for _ in range(15):
+                for count, x in rows.items():
+                    start = time.perf_counter()
+                    cpu.linear(x, packed)
+                    times[count] = min(times[count], time.perf_counter() - start)
     return [
         f"slower than a larger one: {kind} {name}: {few} rows take {times[few] * 1e6:.0f} us, "
         f"{more} rows {times[more] * 1e6:.0f} us"
