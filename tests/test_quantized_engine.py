@@ -256,6 +256,26 @@ def test_the_references_numbers(checkpoints, plain, mode: dict[str, Any], shape:
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_plain_pytorch_token_by_token(make_engine: MakeEngine, quantization: str | None) -> None:
+    """Scales of earlier steps, layers and copied blocks are read back: far less off than rounding itself."""
+
+    def run(k: int, kv_dtype: str = "int8", *, forks: bool = False) -> np.ndarray:
+        options = {"quantization": quantization, "kv_dtype": kv_dtype, "dtype": "float32"}
+        with make_engine(backend="reference", **options) as engine:
+            stream = engine.open(token_ids=PREFILL[:1], role="assistant")
+            for start in range(1, 64, k):
+                stream = stream.fork() if forks else stream
+                stream.append(PREFILL[start : start + k])
+                engine.run()
+            return logits(stream.labels).astype(np.float64)
+
+    whole = run(63)
+    moved = np.abs(run(63, "float32") - whole).mean()
+    for other in (run(1), run(7, forks=True)):
+        assert np.abs(other - whole).mean() <= 0.5 * moved
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_the_largest_shapes(checkpoints, quantization: str | None, isa: str) -> None:
     """Heads of 512 values, 256 query heads for one key head."""
     for overrides in (
