@@ -140,7 +140,8 @@ class Place:
 
     def _convert_openvino(self, contender: Contender, folder: Path, target: Path) -> None:
         weights = contender.model.removeprefix("openvino-")
-        command = [self.interpreter(contender), _HERE / "convert_openvino.py", folder, target, weights]
+        parts = (self.interpreter(contender), _HERE / "convert_openvino.py", folder, target, weights)
+        command = [str(part) for part in parts]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_CONVERSION_S, check=False)
         except subprocess.TimeoutExpired:

@@ -61,23 +61,23 @@ class Comparison:
 
     def _run_point(self, point: ComparePoint, engine: Contender) -> None:
         """One engine process for all peers: it takes its contexts back instead of computing them anew."""
-        before = self.bar.n
-        try:
-            with self._start(engine, point) as ours:
-                self._load(ours, engine, point)
-                for peer in self.options.peers:
-                    self._run_pair(point, engine, ours, peer)
-                    self.bar.update(1)
-                    if self.options.out:
-                        report.write_json(self.record, self.options.out)
-        except (WorkerFailed, GuardEngineError) as error:
-            self._fail(engine, point, error)
-            self.bar.update(len(self.options.peers) - (self.bar.n - before))
+        left = list(self.options.peers)
+        while left:  # again after an engine that ended in the middle of a pair
+            try:
+                with self._start(engine, point) as ours:
+                    self._load(ours, engine, point)
+                    while left and ours.is_alive:
+                        self._run_pair(point, engine, ours, left.pop(0))
+                        self.bar.update(1)
+                        if self.options.out:
+                            report.write_json(self.record, self.options.out)
+            except WorkerFailed as error:
+                self._fail(engine, point, error)
+                self.bar.update(len(left))
+                return
 
     def _run_pair(self, point: ComparePoint, engine: Contender, ours: WorkerProcess, peer: Contender) -> None:
         options = self.options
-        if not ours.is_alive:
-            raise WorkerFailed("the engine's worker ended with an earlier pair")
         try:
             model = self.place.model(peer)
             self._check_memory(model, point, peer)

@@ -67,7 +67,7 @@ class WorkerProcess:
             answer = self._exchange(line, time.monotonic() + self.timeout_s)
         except WorkerFailed as error:
             self.close(at_once=True)
-            raise WorkerFailed(f"`{command}`: {error}") from None
+            raise WorkerFailed(f"{self.name} `{command}`: {error}") from None
         try:
             message = json.loads(answer)
             if "error" not in message:
@@ -75,8 +75,8 @@ class WorkerProcess:
         except (ValueError, TypeError, KeyError):
             self.close(at_once=True)
             shown = answer[:100].decode(errors="replace")
-            raise WorkerFailed(f"`{command}`: {shown!r} came instead of an answer") from None
-        raise WorkerFailed(f"`{command}`: {message['error']}")
+            raise WorkerFailed(f"{self.name} `{command}`: {shown!r} came instead of an answer") from None
+        raise WorkerFailed(f"{self.name} `{command}`: {message['error']}")
 
     @property
     def is_alive(self) -> bool:

@@ -7,6 +7,7 @@ ids it is told are not used. Several known tokens at once are a new request whos
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -83,7 +84,7 @@ class Vllm:
         last = {out.request_id: int(out.outputs[0].token_ids[-1]) for out in self._engine.step()}
         return [last[name] for name in self._names if name in last]
 
-    def _add(self, ids: list[int], num_tokens: int) -> str:
+    def _add(self, ids: Sequence[int], num_tokens: int) -> str:
         self._num_requests += 1
         name = str(self._num_requests)
         sampling = self._sampling(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
@@ -92,7 +93,7 @@ class Vllm:
 
     def _complete(self, sequences: Chunks) -> list[int]:
         """The next token after each sequence."""
-        names = [self._add(list(sequence), 1) for sequence in sequences]
+        names = [self._add(sequence, 1) for sequence in sequences]
         found: dict[str, int] = {}
         while len(found) < len(names):
             for out in self._engine.step():
