@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from ctypes.util import find_library
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -40,13 +41,27 @@ class Contender:
 
 
 def _peer(peer: str, setting: str, model: str, **fields: Any) -> Contender:
-    known = {key: fields.pop(key) for key in ("weight_bytes", "arithmetic", "environment") if key in fields}
+    known = {
+        key: fields.pop(key)
+        for key in ("weight_bytes", "kv_bytes", "arithmetic", "environment")
+        if key in fields
+    }
     return Contender(f"{peer}:{setting}", f"worker_{peer}.py", model, fields, **known)
 
 
+# Without bf16 instructions torch's bf16 is slower than its float32, which then is the better setting.
+_FP32 = {"dtype": "float32", "weight_bytes": 4, "kv_bytes": 4, "arithmetic": "float32"}
+_BF16 = {"dtype": "bfloat16"}
+_SLEEPY = {"environment": {"KMP_BLOCKTIME": "1"}}  # libiomp's threads spin no longer than a millisecond
 _INT8 = {"weight_bytes": 1, "arithmetic": "int8"}
 # Of a peer named without a setting, all are run but those marked here.
-_ONLY_WHEN_NAMED = {"openvino:f16-kv8", "openvino:int8-kv8"}
+_ONLY_WHEN_NAMED = {
+    "openvino:f16-kv8",
+    "openvino:int8-kv8",
+    "vllm:eager-fp32",
+    "hf:sdpa-fp32",
+    "hf:batch-fp32",
+}
 _ALL = (
     _peer("llamacpp", "bf16", "bf16.gguf", flash_attention=True),
     _peer("llamacpp", "bf16-nofa", "bf16.gguf", flash_attention=False),
@@ -56,11 +71,14 @@ _ALL = (
     _peer("openvino", "f16-kv8", "openvino-f16", kv_precision="u8"),
     _peer("openvino", "int8", "openvino-int8", kv_precision="f16", **_INT8),
     _peer("openvino", "int8-kv8", "openvino-int8", kv_precision="u8", **_INT8),
-    _peer("vllm", "eager", "causal-lm", eager=True, environment={"KMP_BLOCKTIME": "1"}),
-    _peer("vllm", "compiled", "causal-lm", eager=False, environment={"KMP_BLOCKTIME": "1"}),
-    _peer("hf", "sdpa", "checkpoint", variant="sdpa", dtype="bfloat16"),
-    _peer("hf", "eager", "checkpoint", variant="eager", dtype="bfloat16"),
-    _peer("hf", "batch", "checkpoint", variant="batch", dtype="bfloat16"),
+    _peer("vllm", "eager", "causal-lm", eager=True, **_BF16, **_SLEEPY),
+    _peer("vllm", "eager-fp32", "causal-lm", eager=True, **_FP32, **_SLEEPY),
+    _peer("vllm", "compiled", "causal-lm", eager=False, **_BF16, **_SLEEPY),
+    _peer("hf", "sdpa", "checkpoint", variant="sdpa", **_BF16),
+    _peer("hf", "sdpa-fp32", "checkpoint", variant="sdpa", **_FP32),
+    _peer("hf", "eager", "checkpoint", variant="eager", **_BF16),
+    _peer("hf", "batch", "checkpoint", variant="batch", **_BF16),
+    _peer("hf", "batch-fp32", "checkpoint", variant="batch", **_FP32),
 )
 PEERS = {contender.name: contender for contender in _ALL}
 
@@ -119,6 +137,16 @@ class Place:
 
     def command(self, contender: Contender) -> Sequence[str]:
         return [str(self.interpreter(contender)), "-u", str(_HERE / contender.script)]
+
+    def environment(self, contender: Contender) -> dict[str, str]:
+        """Variables for the worker. vLLM's manual wants libiomp, which comes with it, and tcmalloc loaded first."""
+        found = dict(contender.environment)
+        if contender.peer == "vllm":
+            openmp = self.interpreter(contender).parents[1] / "lib" / "libiomp5.so"
+            preloads = [str(openmp)] if openmp.exists() else []
+            preloads += [name] if (name := find_library("tcmalloc_minimal")) else []
+            found["LD_PRELOAD"] = ":".join(preloads)
+        return found
 
     def model(self, contender: Contender) -> Path:
         """The weights in the form that the contender reads, made on first use. Raises ConfigError."""

@@ -102,7 +102,7 @@ class Comparison:
 
     def _start(self, contender: Contender, point: ComparePoint) -> WorkerProcess:
         self._say(f"{name_point(point)}: starting {contender.name}")
-        environment = {"OMP_NUM_THREADS": str(self.options.threads), **contender.environment}
+        environment = {"OMP_NUM_THREADS": str(self.options.threads), **self.place.environment(contender)}
         return WorkerProcess(contender.name, self.place.command(contender), environment, self.options.timeout)
 
     def _load(self, worker: WorkerProcess, contender: Contender, point: ComparePoint) -> None:

