@@ -98,7 +98,8 @@ class Comparison:
         except (WorkerFailed, GuardEngineError) as error:
             self._fail(peer, point, error)
             return
-        self.record["rows"].append(make_row(self.config, point, engine, peer, turns, probes, agreement))
+        row = make_row(self.config, point, engine, peer, turns, probes, agreement)
+        self.record["rows"].append({**row, "load_average": os.getloadavg()[0]})
 
     def _start(self, contender: Contender, point: ComparePoint) -> WorkerProcess:
         self._say(f"{name_point(point)}: starting {contender.name}")

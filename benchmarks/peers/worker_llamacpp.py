@@ -21,9 +21,9 @@ class LlamaCpp:
     def __init__(self, options: dict[str, Any]) -> None:
         llama_cpp.llama_log_set(_print_warnings, ctypes.c_void_p())
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(
-            options["model"].encode(), llama_cpp.llama_model_default_params()
-        )
+        loading = llama_cpp.llama_model_default_params()
+        loading.use_mmap = False  # pages of a mapped file could be read from disk while something is timed
+        self._model = llama_cpp.llama_model_load_from_file(options["model"].encode(), loading)
         if not self._model:
             raise RuntimeError(
                 f"llama.cpp cannot load {options['model']}; remove it to have it written again"
