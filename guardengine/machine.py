@@ -35,7 +35,7 @@ _PEAK_S = 0.05
 class Ceilings:
     """The most that `num_threads` threads of this machine do in a second, at the moment of the probe.
 
-    A peak is 0.0 where the CPU lacks the instructions: AVX512-BF16 dot products for bf16, VNNI for int8 (a
+    A peak is 0.0 where the CPU lacks the instructions: AVX512-BF16 dot products for bf16, VNNI or AVX2 for int8 (a
     multiplication and an addition are two operations). Matrix units (AMX) are not probed. Reading is from memory,
     the fastest and the median of several passes; on shared machines they can differ a lot, and between probes.
     """

@@ -94,8 +94,8 @@ def _heading(record: Mapping[str, Any]) -> str:
         )
     return "\n".join(
         (
-            f"**{model['name']}**, {model['dtype']} weights, {model['kv_dtype']} KV cache, "
-            f"backend {model['backend']}, {model['num_threads']} threads",
+            f"**{model['name']}**, {model['quantization'] or model['dtype']} weights, {model['kv_dtype']} KV cache, "
+            f"backend {model['backend']} ({model['isa'] or 'torch'}), {model['num_threads']} threads",
             f"- machine: {here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 2**30:.0f} GiB; "
             f"load average before the start: {record['load_average']:.1f}",
             f"- commit: {record['commit'] or 'unknown'}{state}; "
