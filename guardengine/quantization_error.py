@@ -25,7 +25,8 @@ class RoleLogits(NamedTuple):
     category: Tensor  # [N, C]
 
 
-class Flips(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Flips:
     """Labels whose margin (between the standard's two likeliest risks, in probability) is in one bin."""
 
     margin_from: float
@@ -59,7 +60,8 @@ class RoleErrors:
         return sum(part.num_flipped for part in self.flips)
 
 
-class VerdictErrors(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class VerdictErrors:
     """Conversations whose verdict is not the standard's."""
 
     num_conversations: int
