@@ -110,4 +110,6 @@ def test_verdicts_differ_by_action_or_by_anything() -> None:
     allow = Verdict("allow", "Safe", None, None, "none", 5)
     block = Verdict("block", "Unsafe", "Violent", 7, "debounce", 2)
     later = Verdict("block", "Unsafe", "Violent", 9, "debounce", 4)
-    assert verdict_errors([allow, block, block, allow], [allow, later, allow, block]) == VerdictErrors(4, 2, 3)
+    assert verdict_errors([allow, block, block, allow], [allow, later, allow, block]) == VerdictErrors(
+        4, 2, 3
+    )
