@@ -87,6 +87,7 @@ def load_engine(
                 max_model_len,
                 quantization=quantization,
                 num_threads=threads,
+                pin_threads=options.pin_threads,
                 progress=progress,
             )
         else:

@@ -141,6 +141,19 @@ def memory_bytes(key: str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def physical_cores() -> list[int]:
+    """A CPU of each core that this process may use: hyperthreads of one core count once."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores: dict[str, int] = {}
+    for cpu in sorted(usable):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.setdefault(siblings.read_text(), cpu)
+        except OSError:
+            cores[str(cpu)] = cpu
+    return list(cores.values())
+
+
 def last_level_cache_bytes() -> int:
     """The largest cache of the first core, or 0 where the system does not tell."""
     sizes = [0]
