@@ -114,6 +114,13 @@ def test_any_block_size_has_the_same_bits(make_engine, dtype, expected, block_si
         assert np.array_equal(feed(other, PROMPT, RESPONSE, 9), expected)
 
 
+def test_a_slow_block_size_is_said(make_engine: MakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+    for block_size, said in ((16, 0), (24, 1)):
+        caplog.clear()
+        make_engine(block_size=block_size).close()
+        assert len([r for r in caplog.records if "not a multiple of 16" in r.getMessage()]) == said
+
+
 @pytest.mark.parametrize("num_threads", range(1, 9))
 def test_any_number_of_threads_has_the_same_bits(make_engine, dtype, expected, num_threads: int) -> None:
     with make_engine(dtype=dtype, num_threads=num_threads) as other:
