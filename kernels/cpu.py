@@ -18,6 +18,7 @@ from torch import Tensor
 
 from guardengine.kernels import native
 from guardengine.kernels.native import DTYPES
+from guardengine.kernels.quantization import check_scheme
 from guardengine.kernels.rope import rope_table
 
 __all__ = [
@@ -47,6 +48,7 @@ def linear(x: Tensor, weight: Tensor | native.Packed) -> Tensor:
 
 
 def quantize(weight: Tensor, scheme: str) -> native.Packed:
+    check_scheme(scheme)
     return native.Packed(_workers(), weight, scheme)
 
 
@@ -182,6 +184,8 @@ def guard_heads(
 def _linear(x: Tensor, weight: Tensor | native.Packed, *, is_float_out: bool) -> Tensor:
     """Packs a plain weight on every call, which the engine does once."""
     packed = weight if isinstance(weight, native.Packed) else native.Packed(_workers(), weight)
+    if x.dtype != packed.dtype:
+        raise ValueError(f"rows of {x.dtype}, weight packed from {packed.dtype}: equal dtypes are needed")
     x = F.pad(x, (0, -x.shape[1] % 4)).contiguous()
     out = torch.empty(len(x), packed.shape[0], dtype=torch.float32 if is_float_out else x.dtype)
     native.check(

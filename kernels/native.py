@@ -162,10 +162,10 @@ def _destroy_workers(pid: int, handle: int) -> None:
 
 
 class Packed:
-    """A weight matrix [N, K] in the kernels' own layout, rounded to int8 under a quantization scheme."""
+    """A weight matrix [N, K] in the kernels' own layout for rows of its dtype, rounded to int8 under a scheme."""
 
     def __init__(self, workers: Workers, weight: Tensor, scheme: str | None = None) -> None:
-        self.shape, self.format = weight.shape, FORMATS[scheme]
+        self.shape, self.dtype, self.format = weight.shape, weight.dtype, FORMATS[scheme]
         # Steps of four k at most. Zeros at the end of a row change no sum and no scale.
         weight = F.pad(weight, (0, -weight.shape[1] % 4)).contiguous()
         arguments = (DTYPES[weight.dtype], self.format)

@@ -35,12 +35,17 @@ def quantize_weight(weight: Tensor, scheme: str) -> QuantizedWeight:
 
     Raises ValueError for another scheme.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme={scheme!r}: choose one of {', '.join(SCHEMES)}")
+    check_scheme(scheme)
     size = GROUP_SIZE if scheme == "int8" else weight.shape[1]
     parts = [quantize_rows(part) for part in weight.split(size, dim=1)]
     values, scales = zip(*parts, strict=True)
     return QuantizedWeight(torch.cat(values, dim=1), torch.stack(scales, dim=1), size, scheme == "w8a8")
+
+
+def check_scheme(scheme: str) -> None:
+    """Raises ValueError for what is not in `SCHEMES`."""
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme={scheme!r}: choose one of {', '.join(SCHEMES)}")
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +57,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     top = x.nan_to_num(0.0).abs().amax(-1)
     broken = (x * 0.0).sum(-1)  # NaN where something is not finite
-    inverse = torch.where(top > _LEAST_MAGNITUDE, 127.0 / top, 0.0)
+    # One rounding: `127.0 / top` with a Python number is its reciprocal times 127 in torch.
+    inverse = torch.where(top > _LEAST_MAGNITUDE, top.new_tensor(127.0) / top, 0.0)
     q = torch.round(x * inverse[..., None]).nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
     return q, top / 127.0 + broken
