@@ -119,11 +119,11 @@ GE_API const char* ge_kernel_isas(void) {
   return names.c_str();
 }
 
-GE_API void* ge_workers_create(const char* isa, int num_threads) {
+GE_API void* ge_workers_create(const char* isa, int num_threads, const int* cpus) {
   for (const Kernels* kernels : usable_kernels()) {
     if (std::strcmp(kernels->name, isa) != 0) continue;
     try {
-      return new Workers{kernels, Team(num_threads)};
+      return new Workers{kernels, Team(num_threads, cpus)};
     } catch (const std::system_error&) {
       return nullptr;
     } catch (const std::bad_alloc&) {

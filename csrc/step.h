@@ -8,7 +8,8 @@
 
 // Threads and the kernels of one instruction set, "avx512bf16", "avx512", "avx2" or "portable". Null when the
 // threads cannot be started, or for a set that this CPU or build lacks.
-GE_API void* ge_workers_create(const char* isa, int num_threads);
+// cpus: null, or num_threads CPUs that the threads stay on (thread 0 is the caller and stays where it is).
+GE_API void* ge_workers_create(const char* isa, int num_threads, const int* cpus);
 GE_API void ge_workers_destroy(void* workers);
 
 // The names that ge_workers_create takes on this CPU, separated by spaces, the one to prefer first.

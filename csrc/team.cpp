@@ -1,5 +1,11 @@
 #include "team.h"
 
+#include <system_error>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -21,12 +27,25 @@ int spins_for(int num_threads) {
   return cores != 0 && static_cast<unsigned>(num_threads) > cores ? 0 : 1000;
 }
 
+void pin(std::thread& thread, int cpu) {
+#if defined(__linux__)
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  const int error = pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
+  if (error != 0) throw std::system_error(error, std::generic_category());
+#else
+  (void)thread, (void)cpu;
+  throw std::system_error(std::make_error_code(std::errc::not_supported));
+#endif
+}
+
 }  // namespace
 
-Team::Team(int num_threads) : size_(num_threads), num_spins_(spins_for(num_threads)) {
+Team::Team(int num_threads, const int* cpus) : size_(num_threads), num_spins_(spins_for(num_threads)) {
   threads_.reserve(num_threads - 1);
   try {
-    for (int t = 1; t < num_threads; ++t) threads_.emplace_back([this, t] { work(t); });
+    start(num_threads, cpus);
   } catch (...) {
     is_closing_ = true;
     advance(job_);
@@ -39,6 +58,13 @@ Team::~Team() {
   is_closing_ = true;
   advance(job_);
   for (std::thread& thread : threads_) thread.join();
+}
+
+void Team::start(int num_threads, const int* cpus) {
+  for (int t = 1; t < num_threads; ++t) {
+    threads_.emplace_back([this, t] { work(t); });
+    if (cpus != nullptr) pin(threads_.back(), cpus[t]);
+  }
 }
 
 void Team::run(Function function, void* argument) {

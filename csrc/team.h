@@ -12,8 +12,9 @@ class Team {
  public:
   using Function = void (*)(void* argument, int thread);
 
-  // Throws std::system_error when the threads cannot be started.
-  explicit Team(int num_threads);
+  // Thread t runs on CPU cpus[t], where they are given, but for the caller's, which is not ours to move. Throws
+  // std::system_error when the threads cannot be started, or may not run there.
+  explicit Team(int num_threads, const int* cpus = nullptr);
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -30,6 +31,7 @@ class Team {
   int take() { return next_item_.fetch_add(1, std::memory_order_relaxed); }
 
  private:
+  void start(int num_threads, const int* cpus);
   void work(int thread);
   void wait_while(const std::atomic<unsigned>& counter, unsigned value);
   void advance(std::atomic<unsigned>& counter);

@@ -239,7 +239,8 @@ class EngineConfig:
     block_size: int = 16  # tokens per KV cache block
     kv_dtype: str = "auto"  # auto: the model's dtype; or float32, bfloat16, int8
     prefix_caching: bool = False
-    num_threads: int | None = None  # None: torch's choice
+    num_threads: int | None = None  # None: one for each core (the reference backend: torch's choice)
+    pin_threads: bool = False  # keep the cpu backend's threads on a core each
 
     @staticmethod
     def from_options(options: Mapping[str, Any]) -> EngineConfig:
@@ -270,6 +271,8 @@ class EngineConfig:
             raise ConfigError(
                 f"kv_dtype={config.kv_dtype!r}: 'auto', 'float32', 'bfloat16' or 'int8' is needed"
             )
+        if not isinstance(config.pin_threads, bool):
+            raise ConfigError(f"pin_threads={config.pin_threads!r}: True or False is needed")
         if config.prefix_caching is not False:
             raise ConfigError(f"prefix_caching={config.prefix_caching!r}: not available yet; leave it False")
         return config

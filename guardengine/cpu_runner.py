@@ -10,11 +10,9 @@ import contextlib
 import ctypes
 import math
 import mmap
-import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +62,7 @@ class CpuRunner:
         *,
         quantization: str | None = None,
         num_threads: int | None = None,
+        pin_threads: bool = False,
         progress: bool = False,
     ) -> None:
         self.config = config = checkpoint.config
@@ -72,7 +71,7 @@ class CpuRunner:
         self.ops = load("cpu")
         self.device = torch.device("cpu")
         self.dtype = dtype
-        self._workers = _start_workers(physical_cores() if num_threads is None else num_threads)
+        self._workers = _start_workers(num_threads, pin_threads)
         self.isa, self.num_threads = self._workers.isa, self._workers.num_threads
         self._num_logits = heads.num_logits
         self.kv_cache, self.kv_scales = _allocate_cache(cache, config)
@@ -205,7 +204,7 @@ def _allocate_cache(cache: CacheShape, config: ModelConfig) -> tuple[Tensor, Ten
     """Keys and values [N, layers, 2, Hkv, S, D], and an int8 cache's scales [N, layers, 2, Hkv, S].
 
     Pages of blocks that are never used cost no memory. A block is contiguous over all layers, so that huge pages do
-    not change that; with small ones a third of attention's time over long contexts goes into finding pages.
+    not change that; with small ones a quarter of attention's time over long contexts goes into finding pages.
     """
     shape = (cache.num_blocks, config.num_layers, 2, config.num_kv_heads, cache.block_size)
     count = math.prod(shape) * config.head_dim
@@ -246,10 +245,16 @@ def _check_shape(config: ModelConfig, heads: GuardHeadsConfig) -> None:
             )
 
 
-def _start_workers(num_threads: int) -> native.Workers:
+def _start_workers(num_threads: int | None, pin_threads: bool) -> native.Workers:
+    cores = machine.physical_cores()
+    count = len(cores) if num_threads is None else num_threads
+    if pin_threads and count > len(cores):
+        raise ConfigError(
+            f"pin_threads=True with num_threads={count}: this process may use {len(cores)} core(s); ask for no more"
+        )
     machine.load_library()  # names what is wrong with the library, where something is
     try:
-        return native.Workers(native.choose_isa(), num_threads)
+        return native.Workers(native.choose_isa(), count, cores[:count] if pin_threads else None)
     except AttributeError as error:
         raise ConfigError(
             f"{compiled.path} is of another version ({error}): build it with "
@@ -257,16 +262,3 @@ def _start_workers(num_threads: int) -> native.Workers:
         ) from None
     except (ValueError, MemoryError) as error:
         raise ConfigError(str(error)) from None
-
-
-def physical_cores() -> int:
-    """Cores that this process may use, hyperthreads of one core counted once."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = set()
-    for cpu in usable:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)

@@ -39,3 +39,7 @@ class Overloaded(GuardEngineError):
 
 class IntegrityError(GuardEngineError):
     """The engine's books contradict each other: a bug in guardengine. Raised by `check_integrity` only."""
+
+
+class LabelsDiffer(GuardEngineError):
+    """The engine's logits are not the model's: what it does in what time means nothing then."""

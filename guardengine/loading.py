@@ -19,7 +19,7 @@ from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
 from guardengine.core import EngineCore
 from guardengine.cpu_runner import CpuRunner
 from guardengine.errors import CheckpointError, ConfigError
-from guardengine.kernels import BACKENDS, load
+from guardengine.kernels import BACKENDS, load, native
 from guardengine.kernels.quantization import SCHEMES
 from guardengine.machine import memory_bytes
 from guardengine.readout import Readout
@@ -79,6 +79,12 @@ def load_engine(
         runner: Runner
         if backend == "cpu":
             threads = options.num_threads
+            if options.block_size % native.KEY_GROUP:
+                logger.warning(
+                    "block_size=%d is not a multiple of %d: attention copies keys and values before it multiplies",
+                    options.block_size,
+                    native.KEY_GROUP,
+                )
             runner = CpuRunner(
                 checkpoint,
                 config.heads,
@@ -87,6 +93,7 @@ def load_engine(
                 max_model_len,
                 quantization=quantization,
                 num_threads=threads,
+                pin_threads=options.pin_threads,
                 progress=progress,
             )
         else:

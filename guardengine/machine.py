@@ -35,7 +35,7 @@ _PEAK_S = 0.05
 class Ceilings:
     """The most that `num_threads` threads of this machine do in a second, at the moment of the probe.
 
-    A peak is 0.0 where the CPU lacks the instructions: AVX512-BF16 dot products for bf16, VNNI for int8 (a
+    A peak is 0.0 where the CPU lacks the instructions: AVX512-BF16 dot products for bf16, VNNI or AVX2 for int8 (a
     multiplication and an addition are two operations). Matrix units (AMX) are not probed. Reading is from memory,
     the fastest and the median of several passes; on shared machines they can differ a lot, and between probes.
     """
@@ -139,6 +139,19 @@ def memory_bytes(key: str) -> int:
     except OSError:
         pass
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def physical_cores() -> list[int]:
+    """A CPU of each core that this process may use: hyperthreads of one core count once."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores: dict[str, int] = {}
+    for cpu in sorted(usable):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.setdefault(siblings.read_text(), cpu)
+        except OSError:
+            cores[str(cpu)] = cpu
+    return list(cores.values())
 
 
 def last_level_cache_bytes() -> int:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from guardengine.config import QUERY_CATEGORIES, RESPONSE_CATEGORIES, RISKS, ModelConfig
 from guardengine.errors import CheckpointError, ConfigError
+from guardengine.outliers import EMBEDDING_STD, Outliers, norm_quantiles
 from guardengine.weights import tensor_shapes
 
 logger = logging.getLogger("guardengine")
@@ -88,6 +89,7 @@ def make_checkpoint(
     seed: int = 0,
     max_shard_bytes: int = 5_000_000_000,
     weight_std: float | None = None,
+    outliers: bool = False,
     progress: bool = False,
     **overrides: Any,
 ) -> Path:
@@ -97,6 +99,8 @@ def make_checkpoint(
     label maps as sequences of names, dtype ("bfloat16", "float16", "float32"), and config_names: "v4" (as
     published) or "v5" (`rope_parameters` and `dtype` in place of `rope_theta` and `torch_dtype`).
     weight_std: of the linear layers; None scales with 1 / sqrt(inputs), 0.02 at a width of 1024.
+    outliers: plant the outlier channels of trained models, which are what quantization has to cope with; how is
+    told in guardengine.outliers. Without, weights are independent and rounding them looks better than it is.
     Files over max_shard_bytes are split into shards with an index. The folder appears only once complete.
     Raises: ConfigError for unknown names, values that fit no model, a folder in use, too little disk space.
     """
@@ -132,7 +136,7 @@ def make_checkpoint(
         partial.mkdir()
         try:
             _write_json(partial / "config.json", raw)
-            values = _WeightSource(config, f"{preset}/{seed}", weight_std)
+            values = _WeightSource(config, f"{preset}/{seed}", weight_std, outliers)
             _write_weights(partial, shapes, config.dtype, max_shard_bytes, values, progress)
             _write_tokenizer(partial, config)
             partial.rename(target)
@@ -289,37 +293,53 @@ def _write_safetensors(
 class _WeightSource:
     """Random values for every tensor, scaled so that activations and logits are of a trained model's size."""
 
-    def __init__(self, config: ModelConfig, key: str, weight_std: float | None) -> None:
+    def __init__(self, config: ModelConfig, key: str, weight_std: float | None, outliers: bool) -> None:
         self.config, self.key, self.weight_std = config, key, weight_std
         self.dtype = _DTYPES[config.dtype][1]
+        self.outliers = Outliers(config, key) if outliers else None
 
     def chunks(self, name: str, shape: tuple[int, ...]) -> Iterable[npt.NDArray[Any]]:
         """Yield the tensor's stored values, in order."""
-        table = self._table(name, shape)
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
             name = "model.embed_tokens.weight"
+        table = self._table(name, shape)
+        planted = None if self.outliers is None else self.outliers.planted(name, shape)
         digest = hashlib.sha256(f"{self.key}/{name}".encode()).digest()
         bits = np.random.PCG64(int.from_bytes(digest))
-        left = _count(shape)
-        while left:
-            count = min(left, _CHUNK)
+        size = _count(shape)
+        for start in range(0, size, _CHUNK):
+            count = min(size - start, _CHUNK)
             # Four 16-bit indices a draw. Raw draws and little-endian views: the same bytes on every machine.
             indices = bits.random_raw(-(-count // 4)).astype("<u8", copy=False).view("<u2")[:count]
-            yield table[indices]
-            left -= count
+            chunk = table[indices]
+            if planted is not None:
+                part = slice(*np.searchsorted(planted.indices, (start, start + count)))
+                where = planted.indices[part] - start
+                deviations = planted.stds[part] * _normal_quantiles()[indices[where]]
+                chunk[where] = self._as_stored(planted.means[part] + deviations)
+            yield chunk
 
     def _table(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """The 65536 values that the tensor draws from: a normal distribution's quantiles."""
         mean, std = 0.0, self.weight_std or 0.64 / shape[-1] ** 0.5
         if len(shape) == 1:
+            if self.outliers is not None:
+                return self._as_stored(norm_quantiles(_normal_quantiles()))
             mean, std = 1.0, 0.1  # norms
         elif name.endswith("_pre.weight"):
             std = 1.0 / shape[-1] ** 0.5
         elif name.endswith(("_head.weight", "embed_tokens.weight")):
             std = 2.0 / shape[-1] ** 0.5  # logits of standard deviation 2: lively, and labels differ
-        values = torch.from_numpy(mean + std * _normal_quantiles()).to(self.dtype)
-        as_stored = values if self.dtype == torch.float32 else values.view(torch.uint16)
-        return as_stored.numpy().astype(f"<{'f4' if self.dtype == torch.float32 else 'u2'}", copy=False)
+        if self.outliers is not None and name.endswith("embed_tokens.weight"):
+            std = EMBEDDING_STD
+        return self._as_stored(mean + std * _normal_quantiles())
+
+    def _as_stored(self, values: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+        """Rounded to the checkpoint's dtype, as little-endian numbers or bit patterns."""
+        rounded = torch.from_numpy(values).to(self.dtype)
+        is_float32 = self.dtype == torch.float32
+        as_stored = rounded if is_float32 else rounded.view(torch.uint16)
+        return as_stored.numpy().astype(f"<{'f4' if is_float32 else 'u2'}", copy=False)
 
 
 @cache

@@ -28,7 +28,7 @@ ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ge_kernel_isas": (c_char_p, []),
-    "ge_workers_create": (c_void_p, [c_char_p, c_int]),
+    "ge_workers_create": (c_void_p, [c_char_p, c_int, POINTER(c_int)]),
     "ge_workers_destroy": (None, [c_void_p]),
     "ge_model_create": (c_void_p, [c_void_p, c_void_p]),
     "ge_model_destroy": (None, [c_void_p]),
@@ -131,14 +131,19 @@ def choose_isa() -> str:
 
 
 class Workers:
-    """A team of threads that runs the kernels of one instruction set; freed with the object or by `close`."""
+    """A team of threads that runs the kernels of one instruction set; freed with the object or by `close`.
 
-    def __init__(self, isa: str, num_threads: int) -> None:
+    With `cpus`, one for each thread, they stay there; the calling thread, which works too, stays where it is.
+    """
+
+    def __init__(self, isa: str, num_threads: int, cpus: Sequence[int] | None = None) -> None:
         self.isa, self.num_threads = isa, num_threads
-        self.handle = library().ge_workers_create(isa.encode(), num_threads)
+        places = None if cpus is None else (c_int * num_threads)(*cpus)
+        self.handle = library().ge_workers_create(isa.encode(), num_threads, places)
         if not self.handle:
             raise MemoryError(
-                f"{num_threads} threads cannot be started: use fewer, or raise the limit (ulimit -u)"
+                f"{num_threads} threads cannot be started{'' if cpus is None else f' on CPUs {list(cpus)}'}: "
+                "use fewer, or raise the limit (ulimit -u)"
             )
         self._pid = os.getpid()
         self.close = weakref.finalize(self, _destroy_workers, self._pid, self.handle)

@@ -18,12 +18,12 @@ from guardengine import Engine, machine
 from guardengine.bench import checkpoints as bench_checkpoints
 from guardengine.bench import compare, plot, report, throughput
 from guardengine.bench.__main__ import main
-from guardengine.bench.check import LabelsDiffer, check_labels
+from guardengine.bench.check import check_labels
 from guardengine.bench.floor import CostModel, Limits
 from guardengine.bench.hf import HFGuard
 from guardengine.bench.workload import Point, poisson_arrivals, random_ids
 from guardengine.config import ModelConfig
-from guardengine.errors import ConfigError, IntegrityError
+from guardengine.errors import ConfigError, IntegrityError, LabelsDiffer
 
 CEILINGS = machine.Ceilings(1, 10e9, 9e9, 2**20, 200e9, 100e9, 0.0, "none")
 LIMITS = {"kv_cache_bytes": 2**22, "max_model_len": 512}
@@ -202,7 +202,13 @@ def test_a_deadline_cuts_a_point_short(measure: Callable[..., Any], monkeypatch:
 def test_wrong_labels_are_not_timed(
     checkpoints: Callable[..., Path], tiny: Path, cost: CostModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"vocab_size": 512, "dtype": "float32", "seed": 0, "num_weights": cost.num_weights}
+    options = {
+        "vocab_size": 512,
+        "dtype": "float32",
+        "is_quantized": False,
+        "seed": 0,
+        "num_weights": cost.num_weights,
+    }
     with Engine.from_pretrained(tiny, **LIMITS) as engine:
         assert check_labels(engine, tiny, **options)["largest_error"] < 1e-4
     other = checkpoints(vocab_size=512, dtype="float32", seed=1)

@@ -16,9 +16,9 @@ import torch
 
 from guardengine import AutoGuard, Engine, Label, Stream
 from guardengine.bench.hf import HFGuard
-from guardengine.cpu_runner import physical_cores
 from guardengine.errors import ConfigError
 from guardengine.kernels import native
+from guardengine.machine import physical_cores
 
 VOCAB = 512
 LOGITS = ("risk_level_logits", "category_logits", "query_risk_level_logits", "query_category_logits")
@@ -112,6 +112,13 @@ def test_any_token_budget_has_the_same_bits(make_engine, dtype, expected, budget
 def test_any_block_size_has_the_same_bits(make_engine, dtype, expected, block_size: int) -> None:
     with make_engine(dtype=dtype, block_size=block_size) as other:
         assert np.array_equal(feed(other, PROMPT, RESPONSE, 9), expected)
+
+
+def test_a_slow_block_size_is_said(make_engine: MakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+    for block_size, said in ((16, 0), (24, 1)):
+        caplog.clear()
+        make_engine(block_size=block_size).close()
+        assert len([r for r in caplog.records if "not a multiple of 16" in r.getMessage()]) == said
 
 
 @pytest.mark.parametrize("num_threads", range(1, 9))
@@ -312,4 +319,26 @@ def test_sizes_that_the_kernels_lack_are_refused_at_load(checkpoints, key: str, 
 
 
 def test_physical_cores_is_at_most_the_usable_cpus() -> None:
-    assert 1 <= physical_cores() <= len(os.sched_getaffinity(0))
+    assert 1 <= len(physical_cores()) <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux's affinities")
+def test_pinned_threads_stay_on_a_core_each_and_give_the_same_bits(
+    make_engine: MakeEngine, dtype: str
+) -> None:
+    cores = physical_cores()
+    before = os.sched_getaffinity(0)
+    threads = set(os.listdir("/proc/self/task"))
+    with make_engine(dtype=dtype) as engine:
+        expected = feed(engine, PROMPT, RESPONSE, 50)
+    with make_engine(dtype=dtype, pin_threads=True) as engine:
+        assert np.array_equal(feed(engine, PROMPT, RESPONSE, 50), expected)
+        own = [int(task) for task in set(os.listdir("/proc/self/task")) - threads]
+        assert sorted(next(iter(os.sched_getaffinity(task))) for task in own) == sorted(cores[1:])
+        assert os.sched_getaffinity(0) == before  # the caller's thread is not ours to move
+    with pytest.raises(
+        ConfigError, match=rf"num_threads={len(cores) + 1}: this process may use {len(cores)} core"
+    ):
+        make_engine(num_threads=len(cores) + 1, pin_threads=True)
+    with pytest.raises(ConfigError, match="pin_threads='yes': True or False"):
+        make_engine(pin_threads="yes")

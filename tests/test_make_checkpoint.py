@@ -6,19 +6,24 @@ import hashlib
 import json
 import logging
 import shutil
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
+import guardengine.make_checkpoint
 import guardengine.vocabulary
+from guardengine import Engine
 from guardengine.checkpoint import open_checkpoint
 from guardengine.errors import ConfigError
+from guardengine.kernels import reference
+from guardengine.labels import Label
 from guardengine.make_checkpoint import PRESETS, make_checkpoint
 from guardengine.weights import tensor_shapes
 
@@ -230,6 +235,90 @@ def test_labels_differ_between_tokens(tmp_path: Path) -> None:
         assert risk.argmax(-1).bincount(minlength=3).min() >= 10
         assert len(category.argmax(-1).unique()) >= num_categories - 2
         assert 0.5 < risk.std() < 5
+
+
+# Outliers
+
+
+def input_rms(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[torch.Tensor]], list[Label]]:
+    """Each channel's rms in the inputs of each layer's four matrices, past the first token, and the labels."""
+    inputs: list[torch.Tensor] = []
+    linear = reference.linear
+
+    def spy(x: torch.Tensor, weight: Any) -> torch.Tensor:
+        inputs.append(x)
+        return linear(x, weight)
+
+    monkeypatch.setattr(reference, "linear", spy)
+    generator = torch.Generator().manual_seed(0)
+    ids = [0, *torch.randint(1, 512, (199,), generator=generator).tolist()]
+    with Engine.from_pretrained(folder, backend="reference", kv_cache_bytes=2**22) as engine:
+        engine.open(token_ids=ids, role="assistant")
+        labels = engine.run()
+    rms = [x[1:].float().square().mean(0).sqrt() for x in inputs[:-1]]  # the last one is the heads'
+    return [rms[start : start + 4] for start in range(0, len(rms), 4)], labels
+
+
+def peak(rms: torch.Tensor) -> float:
+    return float(rms.max() / rms.median())
+
+
+def test_outliers_show_in_what_quantized_matrices_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path / "x", "stream-tiny", outliers=True, num_hidden_layers=6, **SMALL)
+    layers, labels = input_rms(folder, monkeypatch)
+    assert len(layers) == 6
+    for qkv, o, gate_up, down in layers:
+        assert all(rms.isfinite().all() for rms in (qkv, o, gate_up, down))
+        assert peak(qkv) > 10
+        assert peak(gate_up) > 10
+        assert peak(down) > 10
+    outliers = {tuple(sorted(qkv.topk(2).indices.tolist())) for qkv, *_ in layers}
+    assert len(outliers) == 1  # the same channels in every layer
+    assert all(np.isfinite(label.risk_logits).all() for label in labels)
+    risks = Counter(label.risk for label in labels)
+    assert len(risks) == 3
+    assert min(risks.values()) >= 10
+    assert len({label.category for label in labels}) >= 6
+
+
+def test_without_outliers_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path / "x", "stream-tiny", num_hidden_layers=6, **SMALL)
+    layers, _ = input_rms(folder, monkeypatch)
+    assert max(peak(rms) for layer in layers for rms in layer) < 10
+
+
+def test_the_first_token_is_massive(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "x", "stream-tiny", outliers=True, **SMALL)
+    embed = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].float()
+    channels = embed.abs().median(0).values.topk(2).indices
+    assert embed[1:, channels].abs().mean() == pytest.approx(40, rel=0.1)
+    assert embed[0, channels].abs().min() > 10 * embed[1:, channels].abs().mean()
+    rest = [channel for channel in range(64) if channel not in channels]
+    assert embed[:, rest].std() == pytest.approx(1, rel=0.05)
+
+
+def test_outliers_are_the_same_on_every_machine(tmp_path: Path) -> None:
+    a = digests(make_checkpoint(tmp_path / "a", "stream-tiny", seed=3, outliers=True, **SMALL))
+    assert a == digests(make_checkpoint(tmp_path / "b", "stream-tiny", seed=3, outliers=True, **SMALL))
+    assert a != digests(make_checkpoint(tmp_path / "c", "stream-tiny", seed=4, outliers=True, **SMALL))
+    assert a["model.safetensors"] == "bdb1ab473f074f30ff5a5581f966c06ed64e53e6f76c36bc6f0e043c9dc0d95d"
+
+
+def test_outliers_leave_no_seam_between_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = digests(make_checkpoint(tmp_path / "a", "stream-tiny", outliers=True, **SMALL))
+    monkeypatch.setattr(guardengine.make_checkpoint, "_CHUNK", 1000)
+    assert digests(make_checkpoint(tmp_path / "b", "stream-tiny", outliers=True, **SMALL)) == whole
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gen_head_has_outliers_only_where_it_is_the_embedding(tmp_path: Path, tied: bool) -> None:
+    folder = make_checkpoint(tmp_path / "x", "gen-tiny", outliers=True, tie_word_embeddings=tied, **SMALL)
+    tensors = load_file(folder / "model.safetensors")
+    head, embed = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+    assert torch.equal(head, embed) == tied
+    assert (head.abs().max() > 100) == tied
 
 
 # Refusals

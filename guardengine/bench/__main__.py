@@ -19,16 +19,20 @@ from tqdm import tqdm
 
 from guardengine import machine
 from guardengine.bench import compare, plot, report, throughput
-from guardengine.bench.check import LabelsDiffer, check_labels
+from guardengine.bench.check import check_labels
 from guardengine.bench.checkpoints import STREAM_PRESETS, cache_folder, cached_checkpoint
 from guardengine.bench.floor import CostModel
 from guardengine.bench.hf import HFGuard, import_transformers
 from guardengine.bench.workload import ArrivalKind, Point
 from guardengine.config import ModelConfig
 from guardengine.engine import Engine
-from guardengine.errors import ConfigError, GuardEngineError, IntegrityError
+from guardengine.errors import ConfigError, GuardEngineError, IntegrityError, LabelsDiffer
+from guardengine.kernels.quantization import SCHEMES
+from guardengine.runner import CacheShape
 
+_MODEL_STATS = ("dtype", "quantization", "kv_dtype", "backend", "isa", "device", "num_threads")
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_KV_ITEM_BYTES = {**_ITEM_BYTES, "int8": 1}
 _BLOCK_SIZE = 16
 _POINT_COST_STREAMS = 16  # what a point costs however few its streams, in streams: for sharing out the time
 _CHECK_TOKENS = 64  # room for the conversation that is checked first
@@ -63,6 +67,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     model.add_argument(
         "--dtype", choices=("auto", *_ITEM_BYTES), default="auto", help="auto: the checkpoint's"
+    )
+    model.add_argument("--quantization", choices=SCHEMES, help="of the layers' matrices (none)")
+    model.add_argument(
+        "--kv-dtype", choices=("auto", *_KV_ITEM_BYTES), default="auto", help="auto: the model's dtype"
     )
     model.add_argument("--backend", default="auto", help="the engine's operators (%(default)s)")
     model.add_argument("--threads", type=_count, metavar="N", help="default: torch's choice")
@@ -133,16 +141,19 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if config.dtype == "bfloat16" else "float32"
-    cost = CostModel(config, _ITEM_BYTES[dtype], _ITEM_BYTES[dtype])
+    kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
+    cost = CostModel(config, 1 if options.quantization else _ITEM_BYTES[dtype], _KV_ITEM_BYTES[kv_dtype])
     needs = [(point.num_streams, throughput.tokens_per_stream(point)) for point in points]
     needs += [(pair.num_streams, compare.tokens_per_stream(pair, options.rounds)) for pair in pairs]
     record = report.stamp(arguments, options.seed)
     with Engine.from_pretrained(
         folder,
         dtype=dtype,
+        quantization=options.quantization,
+        kv_dtype=options.kv_dtype,
         backend=options.backend,
         progress=True,
-        kv_cache_bytes=_kv_cache_bytes(config, cost, needs),
+        kv_cache_bytes=_kv_cache_bytes(config, cost, getattr(torch, kv_dtype), needs),
         max_num_streams=max(count for count, _ in needs),
         block_size=_BLOCK_SIZE,
         num_threads=options.threads,
@@ -154,13 +165,14 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
             folder,
             vocab_size=config.vocab_size,
             dtype=dtype,
+            is_quantized=options.quantization is not None or kv_dtype == "int8",
             seed=options.seed,
             num_weights=cost.num_weights,
         )
         record["model"] = {
             "name": options.checkpoint.name if options.checkpoint else f"{options.preset} (random weights)",
             "path": str(folder),
-            **{key: stats[key] for key in ("dtype", "kv_dtype", "backend", "device", "num_threads")},
+            **{key: stats[key] for key in _MODEL_STATS},
         }
         record["options"] = {
             key: str(value) if isinstance(value, Path) or value == math.inf else value
@@ -256,7 +268,9 @@ def _model_config(folder: Path) -> ModelConfig:
     return config
 
 
-def _kv_cache_bytes(config: ModelConfig, cost: CostModel, needs: Sequence[tuple[int, int]]) -> int:
+def _kv_cache_bytes(
+    config: ModelConfig, cost: CostModel, kv_dtype: torch.dtype, needs: Sequence[tuple[int, int]]
+) -> int:
     longest = max(length for _, length in needs)
     if longest > config.max_position_embeddings:
         raise ConfigError(
@@ -265,7 +279,8 @@ def _kv_cache_bytes(config: ModelConfig, cost: CostModel, needs: Sequence[tuple[
         )
     # The checked conversation runs alone, before.
     blocks = max(count * -(-max(length, _CHECK_TOKENS) // _BLOCK_SIZE) for count, length in needs)
-    needed, free = blocks * _BLOCK_SIZE * cost.kv_bytes_per_token, machine.memory_bytes("MemAvailable")
+    needed = CacheShape(blocks, _BLOCK_SIZE, kv_dtype).num_bytes(config)
+    free = machine.memory_bytes("MemAvailable")
     if needed + cost.num_weights * cost.weight_bytes > free:
         raise ConfigError(
             f"the KV cache for these streams takes {needed / 1e9:.1f} GB beside the weights, {free / 1e9:.1f} GB are "

@@ -22,10 +22,10 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Counts bytes and floating point operations of one model in one dtype."""
+    """Counts bytes and operations of one model. Scales are left out: a floor stays a floor."""
 
     config: ModelConfig
-    weight_bytes: int  # a value
+    weight_bytes: int  # a value of the layers' matrices
     kv_bytes: int  # a value
 
     @property
@@ -94,10 +94,16 @@ class Limits:
     flops_per_s: float
 
     @staticmethod
-    def best_of(probes: Sequence[Any], dtype: str) -> Limits:
-        """The best that any of the probes (`guardengine.machine.Ceilings`) reached."""
+    def best_of(probes: Sequence[Any], dtype: str, quantization: str | None = None) -> Limits:
+        """The best that any of the probes (`guardengine.machine.Ceilings`) reached with the instructions that the
+        dtype, or w8a8, could use."""
         peaks = [
-            max(p.fp32_flops or 0.0, (p.bf16_flops or 0.0) if dtype == "bfloat16" else 0.0) for p in probes
+            max(
+                p.fp32_flops or 0.0,
+                (p.bf16_flops or 0.0) if dtype == "bfloat16" else 0.0,
+                (p.int8_ops or 0.0) if quantization == "w8a8" else 0.0,
+            )
+            for p in probes
         ]
         return Limits(max(p.read_bytes_per_s for p in probes), max(peaks))
 

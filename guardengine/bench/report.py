@@ -94,8 +94,8 @@ def _heading(record: Mapping[str, Any]) -> str:
         )
     return "\n".join(
         (
-            f"**{model['name']}**, {model['dtype']} weights, {model['kv_dtype']} KV cache, "
-            f"backend {model['backend']}, {model['num_threads']} threads",
+            f"**{model['name']}**, {model['quantization'] or model['dtype']} weights, {model['kv_dtype']} KV cache, "
+            f"backend {model['backend']} ({model['isa'] or 'torch'}), {model['num_threads']} threads",
             f"- machine: {here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 2**30:.0f} GiB; "
             f"load average before the start: {record['load_average']:.1f}",
             f"- commit: {record['commit'] or 'unknown'}{state}; "
@@ -113,7 +113,7 @@ def _throughput(rows: Sequence[Mapping[str, Any]]) -> str:
         if first["arrival"] == "lockstep"
         else f"as they come (Poisson, {first['rate']:g} tokens/s a stream)"
     )
-    table = _table(
+    table = markdown_table(
         (
             "streams",
             "tokens/s",
@@ -171,7 +171,7 @@ def _comparison(rows: Sequence[Mapping[str, Any]]) -> str:
                     "" if row["contender"] == ENGINE else f"{row['engine_is_faster_by']:.2f}x",
                 )
             )
-    table = _table(
+    table = markdown_table(
         ("streams", "context", "k", "contender", "ms", "ms p20 to p80", "tokens/s", "engine is faster by"),
         lines,
     )
@@ -187,7 +187,8 @@ def _three(percentiles: Mapping[str, float]) -> str:
     return " / ".join(f"{percentiles[name]:.1f}" for name in ("p50", "p90", "p99"))
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, right-aligned, readable as text too."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
     cells = [header, ["-" * (width - 1) + ":" for width in widths], *rows]
     return "\n".join(

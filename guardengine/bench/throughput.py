@@ -122,7 +122,7 @@ def measure_point(
     if num_tokens < 2 * point.k * point.num_streams and window.is_cut_short:
         return None
     probes.append(machine.probe_ceilings(before["num_threads"]))
-    limits = Limits.best_of(probes, before["dtype"])
+    limits = Limits.best_of(probes, before["dtype"], before["quantization"])
     floors = [limits.seconds(work) for work in window.works]
     prefill_floor_s, prefill_bound = limits.seconds(
         cost.of_prompts(point.num_streams, point.prompt_len, num_prefill_steps)

@@ -48,7 +48,7 @@ std::vector<float> logits_on(const char* isa, int num_threads) {
       }
     }
   }
-  void* workers = ge_workers_create(isa, num_threads);
+  void* workers = ge_workers_create(isa, num_threads, nullptr);
   GeModelConfig config = {};
   config.num_layers = kLayers;
   config.hidden = kHidden;
