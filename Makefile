@@ -41,8 +41,7 @@ test: lint types
 
 # The kernels that this CPU may lack the instructions for, compiled to others: same tests.
 NATIVE := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile PYTHON=$(BIN)/python
-NATIVE_TESTS := tests/test_cpu_ops.py tests/test_cpu_engine.py tests/test_quantized_ops.py tests/test_int8_cache.py \
-  tests/test_quantized_engine.py tests/test_shared_prefix.py
+NATIVE_TESTS := tests/test_cpu_ops.py tests/test_cpu_engine.py tests/test_quantized_ops.py tests/test_int8_cache.py
 
 test-emulated: install
 	$(NATIVE) emulated check-intrinsics
