@@ -15,7 +15,6 @@ struct Tile {
   const char* values[kGroups];
   const float* key_scales[kGroups];
   const float* value_scales[kGroups];
-  int num_keys;
 };
 
 // Scratch memory of one call, every array at a cache line.
@@ -48,7 +47,6 @@ struct TileReader {
   // Groups behind the last key repeat the first one's addresses: read, never used.
   Tile find(const std::int32_t* block_table, int start, int num_keys) const {
     Tile tile;
-    tile.num_keys = num_keys;
     for (int g = 0; g < Tile::kGroups; ++g) {
       const int key = g * kKeyGroup < num_keys ? start + g * kKeyGroup : start;
       const std::int64_t block = block_table[key / shape.block_size];
@@ -67,7 +65,6 @@ struct TileReader {
   Tile copy(const std::int32_t* block_table, int start, int num_keys) const {
     const int D = shape.head_dim;
     Tile tile;
-    tile.num_keys = num_keys;
     for (int g = 0; g < Tile::kGroups; ++g) {
       tile.keys[g] = reinterpret_cast<const char*>(keys + g * group_values());
       tile.values[g] = reinterpret_cast<const char*>(values + g * group_values());
@@ -116,8 +113,7 @@ inline void clear(Acc (&acc)[R][C]) {
 template <class Keys, int R>
 inline void multiply_keys(const typename Keys::X* q, const Tile& tile, int num_keys, int D, float* scores) {
   constexpr int kVecsOfGroup = kKeyGroup / kLanes;
-  constexpr int kWanted = R <= 2 ? kWideHeadTileVecs : kHeadTileVecs;
-  constexpr int C = kWanted;
+  constexpr int C = R <= 2 ? kWideHeadTileVecs : kHeadTileVecs;
   constexpr std::size_t kStepBytes = kKeyGroup * Keys::kStep * sizeof(typename Keys::Value);
   for (int first = 0; first < num_keys; first += C * kLanes) {
     Vec acc[R][C];

@@ -88,12 +88,8 @@ inline void norm_and_rotate(const Act* head, const float* weight, const float* c
 }
 
 // Store D values as the cache's dtype; returns the scale of int8 ones.
-inline float convert(const float* from, int D, float* to) {
-  for (int j = 0; j < D; j += kLanes) store(to + j, load(from + j));
-  return 1;
-}
-
-inline float convert(const float* from, int D, BF16* to) {
+template <class Cached>
+inline float convert(const float* from, int D, Cached* to) {
   for (int j = 0; j < D; j += kLanes) store(to + j, load(from + j));
   return 1;
 }

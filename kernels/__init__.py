@@ -18,6 +18,17 @@ import importlib
 from types import ModuleType
 
 BACKENDS = ("reference", "cpu")
+OPERATORS = (
+    "fused_add_rms_norm",
+    "guard_heads",
+    "linear",
+    "paged_attention",
+    "qk_norm_rope_store_kv",
+    "quantize",
+    "rms_norm",
+    "rope_table",
+    "silu_and_mul",
+)
 
 
 def load(backend: str) -> ModuleType:

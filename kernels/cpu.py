@@ -19,19 +19,7 @@ from torch import Tensor
 from guardengine.kernels import native
 from guardengine.kernels.native import DTYPES
 from guardengine.kernels.quantization import check_scheme
-from guardengine.kernels.rope import rope_table
-
-__all__ = [
-    "fused_add_rms_norm",
-    "guard_heads",
-    "linear",
-    "paged_attention",
-    "qk_norm_rope_store_kv",
-    "quantize",
-    "rms_norm",
-    "rope_table",
-    "silu_and_mul",
-]
+from guardengine.kernels.rope import rope_table as rope_table  # an operator, the same for all
 
 
 @lru_cache(maxsize=1)

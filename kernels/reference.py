@@ -14,19 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guardengine.kernels.quantization import QuantizedWeight, quantize_rows, quantize_weight
-from guardengine.kernels.rope import apply_rope, rope_table
-
-__all__ = [
-    "fused_add_rms_norm",
-    "guard_heads",
-    "linear",
-    "paged_attention",
-    "qk_norm_rope_store_kv",
-    "quantize",
-    "rms_norm",
-    "rope_table",
-    "silu_and_mul",
-]
+from guardengine.kernels.rope import apply_rope
+from guardengine.kernels.rope import rope_table as rope_table  # an operator, the same for all
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
