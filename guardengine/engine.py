@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from guardengine._version import __version__
 from guardengine.chat import ChatTemplate
 from guardengine.config import EngineConfig, GuardHeadsConfig
@@ -24,9 +22,6 @@ from guardengine.stream import Stream
 logger = logging.getLogger("guardengine")
 
 Messages = Sequence[Mapping[str, Any]]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_DEFAULT_KV_CACHE_BYTES = 4 * 2**30
 
 
 class Engine:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from native_ops import assert_close_as_torch, rand
 from torch import Tensor
 
 from guardengine.kernels import cpu, native, reference
@@ -28,21 +29,6 @@ def num_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + math.prod(shape))
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
-
-
-def assert_close_as_torch(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Error against float64 at most twice plain PyTorch's at this dtype, plus one rounding of the largest value."""
-    assert actual.shape == plain.shape
-    assert actual.dtype == plain.dtype
-    error = (actual.double() - exact).abs().max().item()
-    allowed = 2 * (plain.double() - exact).abs().max().item()
-    allowed += torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    assert error <= allowed, f"error {error:.3g} is over {allowed:.3g}"
 
 
 # -- linear ----------------------------------------------------------------------------------------------------

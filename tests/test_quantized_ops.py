@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from native_ops import assert_close_as_torch, rand
 from torch import Tensor
 
 from guardengine.kernels import cpu, native, reference
@@ -43,11 +44,6 @@ def num_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + math.prod(shape))
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
-
-
 def both(x: Tensor, weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
     """linear of the native backend, of plain PyTorch, and exactly, all of the same integers."""
     results = [ops.linear(x, ops.quantize(weight, scheme)) for ops in BACKENDS]
@@ -61,16 +57,6 @@ def both(x: Tensor, weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor
         scales = scales.repeat_interleave(quantized.group_size, dim=1)[:, : weight.shape[1]]
         exact = x.double() @ (quantized.values.double() * scales).T
     return results[0], results[1], exact
-
-
-def assert_close_as_torch(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Error against float64 at most twice plain PyTorch's at this dtype, plus one rounding of the largest value."""
-    assert actual.shape == plain.shape
-    assert actual.dtype == plain.dtype
-    error = (actual.double() - exact).abs().max().item()
-    allowed = 2 * (plain.double() - exact).abs().max().item()
-    allowed += torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    assert error <= allowed, f"error {error:.3g} is over {allowed:.3g}"
 
 
 def assert_exact_sums(actual: Tensor, exact: Tensor) -> None:
