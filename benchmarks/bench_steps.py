@@ -110,12 +110,12 @@ def measure(folder: Path, point: ComparePoint, schemes: list[str], options: argp
     first = next(iter(engines.values())).core.runner
     probes = [machine.probe_ceilings(first.num_threads)]
     for engine in engines.values():
-        engine.core.runner.run(batch)
+        engine.core.runner.launch(batch).wait()
     start = time.perf_counter()
     while min(map(len, times.values())) < options.rounds and time.perf_counter() - start < options.seconds:
         for scheme, engine in engines.items():
             began = time.perf_counter()
-            engine.core.runner.run(batch)
+            engine.core.runner.launch(batch).wait()
             times[scheme].append(1e3 * (time.perf_counter() - began))
     probes.append(machine.probe_ceilings(first.num_threads))
     rows = []

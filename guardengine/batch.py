@@ -27,7 +27,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's input."""
+    """One step's input, in the host's memory until a runner moves it."""
 
     input_ids: Tensor  # [T] int64
     rows: Rows  # all T rows
@@ -36,10 +36,25 @@ class Batch:
     label_index: Tensor  # [W] int64, the rows whose label is wanted, ascending
     label_rows: Rows  # those W rows
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch in the memory of `device`."""
+        if device.type == "cpu":
+            return self
 
-def build_batch(
-    chunks: list[Chunk], block_size: int, device: torch.device
-) -> tuple[Batch, list[list[tuple[int, Wanted]]]]:
+        def rows(found: Rows) -> Rows:
+            return Rows(found.positions.to(device), found.cu_seqlens_q.to(device))
+
+        return Batch(
+            self.input_ids.to(device),
+            rows(self.rows),
+            self.slot_mapping.to(device),
+            self.block_tables.to(device),
+            self.label_index.to(device),
+            rows(self.label_rows),
+        )
+
+
+def build_batch(chunks: list[Chunk], block_size: int) -> tuple[Batch, list[list[tuple[int, Wanted]]]]:
     """Lay out the chunks as one batch.
 
     Also returns, for each chunk, the labels that it completes: (row of the step's logits, what is wanted).
@@ -76,7 +91,7 @@ def build_batch(
         completed.append(labels)
 
     def tensor(values: npt.NDArray[np.integer], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(values).to(device=device, dtype=dtype)
+        return torch.from_numpy(values).to(dtype)
 
     index = np.array(label_index, dtype=np.int64)
     batch = Batch(

@@ -119,9 +119,10 @@ class EngineCore:
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
-        batch, wanted = build_batch(chunks, self.pool.block_size, self.runner.device)
-        logits = self.runner.run(batch)
-        probs = self._readout.probabilities(logits)
+        batch, wanted = build_batch(chunks, self.pool.block_size)
+        scores = self.runner.launch(batch).wait()
+        logits = scores.logits
+        probs = self._readout.probabilities(logits) if scores.probs is None else scores.probs
         emitted: list[Label] = []
         for (stream, num_tokens), rows in zip(chunks, wanted, strict=True):
             labels = [

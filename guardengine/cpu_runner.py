@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +26,7 @@ from guardengine.config import GuardHeadsConfig, ModelConfig
 from guardengine.errors import ConfigError
 from guardengine.kernels import library as compiled
 from guardengine.kernels import load, native
-from guardengine.runner import CacheShape
+from guardengine.runner import CacheShape, Computed, Scores
 from guardengine.weights import check_tensors, tensor_shapes
 
 _QKV, _O, _GATE_UP, _DOWN, _PRE, _RESPONSE, _QUERY = range(7)  # enum GeMatrix in csrc/step.h
@@ -51,6 +50,8 @@ class CpuRunner:
     same bits for any batch, chunking and number of threads. Raises CheckpointError for what is wrong with the
     tensors, ConfigError for what this backend or machine cannot do, before anything is loaded.
     """
+
+    max_in_flight = 1
 
     def __init__(
         self,
@@ -94,8 +95,8 @@ class CpuRunner:
             parts = [stored.get(f"{side}{kind}_head", dtype) for kind in ("risk_level", "category")]
             self._pack(matrix, 0, parts)
 
-    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """Compute one batch.  Returns the logits of its wanted rows, [W, C], in the order of `label_index`.
+    def launch(self, batch: Batch) -> Computed:
+        """Compute one batch.
 
         Raises RuntimeError in a forked child, and MemoryError when there is no room for the batch's rows; nothing
         was computed then.
@@ -120,7 +121,7 @@ class CpuRunner:
             logits.ctypes.data,
         )
         native.check(native.library().ge_step(self._model, ctypes.byref(call)))
-        return logits
+        return Computed(Scores(logits))
 
     def copy_block(self, source: int, destination: int) -> None:
         """Copy one block's keys and values in every layer."""

@@ -54,7 +54,7 @@ class Readout:
         position: int,
         token_id: int,
         logits: Floats,
-        probs: npt.NDArray[np.float64],
+        probs: npt.NDArray[np.float64] | Floats,
     ) -> Label:
         """Name one row's classes.  Shapes: logits, probs [C]."""
         columns = self.columns[role]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +35,35 @@ class CacheShape:
         return self.num_blocks * self.block_size * 2 * config.num_layers * config.num_kv_heads * head
 
 
+class Scores(NamedTuple):
+    """What a batch's wanted rows came to, in the order of `label_index`.  Shapes: [W, C]."""
+
+    logits: npt.NDArray[np.float32]
+    probs: npt.NDArray[np.float32] | None = (
+        None  # softmax of each classifier's logits, where the device did it
+    )
+
+
+class Launched(Protocol):
+    """A batch that may still be running."""
+
+    def wait(self) -> Scores:
+        """Its scores, once it is done. Raises what went wrong; nothing was computed then."""
+
+
+class Computed(NamedTuple):
+    """A batch that is done."""
+
+    scores: Scores
+
+    def wait(self) -> Scores:
+        return self.scores
+
+
 class Runner(Protocol):
-    """What the engine runs batches on."""
+    """What the engine runs batches on. Batches run one after another, in the order of launch."""
+
+    max_in_flight: int  # batches worth launching before the first is waited for
 
     ops: ModuleType
     config: ModelConfig
@@ -54,8 +81,8 @@ class Runner(Protocol):
     def num_threads(self) -> int:
         """Threads that a batch runs on."""
 
-    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """Compute one batch.  Returns the logits of its wanted rows, [W, C], in the order of `label_index`."""
+    def launch(self, batch: Batch) -> Launched:
+        """Start computing one batch. When this raises, nothing was computed."""
 
     def copy_block(self, source: int, destination: int) -> None:
         """Copy one block's keys and values in every layer."""
@@ -66,6 +93,8 @@ class Runner(Protocol):
 
 class TorchRunner:
     """Executes the model over a paged KV cache, one of `ops`' operators after the other."""
+
+    max_in_flight = 1
 
     def __init__(
         self, ops: ModuleType, config: ModelConfig, weights: Weights, cache: CacheShape, max_model_len: int
@@ -101,11 +130,12 @@ class TorchRunner:
         return torch.get_num_threads()
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """Compute one batch.  Returns the logits of its wanted rows, [W, C], in the order of `label_index`."""
-        weights = self.weights
+    def launch(self, batch: Batch) -> Computed:
+        """Compute one batch."""
+        weights, batch = self.weights, batch.to(self.device)
         hidden = forward(self.ops, self.config, weights, self.cos_sin, self.kv_cache, self.kv_scales, batch)
-        return guard_logits(self.ops, self.config, self.heads, weights.norm, hidden).cpu().numpy()
+        logits = guard_logits(self.ops, self.config, self.heads, weights.norm, hidden)
+        return Computed(Scores(logits.cpu().numpy()))
 
     @torch.inference_mode()
     def copy_block(self, source: int, destination: int) -> None:

@@ -171,7 +171,7 @@ def test_one_bad_conversation_stops_moderate_many_before_it_starts(chat: Engine,
 
 def test_moderate_many_interrupted_leaves_nothing_open(chat: Engine, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
-        fail_in(chat, "run", patch, after=1)
+        fail_in(chat, "launch", patch, after=1)
         with pytest.raises(MemoryError):
             chat.moderate_many([[BOMB, METHODS]] * 20)
     assert chat.stats()["streams_open"] == 0
@@ -200,7 +200,7 @@ def test_run_that_fails_half_way_loses_no_label(tiny: Path, monkeypatch: Any) ->
     with Engine.from_pretrained(tiny, **SMALL, max_num_batched_tokens=4) as engine:
         streams = [engine.open(token_ids=[1, 2, 3, i]) for i in range(3)]
         with monkeypatch.context() as patch:
-            fail_in(engine, "run", patch, after=1)
+            fail_in(engine, "launch", patch, after=1)
             with pytest.raises(MemoryError):
                 engine.run()
         assert [label.stream_id for label in engine.run()] == [stream.stream_id for stream in streams]
@@ -359,7 +359,7 @@ def test_a_compat_call_that_failed_can_be_repeated(tiny: Path, monkeypatch: Any)
     model = AutoGuard.from_pretrained(tiny, **SMALL)
     _, state = model.stream_moderate_from_ids([1, 2], role="user")
     with monkeypatch.context() as patch:
-        fail_in(model.engine, "run", patch)
+        fail_in(model.engine, "launch", patch)
         with pytest.raises(MemoryError):
             model.stream_moderate_from_ids(3, role="assistant", stream_state=state)
     result, _ = model.stream_moderate_from_ids(3, role="assistant", stream_state=state)

@@ -371,7 +371,7 @@ def test_a_failed_step_changes_nothing(tiny: Path, monkeypatch: pytest.MonkeyPat
         a, b = engine.open(token_ids=[1, 2, 3]), engine.open(token_ids=[4, 5])
         with monkeypatch.context() as patch:
             patch.setattr(
-                engine.core.runner, "run", lambda batch: (_ for _ in ()).throw(RuntimeError("kernel"))
+                engine.core.runner, "launch", lambda batch: (_ for _ in ()).throw(RuntimeError("kernel"))
             )
             with pytest.raises(RuntimeError, match="kernel"):
                 engine.step()
