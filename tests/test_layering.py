@@ -19,15 +19,22 @@ MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 # Modules whose tests need no tensors and whose users must not pay for importing torch.
 TORCH_FREE = (
+    "admission",
     "block_pool",
     "config",
     "conversation",
+    "deadlines",
     "errors",
+    "gate",
+    "idle_streams",
     "labels",
     "policy",
+    "prefix_cache",
     "readout",
+    "residency",
     "scheduler",
     "state",
+    "step_times",
 )
 # Lower layers never import higher ones; names on one line do not import each other.
 LAYERS = (
@@ -35,12 +42,22 @@ LAYERS = (
     ("labels", "config"),
     ("policy",),
     ("state",),
-    ("block_pool", "scheduler", "checkpoint", "tokenizer"),
-    ("weights", "chat", "batch"),
-    ("model", "conversation", "machine"),
+    (
+        "prefix_cache",
+        "idle_streams",
+        "deadlines",
+        "scheduler",
+        "checkpoint",
+        "tokenizer",
+        "gate",
+        "step_times",
+    ),
+    ("weights", "chat", "batch", "block_pool", "admission"),
+    ("model", "conversation", "machine", "residency"),
     ("runner", "readout"),
-    ("core", "cpu_runner"),
-    ("stream", "loading"),
+    ("pipeline", "cpu_runner"),
+    ("core",),
+    ("stream", "loading", "whole_streams"),
     ("engine",),
     ("compat",),
 )
