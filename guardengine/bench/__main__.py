@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from guardengine import machine
-from guardengine.bench import compare, plot, report, throughput
+from guardengine.bench import compare, plot, report, soak, throughput
 from guardengine.bench.check import check_labels
 from guardengine.bench.checkpoints import STREAM_PRESETS, cache_folder, cached_checkpoint
 from guardengine.bench.floor import CostModel
@@ -190,6 +190,8 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 2 for options that cannot be run; 1 where the labels are wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if any(argument.partition("=")[0] == "--soak" for argument in arguments):
+        return soak.main(arguments)
     options = parse(arguments)
     try:
         record = run(options, arguments)
