@@ -27,7 +27,10 @@ class Ticket(NamedTuple):
         stream_id, priority = self.stream_id, self.priority
         if stream_id is not None and (not isinstance(stream_id, str) or not stream_id):
             raise ConfigError(f"stream_id={stream_id!r}: a non-empty string is needed")
-        for name, value in (("tenant", self.tenant), ("cache_salt", self.cache_salt or "")):
+        for name, value in (
+            ("tenant", self.tenant),
+            ("cache_salt", "" if self.cache_salt is None else self.cache_salt),
+        ):
             if not isinstance(value, str):
                 raise ConfigError(f"{name}={value!r}: a string is needed")
         is_int = isinstance(priority, int) and not isinstance(priority, bool)
