@@ -49,19 +49,8 @@ class EngineCore:
         self.runner, self.pool, self.options, self.clock = runner, pool, options, clock
         self.max_model_len = max_model_len
         self.streams: dict[str, StreamState] = {}
-        self.counters = dict.fromkeys(
-            (
-                "steps",
-                "tokens_computed",
-                "labels",
-                "streams_opened",
-                "forks",
-                "rollbacks",
-                "refused",
-                "expired",
-            ),
-            0,
-        )
+        counters = "steps tokens_computed labels streams_opened forks rollbacks refused expired"
+        self.counters = dict.fromkeys(counters.split(), 0)
         self.failures: dict[str, int] = {}  # "timeout-closed": streams that failed so, by kind and policy
         self.admission = Admission(options)
         self.gate = Gate()
@@ -93,6 +82,7 @@ class EngineCore:
         exception from the model changes nothing: the same tokens are pending still.
         """
         self.check_engine_open()
+        self.sweep()  # may land steps and drop labels, so before undelivered ones are taken
         labels, self._undelivered = self._undelivered, []
         try:
             return labels + self._step()
@@ -121,11 +111,11 @@ class EngineCore:
 
     def step_for(self, states: Sequence[StreamState]) -> None:
         """One step whose labels of other streams are kept for the next `step`."""
+        self.sweep()
         self._undelivered += self._step()
         self._forget_labels_of(states)
 
     def _step(self) -> list[Label]:
-        self.sweep()
         self._pipeline.fill()
         finished = self._pipeline.finish_oldest() if len(self._pipeline) else []
         self.counters["steps"] += bool(finished)
@@ -189,15 +179,15 @@ class EngineCore:
         was_idle = state in self.residency.idle
         self.residency.idle.discard(state)
         try:
-            more = state.num_pending_tokens - (0 if is_new else self.admission.pending_of(state))
-            self.admission.check_pending(state.tenant, more)
+            # Not what is to be computed again: losing its blocks must not lock a stream out.
+            self.admission.check_pending(state.tenant, len(feed.token_ids))
             found = self.residency.take(state, is_new=is_new)
         except BaseException as error:
             del state.token_ids[num_tokens:], state.wanted[num_wanted:]
             del state.block_digests[num_tokens // self.pool.block_size :]
             if was_idle:
                 self.residency.idle.add(state, self.clock())
-            self.counters["refused"] += isinstance(error, Overloaded)
+            self.counters["refused"] += isinstance(error, Overloaded | StreamTooLong)
             raise
         state.turns = feed.turns
         if is_new:
@@ -205,7 +195,7 @@ class EngineCore:
         if found:
             self._found[state.stream_id] = found
         if deadline is not None:
-            self._deadlines.add(state, state.num_tokens, deadline)
+            self._deadlines.add(state, num_tokens, state.num_tokens, deadline)
         self._settle_books(state, self.clock())
 
     def fork(self, parent: StreamState, stream_id: str | None = None) -> StreamState:
@@ -222,7 +212,7 @@ class EngineCore:
         found = self._found.get(parent.stream_id)
         found = found and found.of(branch)
         try:
-            self.admission.check_pending(branch.tenant, branch.num_pending_tokens)
+            self.admission.check_pending(branch.tenant, branch.num_tokens - branch.num_seen_tokens)
             if branch.num_pending_tokens:
                 found = self.residency.take(branch, is_new=True) or found
         except BaseException as error:
@@ -232,6 +222,7 @@ class EngineCore:
         self._register(branch)
         if found:
             self._found[branch.stream_id] = found
+        self._deadlines.inherit(branch, parent)
         self._settle_books(branch, self.clock())
         self.counters["forks"] += 1
         return branch
