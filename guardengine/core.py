@@ -364,13 +364,11 @@ class EngineCore:
     def _settle_books(self, state: StreamState, now: float) -> None:
         """Put a stream where it belongs by now: into the queue or among the idle ones."""
         self.admission.update(state)
+        self._scheduler.update(state)
         if state.is_idle:
-            self._scheduler.discard(state)
             self.residency.idle.add(state, now)
         else:
             self.residency.idle.discard(state)
-            if state.num_unscheduled_tokens:
-                self._scheduler.add(state)
 
     def _check_own(self, state: StreamState) -> None:
         if self.streams.get(state.stream_id) is not state:
