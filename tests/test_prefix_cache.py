@@ -347,7 +347,9 @@ def test_rollback_of_what_was_found_and_not_yet_stepped(make, fresh_labels, kept
     labels = engine.run()
     assert [bits(label) for label in labels] == fresh_labels(stream)
     assert [label.position for label in stream.labels] == list(range(kept + 2))
-    assert computed(engine, lambda: engine.open(token_ids=ids(12), role="assistant")) == 0
+    # It wrote into a block that nobody else held, which is known for its old tokens no longer.
+    expected = 12 - kept // BLOCK * BLOCK if kept % BLOCK else 0
+    assert computed(engine, lambda: engine.open(token_ids=ids(12), role="assistant")) == expected
 
 
 def test_a_conversation_opened_again_with_one_more_turn(checkpoints) -> None:
