@@ -86,6 +86,7 @@ class EngineCore:
         exception from the model changes nothing: the same tokens are pending still.
         """
         self.check_engine_open()
+        self.sweep()  # may land steps and drop labels, so before undelivered ones are taken
         labels, self._undelivered = self._undelivered, []
         try:
             return labels + self._step()
@@ -114,11 +115,11 @@ class EngineCore:
 
     def step_for(self, states: Sequence[StreamState]) -> None:
         """One step whose labels of other streams are kept for the next `step`."""
+        self.sweep()
         self._undelivered += self._step()
         self._forget_labels_of(states)
 
     def _step(self) -> list[Label]:
-        self.sweep()
         self._pipeline.fill()
         finished = self._pipeline.finish_oldest() if len(self._pipeline) else []
         self.counters["steps"] += bool(finished)
@@ -185,15 +186,15 @@ class EngineCore:
         was_idle = state in self.residency.idle
         self.residency.idle.discard(state)
         try:
-            more = state.num_pending_tokens - (0 if is_new else self.admission.pending_of(state))
-            self.admission.check_pending(state.tenant, more)
+            # Not what is to be computed again: losing its blocks must not lock a stream out.
+            self.admission.check_pending(state.tenant, len(feed.token_ids))
             found = self.residency.take(state, is_new=is_new)
         except BaseException as error:
             del state.token_ids[num_tokens:], state.wanted[num_wanted:]
             del state.block_digests[num_tokens // self.pool.block_size :]
             if was_idle:
                 self.residency.idle.add(state, self.clock())
-            self.counters["refused"] += isinstance(error, Overloaded)
+            self.counters["refused"] += isinstance(error, Overloaded | StreamTooLong)
             raise
         state.turns = feed.turns
         if is_new:
@@ -201,7 +202,7 @@ class EngineCore:
         if found:
             self._found[state.stream_id] = found
         if deadline is not None:
-            self._deadlines.add(state, state.num_tokens, deadline)
+            self._deadlines.add(state, num_tokens, state.num_tokens, deadline)
         self._settle_books(state, self.clock())
 
     def fork(self, parent: StreamState, stream_id: str | None = None) -> StreamState:
@@ -218,7 +219,7 @@ class EngineCore:
         found = self._found.get(parent.stream_id)
         found = found and found.of(branch)
         try:
-            self.admission.check_pending(branch.tenant, branch.num_pending_tokens)
+            self.admission.check_pending(branch.tenant, branch.num_tokens - branch.num_seen_tokens)
             if branch.num_pending_tokens:
                 found = self.residency.take(branch, is_new=True) or found
         except BaseException as error:
@@ -228,6 +229,7 @@ class EngineCore:
         self._register(branch)
         if found:
             self._found[branch.stream_id] = found
+        self._deadlines.inherit(branch, parent)
         self._settle_books(branch, self.clock())
         self.counters["forks"] += 1
         return branch
@@ -373,13 +375,11 @@ class EngineCore:
     def _settle_books(self, state: StreamState, now: float) -> None:
         """Put a stream where it belongs by now: into the queue or among the idle ones."""
         self.admission.update(state)
+        self._scheduler.update(state)
         if state.is_idle:
-            self._scheduler.discard(state)
             self.residency.idle.add(state, now)
         else:
             self.residency.idle.discard(state)
-            if state.num_unscheduled_tokens:
-                self._scheduler.add(state)
 
     def _check_own(self, state: StreamState) -> None:
         if self.streams.get(state.stream_id) is not state:

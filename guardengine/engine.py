@@ -66,7 +66,7 @@ class Engine:
             progress=progress,
         )
         engine = Engine(*loaded)
-        logger.info("loaded %s: %s", path_or_id, engine.stats())
+        logger.info("loaded %s: %s", path_or_id, engine._stats())  # not a first use: no owner yet
         return engine
 
     # -- streams -------------------------------------------------------------------------------------------

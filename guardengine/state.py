@@ -83,6 +83,11 @@ class StreamState:
         return 0 if self.is_idle else len(self.token_ids) - self.num_scheduled_tokens
 
     @property
+    def num_assistant_tokens(self) -> int:
+        """Tokens that have an assistant's label, or will."""
+        return len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted)
+
+    @property
     def verdict(self) -> Verdict:
         return self.policy.verdict(self.policy_states[-1][1])
 
@@ -112,9 +117,8 @@ class StreamState:
 
     def fail(self, failure: Failure) -> None:
         """Record that accepted tokens went unjudged; what that means is the policy's choice."""
-        num_tokens = len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted)
         position, state = self.policy_states[-1]
-        self.policy_states.append((position, self.policy.fail(state, failure, num_tokens)))
+        self.policy_states.append((position, self.policy.fail(state, failure, self.num_assistant_tokens)))
 
     def drop_blocks(self) -> None:
         """Forget that anything is in the cache; ids, labels and what was seen stay."""
@@ -131,6 +135,10 @@ class StreamState:
             del labels[bisect_left(labels, num_tokens, key=_position_of_label) :]
         del self.policy_states[bisect_left(self.policy_states, num_tokens, key=lambda entry: entry[0]) :]
         del self.wanted[bisect_left(self.wanted, num_tokens, key=_position) :]
+        # A failure that was let pass cleared tokens before they were computed: not those that come in their place.
+        position, state = self.policy_states[-1]
+        cleared = min(state.cleared, self.num_assistant_tokens)
+        self.policy_states[-1] = (position, state._replace(cleared=cleared))
 
     def copy(self, stream_id: str) -> StreamState:
         """A branch with the same history, without a block table and with nothing computed."""
