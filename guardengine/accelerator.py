@@ -47,6 +47,10 @@ class Accelerator(Protocol):
     def name(self) -> str:
         """What is printed as the instruction set: "sm_90"."""
 
+    @property
+    def num_cores(self) -> int:
+        """Multiprocessors: how many programs it takes to keep all of the device busy."""
+
     def activate(self) -> contextlib.AbstractContextManager[None]:
         """Within, operators run on this device's queue."""
 
@@ -94,6 +98,10 @@ class CudaAccelerator:
     def name(self) -> str:
         return "sm_{}{}".format(*torch.cuda.get_device_capability(self.device))
 
+    @property
+    def num_cores(self) -> int:
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
+
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
@@ -122,9 +130,7 @@ class CudaAccelerator:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         # Other threads may use the GPU meanwhile: "thread_local" lets them.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph
 
@@ -166,6 +172,7 @@ class InterpretedAccelerator:
 
     device = torch.device("cpu")
     name = "interpreter"
+    num_cores = 1
 
     def activate(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -242,7 +249,9 @@ def parse_device(device: str) -> torch.device:
 def check_cuda(device: str) -> None:
     """Raise ConfigError, saying why, where torch cannot use any NVIDIA GPU."""
     if torch.version.hip is not None:
-        raise ConfigError(f"device={device!r}: this torch is built for AMD GPUs; the kernels are for NVIDIA's")
+        raise ConfigError(
+            f"device={device!r}: this torch is built for AMD GPUs; the kernels are for NVIDIA's"
+        )
     if torch.version.cuda is None:
         raise ConfigError(
             f"device={device!r}: torch {torch.__version__} is a build without CUDA; install one with it "
@@ -297,7 +306,9 @@ def choose_accelerator(device: torch.device) -> Accelerator:
     """What the triton backend runs on. Raises ConfigError."""
     if device.type == "cuda":
         if is_interpreted():
-            raise ConfigError(f"{INTERPRET} is set: unset it to run on device='{device}', or pass device='cpu'")
+            raise ConfigError(
+                f"{INTERPRET} is set: unset it to run on device='{device}', or pass device='cpu'"
+            )
         check_capability(device)
         return CudaAccelerator(device)
     if not is_interpreted():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from guardengine.config import ModelConfig
 from guardengine.errors import CheckpointError
 from guardengine.model import forward, guard_logits
 from guardengine.runner import CacheShape, Scores
-from guardengine.small_steps import SmallSteps, make_plan
+from guardengine.small_steps import SmallSteps, class_sizes, make_plan
 from guardengine.step_inputs import SMALL_ROWS, Words, lay_out_large, write_large, write_small
 from guardengine.weights import Weights
 
@@ -46,6 +45,8 @@ class GpuRunner:
         cache: CacheShape,
         max_model_len: int,
         accelerator: Accelerator,
+        *,
+        use_pdl: bool = False,
     ) -> None:
         if weights.heads is None or config.heads is None:
             raise CheckpointError("the checkpoint has no guard heads; use a Qwen3Guard-Stream checkpoint")
@@ -67,7 +68,16 @@ class GpuRunner:
             # A stream is never longer than the cache, whatever the model takes.
             max_length = min(max_model_len, cache.num_blocks * cache.block_size)
             self._small = SmallSteps(
-                ops, config, weights, self.cos_sin, self.kv_cache, self.kv_scales, accelerator, max_length
+                ops,
+                config,
+                weights,
+                self.heads,
+                self.cos_sin,
+                self.kv_cache,
+                self.kv_scales,
+                accelerator,
+                max_length,
+                use_pdl=use_pdl,
             )
 
     @property
@@ -78,15 +88,13 @@ class GpuRunner:
         """Queue one batch and return without waiting. When this raises, nothing counts as computed: what was queued
         already wrote only where the same batch will write again."""
         slot = self._slots[self._next]
-        slot.settle()
+        slot.settle()  # the step before the last: its scores leave the memory that this one gets
         try:
             with torch.inference_mode(), self.accelerator.activate():
                 is_small = len(batch.input_ids) <= SMALL_ROWS
                 scores = self._run_small(slot, batch) if is_small else self._run_large(slot, batch)
-                num_labels = len(batch.label_index)
-                if num_labels:
-                    slot.download(scores[:num_labels])
-                step = LaunchedStep(self.accelerator.record(), slot.scores[:num_labels], self._num_logits)
+                host = slot.download(scores[: len(batch.label_index)])
+                step = LaunchedStep(self.accelerator.record(), host, self._num_logits)
         except BaseException:
             # Copies may be under way from memory that the next step would write to.
             with contextlib.suppress(Exception):
@@ -163,8 +171,8 @@ class LaunchedStep:
         except Exception as error:
             self._error = error
         else:
-            numbers = self._host.numpy().copy()
-            self._scores = Scores(numbers[:, : self._num_logits], numbers[:, self._num_logits :])
+            numbers, count = self._host.numpy().copy(), self._num_logits
+            self._scores = Scores(numbers[:, :count], numbers[:, count : 2 * count])
 
 
 class _HostSlot:
@@ -173,7 +181,7 @@ class _HostSlot:
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self.words = accelerator.host_buffer((_MIN_HOST_WORDS,), torch.int32)
-        self.scores = accelerator.host_buffer((0, 0), torch.float32)
+        self.scores = accelerator.host_buffer((_MIN_HOST_WORDS,), torch.float32)
         self.step: LaunchedStep | None = None
 
     def settle(self) -> None:
@@ -188,24 +196,12 @@ class _HostSlot:
         words: Words = self.words.numpy()
         return words
 
-    def download(self, scores: Tensor) -> None:
-        rows, width = scores.shape
-        if self.scores.shape[0] < rows or self.scores.shape[1] != width:
-            self.scores = self._accelerator.host_buffer((max(rows, SMALL_ROWS), width), torch.float32)
-        self._accelerator.download(scores, self.scores[:rows])
-
-
-def class_sizes(config: ModelConfig) -> list[int]:
-    """Columns of each classifier, in the order of the logits."""
-    heads = config.heads
-    if heads is None:
-        return []
-    return [
-        len(names)
-        for names in (
-            heads.response_risks,
-            heads.response_categories,
-            heads.query_risks,
-            heads.query_categories,
-        )
-    ]
+    def download(self, scores: Tensor) -> Tensor:
+        """Queue a copy of a step's scores, and return where it goes."""
+        count = scores.numel()
+        if self.scores.numel() < count:
+            self.scores = self._accelerator.host_buffer((2 * count,), torch.float32)
+        host = self.scores[:count].view(scores.shape)
+        if count:
+            self._accelerator.download(scores, host)
+        return host

@@ -20,21 +20,24 @@ from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
 from guardengine.core import EngineCore
 from guardengine.cpu_runner import CpuRunner
 from guardengine.errors import CheckpointError, ConfigError
-from guardengine.gpu_runner import GpuRunner, check_bfloat16, check_shapes, working_bytes
+from guardengine.gpu_limits import DeviceMemory, check_bfloat16, check_shapes
+from guardengine.gpu_runner import GpuRunner
 from guardengine.kernels import BACKENDS, load, native
 from guardengine.kernels.quantization import SCHEMES
 from guardengine.machine import memory_bytes
 from guardengine.readout import Readout
 from guardengine.runner import CacheShape, Runner, TorchRunner
 from guardengine.tokenizer import Tokenizer
-from guardengine.weights import load_weights, num_weights
+from guardengine.weights import load_weights
 
 logger = logging.getLogger("guardengine")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _KV_DTYPES = {**_DTYPES, "int8": torch.int8}
 _DEFAULT_KV_CACHE_BYTES = 4 * 2**30
-_DEFAULT_KV_CACHE_SHARE = 0.5  # of a GPU's memory that weights and work leave: the guarded LLM may live there too
+_DEFAULT_KV_CACHE_SHARE = (
+    0.5  # of a GPU's memory that weights and work leave: the guarded LLM may live there too
+)
 
 
 class LoadedEngine(NamedTuple):
@@ -107,7 +110,7 @@ def load_engine(
         max_model_len = _max_model_len(options, config)
         device_memory = None
         if placement.device.type == "cuda":
-            device_memory = _device_memory(options, config, placement.device, model_dtype, max_model_len)
+            device_memory = DeviceMemory.of(placement.device, options, config, model_dtype, max_model_len)
         cache = CacheShape(
             num_blocks=_num_blocks(options, config, max_model_len, kv_dtype, device_memory),
             block_size=options.block_size,
@@ -163,49 +166,6 @@ def load_engine(
     return LoadedEngine(core, _load_chat(folder, config), config.heads)
 
 
-class _DeviceMemory(NamedTuple):
-    """Bytes of a GPU: what is free now, and what is not for the KV cache."""
-
-    device: torch.device
-    free: int
-    weights: int
-    working: int
-
-    @property
-    def left(self) -> int:
-        """For the KV cache."""
-        return max(0, self.free - self.weights - self.working)
-
-    def check(self, cache: int) -> None:
-        """Raise ConfigError where it is too little."""
-        if self.weights + self.working + cache > self.free:
-            raise ConfigError(
-                f"device='{self.device}': {_gib(self.free)} GiB are free; needed are {_gib(self.weights)} for the "
-                f"weights, {_gib(cache)} for the KV cache and {_gib(self.working)} to work with. Lower kv_cache_bytes, "
-                "take a smaller checkpoint, or free the GPU's memory (nvidia-smi lists who holds it)"
-            )
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f}"
-
-
-def _device_memory(
-    options: EngineConfig,
-    config: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-) -> _DeviceMemory:
-    return _DeviceMemory(
-        device,
-        accelerator.free_bytes(device),
-        num_weights(config) * dtype.itemsize,
-        working_bytes(config, dtype, options.max_num_batched_tokens, max_model_len)
-        + accelerator.CUDA_OVERHEAD_BYTES,
-    )
-
-
 def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
     if options.max_model_len is None:
         return config.max_position_embeddings
@@ -222,7 +182,7 @@ def _num_blocks(
     config: ModelConfig,
     max_model_len: int,
     kv_dtype: torch.dtype,
-    device_memory: _DeviceMemory | None,
+    device_memory: DeviceMemory | None,
 ) -> int:
     """KV blocks that `kv_cache_bytes` buys; without it, what all streams could use, up to a default's worth."""
     size = CacheShape(1, options.block_size, kv_dtype).num_bytes(config)

@@ -99,11 +99,13 @@ def fused_forward(
     kv_scales: Tensor | None,
     step: SmallStep,
     scratch: StepScratch,
+    sizes: Any,
     scores: Tensor,
 ) -> None:
     """Run a small step with a backend's fused operators: `forward` and `guard_logits` in 6 launches a layer and 2.
 
-    Shapes: scores [R, 2C] float32, written in its first `num_labels` rows: logits, then each classifier's softmax.
+    Shapes: scores [64, 2C + 4] float32, written in its first `num_labels` rows: logits, each classifier's softmax,
+            the classes chosen. `sizes`: classes of each classifier, in the backend's own form.
 
     Everything that differs between steps is read on the device, so what this launches can be captured in a graph.
     """
@@ -153,7 +155,8 @@ def fused_forward(
         heads.response,
         heads.query,
         eps,
-        out=scores,
+        sizes,
+        out=scores[: len(step.label_index)],
         workspace=workspace,
     )
 

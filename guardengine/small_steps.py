@@ -10,8 +10,8 @@ import functools
 import logging
 import time
 from types import ModuleType
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +22,8 @@ from guardengine.errors import ConfigError
 from guardengine.model import StepScratch, fused_forward
 from guardengine.step_inputs import BUCKETS, NO_SLOT, PLAN, SMALL_ROWS, SmallStep, Words, bucket
 from guardengine.weights import HeadWeights, Weights
+
+_CLASSES = 4  # columns after logits and probabilities: what the classifiers chose
 
 logger = logging.getLogger("guardengine")
 
@@ -40,18 +42,17 @@ class SmallSteps:
         kv_scales: Tensor | None,
         accelerator: Accelerator,
         max_length: int,
+        *,
+        use_pdl: bool = False,
     ) -> None:
         self._ops, self._config = ops, config
         self._block_size = kv_cache.shape[3]
         self.num_words = num_words(ops, max_length, self._block_size)
         self.words = accelerator.empty((self.num_words,), torch.int32)
         self._reset_words()
-        num_logits = heads.response.shape[0] + heads.query.shape[0]
-        self.scores = accelerator.empty((SMALL_ROWS, 2 * num_logits), torch.float32)
-        self._scratch = StepScratch(
-            ops.allocate_step_workspace(weights, accelerator),
-            ops.allocate_attention_scratch(),
-        )
+        self._sizes = ops.ClassifierSizes(*class_sizes(config))
+        self.scores = accelerator.empty((SMALL_ROWS, 2 * sum(self._sizes) + _CLASSES), torch.float32)
+        self._scratch = self._allocate_scratch(weights, heads, accelerator, max_length, use_pdl)
         self._graphs: dict[int, Graph] = {}
         started = time.perf_counter()
         for rows in reversed(BUCKETS):  # the largest first: the others find its memory
@@ -66,6 +67,7 @@ class SmallSteps:
                 kv_scales,
                 SmallStep.of(self.words, rows),
                 self._scratch,
+                self._sizes,
                 self.scores,
             )
             try:
@@ -87,11 +89,69 @@ class SmallSteps:
         self._graphs[bucket(num_rows)].replay()
         return self.scores
 
+    def _allocate_scratch(
+        self,
+        weights: Weights,
+        heads: HeadWeights,
+        accelerator: Accelerator,
+        max_length: int,
+        use_pdl: bool,
+    ) -> StepScratch:
+        ops, config = self._ops, self._config
+        return StepScratch(
+            ops.allocate_workspace(
+                linear_configs(ops, weights, accelerator),
+                accelerator.device,
+                max_rows=SMALL_ROWS,
+                others=[ops.guard_scores_scratch(SMALL_ROWS, heads.norm.shape[1], self._sizes)],
+                use_pdl=use_pdl,
+            ),
+            ops.allocate_attention_scratch(
+                ops.max_scratch_rows(SMALL_ROWS, max_length),
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                accelerator.device,
+            ),
+        )
+
     def _reset_words(self) -> None:
         """An empty step, for what runs before the first: no item, no label, nothing stored."""
         self.words.zero_()
         step = SmallStep.of(self.words, SMALL_ROWS)
         step.slot_mapping.fill_(NO_SLOT)
+
+
+def num_words(ops: ModuleType, max_length: int, block_size: int) -> int:
+    """Words that a step of up to SMALL_ROWS rows can need."""
+    size: int = ops.max_plan_size(SMALL_ROWS, max_length, SMALL_ROWS * -(-max_length // block_size))
+    return PLAN + size
+
+
+def class_sizes(config: ModelConfig) -> list[int]:
+    """Columns of each classifier, in the order of the logits."""
+    heads = config.heads
+    if heads is None:
+        return []
+    names = (heads.response_risks, heads.response_categories, heads.query_risks, heads.query_categories)
+    return list(map(len, names))
+
+
+def linear_configs(ops: ModuleType, weights: Weights, accelerator: Accelerator) -> dict[Any, Any]:
+    """How each of a layer's matrices is multiplied: measured where the device can be timed, by rule elsewhere."""
+    layer = weights.layers[0]
+    matrices = (
+        (ops.NORMED, layer.qkv),
+        (ops.SUMMED, layer.o),
+        (ops.GATED, layer.gate_up),
+        (ops.SUMMED, layer.down),
+    )
+    return {
+        (operator, tuple(weight.shape)): ops.default_config(
+            operator, tuple(weight.shape), dtype=weights.embed.dtype, num_sms=accelerator.num_cores
+        )
+        for operator, weight in matrices
+    }
 
 
 def make_plan(

@@ -19,7 +19,17 @@ Words = npt.NDArray[np.int32]
 Plan = Callable[[Rows], Words]
 
 SMALL_ROWS = 64
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # rows that a graph is captured for; a step takes the next larger one
+BUCKETS = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+)  # rows that a graph is captured for; a step takes the next larger one
 NO_SLOT = -1  # a row that is not stored: padding
 
 _ALIGNED = 4  # words: 16 bytes, the widest load
@@ -52,7 +62,9 @@ class LargeStep:
     """A batch whose numbers for the device lie in one array of words."""
 
     num_words: int
-    places: tuple[tuple[int, int], ...]  # (start, count) of: ids, positions, slots, labels, label positions, plans
+    places: tuple[
+        tuple[int, int], ...
+    ]  # (start, count) of: ids, positions, slots, labels, label positions, plans
 
     def batch(self, words: Tensor, batch: Batch) -> tuple[Batch, tuple[Tensor, Tensor]]:
         """The batch, its numbers on the device where operators read them, and the plans of its rows and of the

@@ -62,7 +62,9 @@ class Step(NamedTuple):
 class Counter:
     """Counts one model's steps on a GPU of `num_sms` multiprocessors, with the kernels' default configurations."""
 
-    def __init__(self, config: ModelConfig, dtype: str, kv_dtype: str, num_sms: int, block_size: int = 16) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: str, kv_dtype: str, num_sms: int, block_size: int = 16
+    ) -> None:
         self.config, self.num_sms, self.block_size = config, num_sms, block_size
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.item = self.dtype.itemsize
