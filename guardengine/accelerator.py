@@ -42,6 +42,7 @@ class Accelerator(Protocol):
     """A device with one queue of work."""
 
     device: torch.device
+    can_time: bool  # kernels can be timed, and what is fastest be chosen
 
     @property
     def name(self) -> str:
@@ -72,9 +73,6 @@ class Accelerator(Protocol):
     def capture(self, work: Callable[[], None]) -> Graph:
         """Run `work` once, to compile and load what it needs, then capture what it queues."""
 
-    def time(self, work: Callable[[], object]) -> float:
-        """Seconds that the device takes for `work`, of many runs, with weights not in its cache."""
-
     def synchronize(self) -> None:
         """Wait for all queued work. Raises what went wrong on the device."""
 
@@ -85,8 +83,7 @@ class Accelerator(Protocol):
 class CudaAccelerator:
     """One NVIDIA GPU, with a stream of its own: work of others in this process does not get in between."""
 
-    _TIMED_RUNS = 20
-    _FLUSHED_BYTES = 256 * 2**20  # above every GPU's L2
+    can_time = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -134,22 +131,6 @@ class CudaAccelerator:
             work()
         return graph
 
-    def time(self, work: Callable[[], object]) -> float:
-        flushed = torch.empty(self._FLUSHED_BYTES, dtype=torch.int8, device=self.device)
-        for _ in range(3):
-            work()
-        pairs = []
-        for _ in range(self._TIMED_RUNS):
-            flushed.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(self._stream)
-            work()
-            end.record(self._stream)
-            pairs.append((begin, end))
-        self.synchronize()
-        times = sorted(begin.elapsed_time(end) for begin, end in pairs)
-        return times[len(times) // 2] / 1e3
-
     def synchronize(self) -> None:
         self._stream.synchronize()
 
@@ -173,6 +154,7 @@ class InterpretedAccelerator:
     device = torch.device("cpu")
     name = "interpreter"
     num_cores = 1
+    can_time = False
 
     def activate(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -194,9 +176,6 @@ class InterpretedAccelerator:
 
     def capture(self, work: Callable[[], None]) -> Graph:
         return _Again(work)
-
-    def time(self, work: Callable[[], object]) -> float:
-        raise ConfigError("nothing can be timed in Triton's interpreter")
 
     def synchronize(self) -> None:
         pass

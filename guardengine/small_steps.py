@@ -10,7 +10,6 @@ import functools
 import logging
 import time
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from guardengine.config import ModelConfig
 from guardengine.errors import ConfigError
 from guardengine.model import StepScratch, fused_forward
 from guardengine.step_inputs import BUCKETS, NO_SLOT, PLAN, SMALL_ROWS, SmallStep, Words, bucket
+from guardengine.tuned import matrix_configs
 from guardengine.weights import HeadWeights, Weights
 
 _CLASSES = 4  # columns after logits and probabilities: what the classifiers chose
@@ -100,7 +100,7 @@ class SmallSteps:
         ops, config = self._ops, self._config
         return StepScratch(
             ops.allocate_workspace(
-                linear_configs(ops, weights, accelerator),
+                matrix_configs(ops, weights, accelerator, use_pdl=use_pdl),
                 accelerator.device,
                 max_rows=SMALL_ROWS,
                 others=[ops.guard_scores_scratch(SMALL_ROWS, heads.norm.shape[1], self._sizes)],
@@ -135,23 +135,6 @@ def class_sizes(config: ModelConfig) -> list[int]:
         return []
     names = (heads.response_risks, heads.response_categories, heads.query_risks, heads.query_categories)
     return list(map(len, names))
-
-
-def linear_configs(ops: ModuleType, weights: Weights, accelerator: Accelerator) -> dict[Any, Any]:
-    """How each of a layer's matrices is multiplied: measured where the device can be timed, by rule elsewhere."""
-    layer = weights.layers[0]
-    matrices = (
-        (ops.NORMED, layer.qkv),
-        (ops.SUMMED, layer.o),
-        (ops.GATED, layer.gate_up),
-        (ops.SUMMED, layer.down),
-    )
-    return {
-        (operator, tuple(weight.shape)): ops.default_config(
-            operator, tuple(weight.shape), dtype=weights.embed.dtype, num_sms=accelerator.num_cores
-        )
-        for operator, weight in matrices
-    }
 
 
 def make_plan(

@@ -38,7 +38,7 @@ LAYERS = (
     ("state",),
     ("block_pool", "scheduler", "checkpoint", "tokenizer", "accelerator"),
     ("weights", "chat", "batch"),
-    ("step_inputs",),
+    ("step_inputs", "tuned"),
     ("model", "conversation", "machine", "gpu_limits"),
     ("runner", "readout", "small_steps"),
     ("core", "cpu_runner", "gpu_runner"),
