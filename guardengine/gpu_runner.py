@@ -34,7 +34,7 @@ class GpuRunner:
     """
 
     max_in_flight = 2
-    quantization = None
+    quantization: str | None = None
     num_threads = 1
 
     def __init__(

@@ -35,10 +35,10 @@ def matrix_configs(
     """
     layer, dtype = weights.layers[0], weights.embed.dtype
     wanted = {
-        (ops.NORMED, layer.qkv),
-        (ops.SUMMED, layer.o),
-        (ops.GATED, layer.gate_up),
-        (ops.SUMMED, layer.down),
+        ("norm_linear", layer.qkv),
+        ("linear_add", layer.o),
+        ("norm_gate_up", layer.gate_up),
+        ("linear_add", layer.down),
     }
     shapes = sorted((operator, (weight.shape[0], weight.shape[1])) for operator, weight in wanted)
     num_sms = accelerator.num_cores
@@ -110,4 +110,6 @@ def _write(path: Path, kept: dict[str, Any]) -> None:
         partial.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        logger.warning("%s cannot be written (%s): the GPU will be measured again at the next start", path, error)
+        logger.warning(
+            "%s cannot be written (%s): the GPU will be measured again at the next start", path, error
+        )

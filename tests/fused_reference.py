@@ -57,9 +57,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return reference.silu_and_mul(gate_up)
 
 
-def norm_linear(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, *, workspace: SimpleNamespace
-) -> Tensor:
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, *, workspace: SimpleNamespace) -> Tensor:
     workspace.check(NORMED, weight)
     _launched(NORMED, x, weight)
     return reference.linear(reference.rms_norm(x, norm, eps), weight)

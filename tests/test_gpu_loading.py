@@ -200,6 +200,8 @@ def test_shapes_that_no_kernel_takes(changes: dict[str, int], match: str) -> Non
 
 def test_working_memory_of_the_released_sizes() -> None:
     """Not the last byte; but an order of magnitude off would refuse GPUs that are large enough, or run out."""
-    sizes = [working_bytes(preset_config(f"stream-{name}"), torch.bfloat16, 2048, 8192) for name in ("0.6b", "8b")]
+    sizes = [
+        working_bytes(preset_config(f"stream-{name}"), torch.bfloat16, 2048, 8192) for name in ("0.6b", "8b")
+    ]
     assert 0.1 * GIB < sizes[0] < 0.5 * GIB
     assert 0.4 * GIB < sizes[1] < 1.5 * GIB

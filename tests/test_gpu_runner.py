@@ -6,7 +6,7 @@ The device is a queue that does nothing until somebody waits, so memory that is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,21 +124,19 @@ def accelerator() -> QueueAccelerator:
 
 
 @pytest.fixture
-def runner(model: Any, accelerator: QueueAccelerator) -> Iterator[GpuRunner]:
+def runner(model: Any, accelerator: QueueAccelerator) -> GpuRunner:
     config, weights = model
     runner = GpuRunner(
         fused_reference, config, weights, CacheShape(NUM_BLOCKS, BLOCK_SIZE, torch.float32), MAX_LEN, accelerator
     )  # fmt: skip
     accelerator.log.clear()
-    yield runner
+    return runner
 
 
 @pytest.fixture
 def plain(model: Any) -> TorchRunner:
     config, weights = model
-    return TorchRunner(
-        reference, config, weights, CacheShape(NUM_BLOCKS, BLOCK_SIZE, torch.float32), MAX_LEN
-    )
+    return TorchRunner(reference, config, weights, CacheShape(NUM_BLOCKS, BLOCK_SIZE, torch.float32), MAX_LEN)
 
 
 def batch_of(*lengths: int, seed: int = 0, first_block: int = 0, start: int = 0, want: bool = True) -> Batch:
@@ -213,7 +211,9 @@ def test_an_upload_is_as_long_as_the_step_needs(runner: GpuRunner, accelerator: 
         return int(accelerator.log[0][1][0])
 
     fixed = 4 * (4 + 4 * SMALL_ROWS)
-    assert uploaded(batch_of(1)) == fixed + 4 * (2 + 2 + 1)  # the plan: two numbers, where rows begin, a block
+    assert uploaded(batch_of(1)) == fixed + 4 * (
+        2 + 2 + 1
+    )  # the plan: two numbers, where rows begin, a block
     assert uploaded(batch_of(1, start=20)) == fixed + 4 * (2 + 2 + 6)
 
 
@@ -334,9 +334,7 @@ def test_what_goes_wrong_on_the_device_is_raised_by_its_own_wait(
     with pytest.raises(RuntimeError, match="planned failure of wait"):
         failed.wait()
     for launched in later:
-        np.testing.assert_allclose(
-            launched.wait().logits, scores_of(plain, batch_of(2, seed=1)), atol=1e-5
-        )
+        np.testing.assert_allclose(launched.wait().logits, scores_of(plain, batch_of(2, seed=1)), atol=1e-5)
 
 
 def test_a_step_that_cannot_be_captured_is_refused_at_the_start(

@@ -11,6 +11,7 @@ import torch
 
 from guardengine.config import ModelConfig
 from guardengine.kernels import gpu
+from guardengine.kernels.gpu import linear_config as products
 from guardengine.kernels.gpu import plan as plans
 from guardengine.step_inputs import PLAN, SMALL_ROWS, Words, bucket
 
@@ -84,12 +85,12 @@ class Counter:
         rows, width = bucket(shape.rows), self.config.hidden_size * self.item
         plan = self._plan(shape, split=True)
         layer = (
-            self._linear(gpu.NORMED, rows, self.qkv),
+            self._linear(products.NORMED, rows, self.qkv),
             self._store(rows),
             self._attention(shape, plan, split=True),
-            self._linear(gpu.SUMMED, rows, self.o),
-            self._linear(gpu.GATED, rows, self.gate_up),
-            self._linear(gpu.SUMMED, rows, self.down),
+            self._linear(products.SUMMED, rows, self.o),
+            self._linear(products.GATED, rows, self.gate_up),
+            self._linear(products.SUMMED, rows, self.down),
         )
         outside = (
             Launch("embedding", 2 * rows * width, 0, 0),
@@ -119,12 +120,12 @@ class Counter:
         return Step(outside, layer, self.config.num_layers, 5 * rows + 2 * len(plan), is_graph=False)
 
     def _linear(self, operator: str, rows: int, weight: tuple[int, int]) -> Launch:
-        chosen = gpu.default_config(operator, weight, dtype=self.dtype, num_sms=self.num_sms)
-        columns, inner = gpu.num_columns(operator, weight), weight[1]
-        tile_rows = gpu.row_tile(rows)
+        chosen = products.default_config(operator, weight, dtype=self.dtype, num_sms=self.num_sms)
+        columns, inner = products.num_columns(operator, weight), weight[1]
+        tile_rows = products.row_tile(rows)
         tiles_m, tiles_n = -(-rows // tile_rows), -(-columns // chosen.block_n)
         weights, x = weight[0] * inner * self.item, rows * inner * self.item
-        out = rows * columns * self.item * (2 if operator == gpu.SUMMED else 1)
+        out = rows * columns * self.item * (2 if operator == products.SUMMED else 1)
         # Parts of sums are stored for rows that exist, and read once.
         parts = chosen.scratch(operator, columns, rows)[0] * 4 * rows / (tiles_m * tile_rows)
         return Launch(

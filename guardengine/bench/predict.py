@@ -231,11 +231,11 @@ Floor: weights, keys and values once over {gpu["bytes_per_s"] / 1e12:g} TB/s, or
 The layers' weights alone in bfloat16: {record["weights_floor_ms"]:.2f} ms.
 MB: counted from the kernels' own tiles and plans, with all activations, partial sums and the upload; of least: over
 weights, keys and values once. L2 MB: what tiles read again, assumed to come from L2 and to be hidden.
-Steps of more than {SMALL_ROWS} rows are not captured: their launches cost the host {assumed["eager_launch_us"]:g} us each.
+Steps of more than {SMALL_ROWS} rows are not captured: a launch costs the host {assumed["eager_launch_us"]:g} us.
 
 Assumed, not measured: {assumed["bandwidth_share"]:.0%} of the bandwidth and {assumed["flops_share"]:.0%} of the
-multiplications while a kernel runs, {assumed["gap_us"]:g} us between kernels of a graph, {assumed["step_us"]:g} us a step for upload,
-launch, download and event. Each has an option.
+multiplications while a kernel runs, {assumed["gap_us"]:g} us between kernels of a graph, {assumed["step_us"]:g} us
+a step for upload, launch, download and event. Each has an option.
 
 At most, within {_MEMORY_SHARE:.0%} of {gpu["memory_bytes"] / 1e9:g} GB:
 {rates}
