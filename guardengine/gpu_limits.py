@@ -16,7 +16,7 @@ from guardengine.weights import num_weights
 
 _HEAD_DIMS = (16, 32, 64, 128, 256)
 _MAX_WIDTH = 16384  # of a row that one program norms
-_MAX_GROUP = 16  # query heads of one key head: rows of one tile
+_MAX_GROUP = 32  # query heads of one key head: rows of one tile
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,12 +41,12 @@ def forward(
             place; cos_sin [positions, D] -> [W, E], not normed.
 
     Past the last layer's KV store only the W wanted rows are computed: a prompt chunk that wants none ends there.
-    `plans`: for all rows and for the wanted ones, where the backend's attention takes a plan that was made before.
+    `plans`: of attention, for all rows and for the wanted ones, where the backend takes plans that were made before.
     """
     eps = config.rms_norm_eps
     softmax_scale = config.head_dim**-0.5
     rows = batch.rows
-    planned = {} if plans is None else {"plan": plans[0]}
+    plan = None if plans is None else plans[0]
     residual = weights.embed[batch.input_ids]
     x = ops.rms_norm(residual, weights.layers[0].input_norm, eps)
     for index, layer in enumerate(weights.layers):
@@ -69,20 +69,17 @@ def forward(
         )
         if index == config.num_layers - 1:
             rows = batch.label_rows
-            planned = {} if plans is None else {"plan": plans[1]}
+            plan = None if plans is None else plans[1]
             q, residual = q[batch.label_index], residual[batch.label_index]
-        attended = ops.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            batch.block_tables,
-            rows.cu_seqlens_q,
-            rows.positions,
-            softmax_scale,
-            k_scales,
-            v_scales,
-            **planned,
-        )
+        attention = (softmax_scale, k_scales, v_scales)
+        if plan is None:
+            attended = ops.paged_attention(
+                q, k_cache, v_cache, batch.block_tables, rows.cu_seqlens_q, rows.positions, *attention
+            )
+        else:
+            attended = ops.planned_attention(
+                q, k_cache, v_cache, plan, rows.positions, *attention, scratch=None
+            )
         x = ops.linear(attended.flatten(1), layer.o)
         x, residual = ops.fused_add_rms_norm(x, residual, layer.post_norm, eps)
         x = _mlp(ops, layer, x)
@@ -129,17 +126,15 @@ def fused_forward(
             k_scales,
             v_scales,
         )
-        attended = ops.paged_attention(
+        attended = ops.planned_attention(
             q,
             k_cache,
             v_cache,
-            None,
-            None,
+            step.plan,
             step.positions,
             softmax_scale,
             k_scales,
             v_scales,
-            plan=step.plan,
             scratch=attention,
         )
         ops.linear_add(attended.flatten(1), layer.o, residual, workspace=workspace)

@@ -106,7 +106,7 @@ class SmallSteps:
                 others=[ops.guard_scores_scratch(SMALL_ROWS, heads.norm.shape[1], self._sizes)],
                 use_pdl=use_pdl,
             ),
-            ops.allocate_attention_scratch(
+            ops.attention_scratch(
                 ops.max_scratch_rows(SMALL_ROWS, max_length),
                 config.num_heads,
                 config.num_kv_heads,
@@ -146,7 +146,7 @@ def make_plan(
         rows.positions.numpy(),
         batch.block_tables.numpy(),
         block_size=block_size,
-        tile_rows=ops.tile_rows(config.num_heads, config.num_kv_heads, split=split),
+        tile_rows=ops.attention_tile_rows(config.num_heads, config.num_kv_heads, split=split),
         split=split,
     )
     return plan

@@ -96,12 +96,11 @@ def qk_norm_rope_store_kv(
     return q
 
 
-def paged_attention(
-    q, k_cache, v_cache, block_tables, cu_seqlens_q, positions, softmax_scale, k_scales=None, v_scales=None,
-    *, plan, scratch=None,
+def planned_attention(
+    q, k_cache, v_cache, plan, positions, softmax_scale, k_scales=None, v_scales=None, *, scratch
 ):  # fmt: skip
     """Rows that the plan does not cover come out as NaN, which no other row may see."""
-    _launched("paged_attention", q, k_cache, positions, plan, scratch)
+    _launched("planned_attention", q, k_cache, positions, plan, scratch)
     num_streams, max_blocks = plan[:2].tolist()
     cu_seqlens = plan[2 : 3 + num_streams]
     tables = plan[3 + num_streams :][: num_streams * max_blocks].view(num_streams, max_blocks)
@@ -150,7 +149,7 @@ def guard_scores_scratch(num_rows, inner_size, sizes):
     return 1, 1
 
 
-def allocate_attention_scratch(num_rows, num_heads, num_kv_heads, head_dim, device):
+def attention_scratch(num_rows, num_heads, num_kv_heads, head_dim, device):
     return torch.zeros(num_rows, device=device)
 
 
@@ -162,7 +161,7 @@ def max_plan_size(num_rows, max_length, num_blocks):
     return 3 + num_rows + num_blocks
 
 
-def tile_rows(num_heads, num_kv_heads, *, split):
+def attention_tile_rows(num_heads, num_kv_heads, *, split):
     return 1
 
 

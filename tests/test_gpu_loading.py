@@ -185,7 +185,7 @@ def test_the_kv_cache_takes_half_of_what_is_left(gpus: Any) -> None:
     [
         ({"head_dim": 24}, r"head_dim=24: the triton backend needs one of 16, 32"),
         ({"hidden_size": 20000}, r"hidden_size=20000.*16384 at most"),
-        ({"num_kv_heads": 1, "num_heads": 32}, r"num_key_value_heads is 32.*16 at most"),
+        ({"num_kv_heads": 1, "num_heads": 64}, r"num_key_value_heads is 64.*32 at most"),
     ],
     ids=["head_dim", "hidden_size", "group"],
 )

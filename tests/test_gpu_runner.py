@@ -263,7 +263,7 @@ def test_launches_of_a_captured_step(runner: GpuRunner, accelerator: QueueAccele
         assert sum(graph.launches.values()) <= 6 * layers
         assert outside <= 4
         assert set(graph.launches) == {
-            "norm_linear", "qk_norm_rope_store_kv", "paged_attention", "linear_add", "norm_gate_up",
+            "norm_linear", "qk_norm_rope_store_kv", "planned_attention", "linear_add", "norm_gate_up",
         }  # fmt: skip
 
 

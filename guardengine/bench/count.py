@@ -155,7 +155,7 @@ class Counter:
             positions,
             np.arange(shape.streams * blocks).reshape(shape.streams, blocks),
             block_size=self.block_size,
-            tile_rows=gpu.tile_rows(config.num_heads, config.num_kv_heads, split=split),
+            tile_rows=gpu.attention_tile_rows(config.num_heads, config.num_kv_heads, split=split),
             split=split,
         )
         return plan
@@ -169,7 +169,7 @@ class Counter:
         once = shape.streams * shape.context
         waiting = int(plan[plans.NUM_SCRATCH_ROWS]) * config.num_heads * (config.head_dim + 2) * 4
         q_and_out = 2 * shape.rows * config.num_heads * config.head_dim * self.item
-        tile = gpu.tile_rows(config.num_heads, config.num_kv_heads, split=split) * config.num_heads
+        tile = gpu.attention_tile_rows(config.num_heads, config.num_kv_heads, split=split) * config.num_heads
         return Launch(
             "paged_attention",
             once * token + q_and_out + 2 * waiting + 4 * len(plan),
