@@ -8,6 +8,7 @@ instructions and the width of loads from the machine code; `complaints` says wha
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -28,6 +30,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 TRITON_VERSION = "3.7.1"
 BUILD = Path(__file__).parent.parent / "build" / "gpu-kernels"
+READER = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # another reader may read otherwise
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 if triton.__version__ != TRITON_VERSION:
@@ -42,16 +45,18 @@ class Gpu(NamedTuple):
     target: GPUTarget
     num_sms: int
     max_shared: int  # bytes a program
+    is_checked: bool = True  # or only recorded, for the curious
 
 
 KIB = 1024
+SPILLS_OUTSIDE_LOOPS = 8  # that a hot kernel may have: the compiler parks a few addresses while a loop runs
 GPUS = {
     "sm_80": Gpu(GPUTarget("cuda", 80, 32), 108, 163 * KIB),  # A100
     "sm_86": Gpu(GPUTarget("cuda", 86, 32), 72, 99 * KIB),  # A10
     "sm_90": Gpu(GPUTarget("cuda", 90, 32), 132, 227 * KIB),  # H100
     "sm_100": Gpu(GPUTarget("cuda", 100, 32), 148, 227 * KIB),  # B200
     "sm_120": Gpu(GPUTarget("cuda", 120, 32), 170, 99 * KIB),  # RTX 5090
-    "gfx942": Gpu(GPUTarget("hip", "gfx942", 64), 304, 64 * KIB),  # MI300X
+    "gfx942": Gpu(GPUTarget("hip", "gfx942", 64), 304, 64 * KIB, is_checked=False),  # MI300X
 }
 
 
@@ -72,6 +77,7 @@ class Measured(NamedTuple):
 
     registers: int  # a thread
     spills: int  # instructions that write or read spilled registers
+    looped_spills: int  # those of them that are inside a loop
     stack: int  # bytes a thread
     shared: int  # bytes a program
     mma: dict[
@@ -87,7 +93,8 @@ def record(operator: Callable[[], object], target: GPUTarget) -> list[Launch]:
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(specialize(kernel, args, kwargs, target))
 
-    with patched(JITFunction, "run", run):
+    hip = "0" if target.backend == "hip" else None
+    with patched(JITFunction, "run", run), patched(torch.version, "hip", hip):
         operator()
     return launches
 
@@ -141,7 +148,7 @@ def measure(launch: Launch) -> Measured:
     """Compile one launch and read its machine code, or what an earlier run read."""
     os.environ["TRITON_CACHE_DIR"] = str(BUILD / "triton")
     compiled = triton.compile(launch.source, target=launch.target, options=launch.options.__dict__)
-    known = BUILD / "measured" / f"{compiled.hash}.json"
+    known = BUILD / "measured" / f"{compiled.hash}-{READER}.json"
     if known.exists():
         return Measured(**json.loads(known.read_text()))
     read = measure_nvidia if launch.target.backend == "cuda" else measure_amd
@@ -162,27 +169,45 @@ def measure_nvidia(compiled: Any) -> Measured:
     finally:
         path.unlink()
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    instructions = re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE
-    )
-    names = [instruction.partition(".")[0] for instruction in instructions]
+    instructions = read_sass(code)
+    names = [instruction.partition(".")[0] for instruction, _ in instructions]
     if "EXIT" not in names:
         raise RuntimeError("nvdisasm printed no code that is understood")
+    spills = [
+        in_loop for name, (_, in_loop) in zip(names, instructions, strict=True) if name in ("STL", "LDL")
+    ]
     loads: Counter[str] = Counter()
-    for name, instruction in zip(names, instructions, strict=True):
+    for name, (instruction, _) in zip(names, instructions, strict=True):
         if name in ("LDG", "LDGSTS"):
             loads[_bytes_of(instruction)] += 1
         elif name == "UTMALDG":
             loads["bulk"] += 1
-    mma = Counter(name for name in names if name.endswith("MMA"))
     return Measured(
         used["REG"],
-        sum(name in ("STL", "LDL") for name in names),
+        len(spills),
+        sum(spills),
         used["STACK"],
         compiled.metadata.shared,
-        dict(sorted(mma.items())),
+        dict(sorted(Counter(name for name in names if name.endswith("MMA")).items())),
         dict(sorted(loads.items())),
     )
+
+
+def read_sass(code: str) -> list[tuple[str, bool]]:
+    """Instructions as nvdisasm prints them, each with whether a branch back to before it comes after it."""
+    found: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(found)
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            target = re.search(r"`\((\.L_\w+)\)", match[2])
+            if match[1].startswith("BRA") and target and target[1] in labels:
+                loops.append((labels[target[1]], len(found)))
+            found.append(match[1])
+    # The last instruction of a program branches to itself.
+    return [(name, any(first <= i <= last for first, last in loops)) for i, name in enumerate(found)]
 
 
 def _bytes_of(load: str) -> str:
@@ -216,9 +241,11 @@ def measure_amd(compiled: Any) -> Measured:
         )
     )
     mma = Counter(re.findall(r"^\s+(v_mfma)_", code, re.MULTILINE))
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     return Measured(
         number("vgpr_count"),
-        number("vgpr_spill_count") + number("sgpr_spill_count"),
+        spills,
+        spills,  # where they are is not looked at
         number("private_segment_fixed_size"),
         compiled.metadata.shared,
         dict(mma),
@@ -240,13 +267,15 @@ def complaints(
         found.append(
             f"takes {measured.shared} bytes of shared memory of {gpu.max_shared}: it cannot be launched"
         )
-    if hot and measured.spills:
-        found.append(f"spills registers in {measured.spills} instructions")
+    if hot and (measured.looped_spills or measured.spills > SPILLS_OUTSIDE_LOOPS):
+        found.append(
+            f"spills registers in {measured.spills} instructions, {measured.looped_spills} of them in loops"
+        )
     if needs_mma and not measured.mma:
         found.append("has no matrix instruction")
     if before is None:
         return found
-    for name in ("registers", "spills", "stack", "shared"):
+    for name in ("registers", "spills", "looped_spills", "stack", "shared"):
         now, then = getattr(measured, name), before[name]
         if now > then:
             found.append(f"{name} grew from {then} to {now}")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kernel_compiler import GPUS, TRITON_VERSION, Measured, compile_all, complaints, is_wide, record
+from kernel_compiler import GPUS, TRITON_VERSION, Gpu, Measured, compile_all, complaints, is_wide, record
 
 from guardengine.kernels.gpu.compiled import Compiled, configurations
 
@@ -54,6 +54,8 @@ def load() -> dict[str, Any]:
 
 def problems(gpu: str, table: Table, before: dict[str, Any]) -> list[str]:
     """What is wrong with a GPU's kernels, one line each."""
+    if not GPUS[gpu].is_checked:
+        return []
     found = []
     for configuration in listed(gpu):
         launches, known = table[gpu].get(configuration.name, []), before.get(gpu, {}).get(configuration.name)
@@ -103,13 +105,15 @@ def write(table: Table) -> None:
 HEADING = f"""# GPU kernels as compiled
 
 Every Triton kernel in the configurations that the published models use, compiled ahead of time by Triton
-{TRITON_VERSION} without a GPU. Written by `make gpu-kernels`; `make test` compiles again and fails when a kernel of
-small steps (bold) spills registers, one wants more shared memory than the GPU has, one that should use matrix
-instructions does not, or any of these numbers grew. No number here is a measurement of speed.
+{TRITON_VERSION}, without a GPU. `make gpu-kernels` writes this page; `make test` compiles again and fails when a
+kernel of small steps (bold) spills registers in a loop, one wants more shared memory than the GPU has or has lost its
+matrix instructions or 16-byte loads, or when any number here grew. Nothing here is a measurement of speed. gfx942 is
+shown for the curious and not checked.
 
-Each cell: registers of a thread, KiB of shared memory of a program, matrix instructions (`mma` is mma.sync, by warps;
-`wgmma`, `tcgen05`, `mfma`), and **!** with the number of spilling instructions. `narrow` where no load from global
-memory is 16 bytes wide.
+Each cell: registers of a thread, KiB of shared memory of a program, its matrix instructions (`mma` is mma.sync;
+`wgmma`, `tcgen05`, `mfma`). Then, where there is something to say: `narrow`, no load from global memory is 16 bytes
+wide; `spills 3+2`, three instructions that spill registers outside of loops and two inside; `does not fit`, more
+shared memory than the GPU has.
 
 """
 MMA_NAMES = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "v_mfma": "mfma"}
@@ -124,16 +128,18 @@ def render(table: Table) -> str:
         "|---|" + "---|" * len(GPUS),
     ]
     for name in names:
-        cells = ["; ".join(map(cell, table[gpu].get(name, []))) or "–" for gpu in GPUS]
+        cells = ["; ".join(cell(m, GPUS[gpu]) for m in table[gpu].get(name, [])) or "–" for gpu in GPUS]
         lines.append(f"| {f'**{name}**' if name in hot else name} | " + " | ".join(cells) + " |")
     return HEADING + "\n".join(lines) + "\n"
 
 
-def cell(measured: Measured) -> str:
-    parts = [f"{measured.registers}", f"{measured.shared / 1024:.3g}K"]
+def cell(measured: Measured, gpu: Gpu) -> str:
+    parts = [str(measured.registers), f"{measured.shared / 1024:.3g}K"]
     parts += sorted({MMA_NAMES.get(name, "mma") for name in measured.mma})
     if not is_wide(measured.loads):
         parts.append("narrow")
     if measured.spills:
-        parts.append(f"**!**{measured.spills}")
+        parts.append(f"spills {measured.spills - measured.looped_spills}+{measured.looped_spills}")
+    if measured.shared > gpu.max_shared:
+        parts.append("does not fit")
     return " ".join(parts)
