@@ -130,6 +130,8 @@ def _launch(
     workspace: Workspace,
 ) -> Tensor:
     _check(x, final_norm, pre, inner_norm, response_head, query_head, sizes, out, label_index is not None)
+    if out.shape[0] == 0:
+        return out
     num_rows, (inner_size, width) = out.shape[0], (inner_norm.shape[1], x.shape[1])
     partials, counters = workspace.take(*guard_scores_scratch(num_rows, inner_size, sizes))
     # float32 is multiplied without tensor cores, out of registers: wide tiles do not fit them.

@@ -96,6 +96,8 @@ def _launch(
     num_rows, inner = x.shape
     columns = out.shape[1]
     _check(operator, x, weight, out, norm)
+    if num_rows == 0:
+        return out
     block_m = row_tile(num_rows)
     tiles_m, tiles_n = triton.cdiv(num_rows, block_m), triton.cdiv(columns, config.block_n)
     partials = counters = out  # not looked at where sums have one part
@@ -208,7 +210,8 @@ def _linear_kernel(
     squares = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     x_rows = x_ptr + rows[:, None] * stride_x
     if IS_NORMED:
-        norm = _load_row(norm_ptr, begin + tl.arange(0, BLOCK_K), inner, EVEN_K)
+        first = begin + tl.arange(0, BLOCK_K)
+        norm = tl.load(norm_ptr + first, mask=first < inner, other=0.0)
     for start in range(begin, end, BLOCK_K):
         ks = start + tl.arange(0, BLOCK_K)
         if EVEN_K:
@@ -225,7 +228,7 @@ def _linear_kernel(
             squares = tl.dot(x, tl.trans(x), squares, input_precision="ieee")
             x = x * norm[None, :]
             # For the next tile: too narrow for the copies that run ahead of the loop by themselves.
-            norm = _load_row(norm_ptr, ks + BLOCK_K, inner, False)
+            norm = tl.load(norm_ptr + BLOCK_K + ks, mask=BLOCK_K + ks < inner, other=0.0)
         acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
         if IS_GATED:
             up_ptrs = weight_ptr + columns * inner + weight_rows + ks[None, :]
@@ -286,11 +289,6 @@ def _linear_kernel(
 
 
 @triton.jit
-def _load_row(ptr, ks, inner, IS_INSIDE: tl.constexpr):
-    return tl.load(ptr + ks) if IS_INSIDE else tl.load(ptr + ks, mask=ks < inner, other=0.0)
-
-
-@triton.jit
 def _finish(
     acc, up, square_sum, out_ptr, rows, cols, is_row, columns, inner, stride_out, eps,
     IS_NORMED: tl.constexpr, IS_GATED: tl.constexpr, IS_SUMMED: tl.constexpr,
@@ -314,7 +312,7 @@ def prefetch_weights(row_ptrs, begin, end, BLOCK_K: tl.constexpr):
     """Ask L2 for the first two tiles of these rows of weights: one request for each line of 128 bytes."""
     ELEMENTS: tl.constexpr = 1024 // row_ptrs.dtype.element_ty.primitive_bitwidth
     starts = begin + tl.arange(0, 2 * BLOCK_K // ELEMENTS) * ELEMENTS
-    lines = row_ptrs + tl.where(starts < end, starts, begin)[None, :]
+    lines = row_ptrs + tl.where(starts < end, starts, 0)[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // $0", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -11,8 +11,8 @@ from launches import counted
 from native_ops import assert_close_as_torch, rand
 from torch import Tensor
 
+from guardengine.kernels import gpu as ops
 from guardengine.kernels import reference
-from guardengine.kernels.gpu import rows as ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-6
