@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from guardengine.bench.gpus import GPU
 from guardengine.config import ModelConfig
-from guardengine.kernels import gpu
+from guardengine.kernels import gpu as operators
 from guardengine.kernels.gpu import linear_config as products
 from guardengine.kernels.gpu import plan as plans
 from guardengine.step_inputs import PLAN, SMALL_ROWS, Words, bucket
@@ -18,7 +19,8 @@ from guardengine.step_inputs import PLAN, SMALL_ROWS, Words, bucket
 
 class Launch(NamedTuple):
     """One kernel's work. What a kernel must read or write once counts as memory's, also what an earlier kernel of
-    the step has just written and L2 may still hold; what it reads again counts as L2's."""
+    the step has just written and L2 may still hold. L2's is what it reads again, and the partial sums of a product
+    whose whole launch, weights included, fits there: they are read within microseconds."""
 
     name: str
     memory_bytes: float
@@ -61,12 +63,12 @@ class Step(NamedTuple):
 
 
 class Counter:
-    """Counts one model's steps on a GPU of `num_sms` multiprocessors, with the kernels' default configurations."""
+    """Counts one model's steps on a GPU, with the kernels' default configurations."""
 
     def __init__(
-        self, config: ModelConfig, dtype: str, kv_dtype: str, num_sms: int, block_size: int = 16
+        self, config: ModelConfig, dtype: str, kv_dtype: str, gpu: GPU, block_size: int = 16
     ) -> None:
-        self.config, self.num_sms, self.block_size = config, num_sms, block_size
+        self.config, self.gpu, self.block_size = config, gpu, block_size
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.item = self.dtype.itemsize
         self.has_scales = kv_dtype == "int8"
@@ -120,7 +122,7 @@ class Counter:
         return Step(outside, layer, self.config.num_layers, 5 * rows + 2 * len(plan), is_graph=False)
 
     def _linear(self, operator: str, rows: int, weight: tuple[int, int]) -> Launch:
-        chosen = products.default_config(operator, weight, dtype=self.dtype, num_sms=self.num_sms)
+        chosen = products.default_config(operator, weight, dtype=self.dtype, num_sms=self.gpu.num_sms)
         columns, inner = products.num_columns(operator, weight), weight[1]
         tile_rows = products.row_tile(rows)
         tiles_m, tiles_n = -(-rows // tile_rows), -(-columns // chosen.block_n)
@@ -128,10 +130,15 @@ class Counter:
         out = rows * columns * self.item * (2 if operator == products.SUMMED else 1)
         # Parts of sums are stored for rows that exist, and read once.
         parts = chosen.scratch(operator, columns, rows)[0] * 4 * rows / (tiles_m * tile_rows)
+        once, again = weights + x + out, (tiles_m - 1) * weights + (tiles_n - 1) * x
+        if once + parts > self.gpu.l2_bytes:
+            once += 2 * parts
+        else:
+            again += 2 * parts
         return Launch(
             operator,
-            weights + x + out + 2 * parts,
-            (tiles_m - 1) * weights + (tiles_n - 1) * x,
+            once,
+            again,
             2.0 * tiles_m * tile_rows * weight[0] * inner,
         )
 
@@ -150,12 +157,12 @@ class Counter:
         blocks = -(-shape.context // self.block_size)
         positions = np.tile(np.arange(shape.context - shape.k, shape.context), shape.streams)
         config = self.config
-        plan: Words = gpu.plan_attention(
+        plan: Words = operators.plan_attention(
             np.arange(shape.streams + 1) * shape.k,
             positions,
             np.arange(shape.streams * blocks).reshape(shape.streams, blocks),
             block_size=self.block_size,
-            tile_rows=gpu.attention_tile_rows(config.num_heads, config.num_kv_heads, split=split),
+            tile_rows=operators.attention_tile_rows(config.num_heads, config.num_kv_heads, split=split),
             split=split,
         )
         return plan
@@ -169,7 +176,10 @@ class Counter:
         once = shape.streams * shape.context
         waiting = int(plan[plans.NUM_SCRATCH_ROWS]) * config.num_heads * (config.head_dim + 2) * 4
         q_and_out = 2 * shape.rows * config.num_heads * config.head_dim * self.item
-        tile = gpu.attention_tile_rows(config.num_heads, config.num_kv_heads, split=split) * config.num_heads
+        tile = (
+            operators.attention_tile_rows(config.num_heads, config.num_kv_heads, split=split)
+            * config.num_heads
+        )
         return Launch(
             "paged_attention",
             once * token + q_and_out + 2 * waiting + 4 * len(plan),

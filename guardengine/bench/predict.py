@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Assumptions:
     """What is not counted. Defaults are guesses from published measurements of other engines, not our measurements."""
 
     bandwidth_share: float = 0.85  # of the peak, while a kernel streams
+    l2_speed: float = 2.5  # bandwidth of L2 over the memory's peak
     flops_share: float = 0.5  # of the peak, at 16 or 32 rows a tile
     gap_us: float = 1.5  # between a graph's kernels: one drains, the next fills
     eager_launch_us: float = 12.0  # of the host, a kernel launched from Python
@@ -69,13 +70,21 @@ def predict(
     from guardengine.bench.count import Counter, Shape
 
     streams, k, context = shape
-    step = Counter(config, dtype, kv_dtype, gpu.num_sms).step(Shape(streams, k, context))
+    step = Counter(config, dtype, kv_dtype, gpu).step(Shape(streams, k, context))
     cost = CostModel(config, _ITEM_BYTES[dtype], _ITEM_BYTES[kv_dtype])
     least = cost.of_tokens([range(context - k, context)] * streams)
     floor_s, bound = Limits(gpu.bytes_per_s, gpu.flops(dtype)).seconds(least)
     bandwidth = gpu.bytes_per_s * assumed.bandwidth_share
     flops = gpu.flops(dtype) * assumed.flops_share
-    device_s = sum(max(launch.memory_bytes / bandwidth, launch.flops / flops) for launch in step.launches)
+    l2 = gpu.bytes_per_s * assumed.l2_speed
+    device_s = sum(
+        max(
+            launch.memory_bytes / bandwidth,
+            (launch.memory_bytes + launch.l2_bytes) / l2,
+            launch.flops / flops,
+        )
+        for launch in step.launches
+    )
     num_launches = len(step.launches)
     if step.is_graph:
         step_s = device_s + num_launches * assumed.gap_us / 1e6
@@ -161,9 +170,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     check_triton()
     gpu, config = GPUS[options.predict], preset_config(MODELS[options.model])
     kv_dtype = options.dtype if options.kv_dtype == "auto" else options.kv_dtype
-    assumed = Assumptions(
-        options.bandwidth_share, options.flops_share, options.gap_us, options.eager_launch_us, options.step_us
-    )
+    assumed = Assumptions(**{field.name: getattr(options, field.name) for field in fields(Assumptions)})
     for context in options.context:
         if not options.k <= context <= config.max_position_embeddings:
             raise ConfigError(
@@ -229,13 +236,14 @@ def text(record: dict[str, Any]) -> str:
 Floor: weights, keys and values once over {gpu["bytes_per_s"] / 1e12:g} TB/s, or multiplications over
 {gpu["bf16_flops"] / 1e12:g} TFLOP/s (bfloat16), whichever is longer ({gpu["source"]}).
 The layers' weights alone in bfloat16: {record["weights_floor_ms"]:.2f} ms.
-MB: counted from the kernels' own tiles and plans, with all activations, partial sums and the upload; of least: over
-weights, keys and values once. L2 MB: what tiles read again, assumed to come from L2 and to be hidden.
+MB: counted from the kernels' own tiles and plans, with all activations, attention's partial sums and the upload; of
+least: over weights, keys and values once. L2 MB: what tiles read again, and a product's partial sums where its launch
+fits into L2.
 Steps of more than {SMALL_ROWS} rows are not captured: a launch costs the host {assumed["eager_launch_us"]:g} us.
 
 Assumed, not measured: {assumed["bandwidth_share"]:.0%} of the bandwidth and {assumed["flops_share"]:.0%} of the
-multiplications while a kernel runs, {assumed["gap_us"]:g} us between kernels of a graph, {assumed["step_us"]:g} us
-a step for upload, launch, download and event. Each has an option.
+multiplications while a kernel runs, an L2 {assumed["l2_speed"]:g} times as fast as the memory, {assumed["gap_us"]:g} us
+between kernels of a graph, {assumed["step_us"]:g} us a step for upload, launch, download and event. Each has an option.
 
 At most, within {_MEMORY_SHARE:.0%} of {gpu["memory_bytes"] / 1e9:g} GB:
 {rates}
@@ -269,6 +277,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--k", type=_count, default=1, metavar="TOKENS", help="new tokens a step and stream")
     parser.add_argument("--rate", type=_positive, default=50.0, help="tokens/s of a stream (%(default)g)")
     parser.add_argument("--bandwidth-share", type=_share, default=assumed.bandwidth_share)
+    parser.add_argument("--l2-speed", type=_positive, default=assumed.l2_speed)
     parser.add_argument("--flops-share", type=_share, default=assumed.flops_share)
     parser.add_argument("--gap-us", type=_positive, default=assumed.gap_us)
     parser.add_argument("--eager-launch-us", type=_positive, default=assumed.eager_launch_us)

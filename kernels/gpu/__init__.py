@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from guardengine.kernels.gpu.attention import AttentionScratch as AttentionScratch
+from guardengine.kernels.gpu.attention import attention_scratch as attention_scratch
+from guardengine.kernels.gpu.attention import attention_tile_rows as attention_tile_rows
+from guardengine.kernels.gpu.attention import paged_attention as paged_attention
+from guardengine.kernels.gpu.attention import planned_attention as planned_attention
 from guardengine.kernels.gpu.heads import ClassifierSizes as ClassifierSizes
 from guardengine.kernels.gpu.heads import guard_heads as guard_heads
 from guardengine.kernels.gpu.heads import guard_scores as guard_scores
@@ -19,6 +24,9 @@ from guardengine.kernels.gpu.linear import norm_linear as norm_linear
 from guardengine.kernels.gpu.linear_config import SMALL_ROWS as SMALL_ROWS
 from guardengine.kernels.gpu.linear_config import LinearConfig as LinearConfig
 from guardengine.kernels.gpu.linear_config import default_config as default_config
+from guardengine.kernels.gpu.plan import max_plan_size as max_plan_size
+from guardengine.kernels.gpu.plan import max_scratch_rows as max_scratch_rows
+from guardengine.kernels.gpu.plan import plan_attention as plan_attention
 from guardengine.kernels.gpu.rows import fused_add_rms_norm as fused_add_rms_norm
 from guardengine.kernels.gpu.rows import rms_norm as rms_norm
 from guardengine.kernels.gpu.rows import silu_and_mul as silu_and_mul
