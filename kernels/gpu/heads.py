@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from guardengine.kernels.gpu.linear_config import DTYPES
 from guardengine.kernels.gpu.linear import prefetch_weights
+from guardengine.kernels.gpu.linear_config import DTYPES
 from guardengine.kernels.gpu.workspace import Workspace, allocate_workspace
 
 _BLOCK_M = 16  # rows of a program, always: one and the same code for any number of rows
