@@ -86,6 +86,7 @@ def test_what_comes_too_late_is_left_out(tmp_path: Path) -> None:
     assert {found["left_out"] for found in record["sections"].values()} == {"no time was left"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     command = [sys.executable, "-P", "-m", "guardengine.bench.gpu_check"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
