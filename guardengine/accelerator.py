@@ -12,7 +12,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class CudaAccelerator:
         self.device = device
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream(device)
-        self._pool: object | None = None  # of memory, shared by graphs: they never run at the same time
+        self._pool: Any = None  # of memory, shared by graphs: they never run at the same time
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from guardengine.accelerator import Accelerator
 from guardengine.weights import Weights
@@ -34,13 +35,17 @@ def matrix_configs(
     By rule where the device cannot be timed. Measuring takes about a minute, most of it compiling.
     """
     layer, dtype = weights.layers[0], weights.embed.dtype
-    wanted = {
+    wanted = (
         ("norm_linear", layer.qkv),
         ("linear_add", layer.o),
         ("norm_gate_up", layer.gate_up),
         ("linear_add", layer.down),
-    }
-    shapes = sorted((operator, (weight.shape[0], weight.shape[1])) for operator, weight in wanted)
+    )
+    shapes = [
+        (operator, (weight.shape[0], weight.shape[1]))
+        for operator, weight in wanted
+        if isinstance(weight, Tensor)  # none is quantized here
+    ]
     num_sms = accelerator.num_cores
     rule = {key: ops.default_config(*key, dtype=dtype, num_sms=num_sms) for key in shapes}
     if not accelerator.can_time:

@@ -56,7 +56,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def configs(ops: Ops, *, can_time: bool = True, dtype: torch.dtype = torch.bfloat16) -> Any:
     layer = SimpleNamespace(
-        qkv=torch.empty(96, 64), o=torch.empty(64, 32), gate_up=torch.empty(256, 64), down=torch.empty(64, 128)
+        qkv=torch.empty(96, 64),
+        o=torch.empty(64, 32),
+        gate_up=torch.empty(256, 64),
+        down=torch.empty(64, 128),
     )
     weights: Any = SimpleNamespace(layers=(layer,), embed=torch.empty(1, dtype=dtype))
     accelerator: Any = SimpleNamespace(can_time=can_time, num_cores=8, device=torch.device("cuda", 0))

@@ -118,24 +118,21 @@ class _Cases:
         x, y = self.random(rows, self.shape.hidden), self.random(rows, self.shape.hidden)
         wide, qkv = self.random(rows, 2 * self.shape.inner), self.weights["qkv"]
 
-        def to(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-            return [tensor.to(dtype) for tensor in tensors]
-
         yield (
             "rms_norm", lambda n: ops.rms_norm(x[:n], norm, _EPS),
-            lambda t: reference.rms_norm(*to(t, x, norm), _EPS), True,
+            lambda t: reference.rms_norm(x.to(t), norm.to(t), _EPS), True,
         )  # fmt: skip
         yield (
             "fused_add_rms_norm", lambda n: torch.cat(ops.fused_add_rms_norm(x[:n], y[:n], norm, _EPS), -1),
-            lambda t: torch.cat(reference.fused_add_rms_norm(*to(t, x, y, norm), _EPS), -1), True,
+            lambda t: torch.cat(reference.fused_add_rms_norm(x.to(t), y.to(t), norm.to(t), _EPS), -1), True,
         )  # fmt: skip
         yield (
             "silu_and_mul", lambda n: ops.silu_and_mul(wide[:n]),
-            lambda t: reference.silu_and_mul(*to(t, wide)), True,
+            lambda t: reference.silu_and_mul(wide.to(t)), True,
         )  # fmt: skip
         yield (
             "linear", lambda n: ops.linear(x[:n], qkv),
-            lambda t: reference.linear(*to(t, x, qkv)), rows <= ops.SMALL_ROWS,
+            lambda t: reference.linear(x.to(t), qkv.to(t)), rows <= ops.SMALL_ROWS,
         )  # fmt: skip
 
     def _fused(self, rows: int) -> Iterator[Case]:
@@ -172,7 +169,8 @@ class _Cases:
         )  # fmt: skip
 
         def theirs(dtype: torch.dtype) -> Tensor:
-            logits = reference.guard_heads(x.to(dtype), *(tensor.to(dtype) for tensor in tensors), _EPS)
+            norm, pre, inner, response, query = (tensor.to(dtype) for tensor in tensors)
+            logits = reference.guard_heads(x.to(dtype), norm, pre, inner, response, query, _EPS)
             return torch.cat([logits, *(part.softmax(-1) for part in logits.split(list(sizes), -1))], -1)
 
         def ours(n: int) -> Tensor:
