@@ -22,12 +22,12 @@ import numpy as np
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.backends.nvidia.compiler import min_dot_size
+from triton.backends.nvidia.compiler import CUDAOptions, min_dot_size
 from triton.runtime import interpreter
 from triton_memory import ADDRESS, TAG, Memory
 
 TRITON_VERSION = "3.7.1"
-LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "grid", "warmup"}
+LAUNCH_OPTIONS = {field.name for field in dataclasses.fields(CUDAOptions)} | {"grid", "warmup"}
 
 if triton.__version__ != TRITON_VERSION:
     raise RuntimeError(f"tests/triton_interpreter.py knows Triton {TRITON_VERSION}, not {triton.__version__}")
