@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from guardengine.kernels.gpu.attention import AttentionScratch as AttentionScratch
 from guardengine.kernels.gpu.attention import attention_scratch as attention_scratch
 from guardengine.kernels.gpu.attention import attention_tile_rows as attention_tile_rows
 from guardengine.kernels.gpu.attention import paged_attention as paged_attention
@@ -27,6 +26,7 @@ from guardengine.kernels.gpu.linear_config import default_config as default_conf
 from guardengine.kernels.gpu.plan import max_plan_size as max_plan_size
 from guardengine.kernels.gpu.plan import max_scratch_rows as max_scratch_rows
 from guardengine.kernels.gpu.plan import plan_attention as plan_attention
+from guardengine.kernels.gpu.qkv import qk_norm_rope_store_kv as qk_norm_rope_store_kv
 from guardengine.kernels.gpu.rows import fused_add_rms_norm as fused_add_rms_norm
 from guardengine.kernels.gpu.rows import rms_norm as rms_norm
 from guardengine.kernels.gpu.rows import silu_and_mul as silu_and_mul

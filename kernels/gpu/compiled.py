@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from guardengine.kernels.gpu.attention import attention_scratch, planned_attention
 from guardengine.kernels.gpu.heads import ClassifierSizes, guard_heads, guard_scores, guard_scores_scratch
 from guardengine.kernels.gpu.linear import linear_add, norm_gate_up, norm_linear
 from guardengine.kernels.gpu.linear_config import (
@@ -23,6 +24,7 @@ from guardengine.kernels.gpu.linear_config import (
     candidates,
     default_config,
 )
+from guardengine.kernels.gpu.plan import max_plan_size, max_scratch_rows
 from guardengine.kernels.gpu.rows import fused_add_rms_norm, rms_norm, silu_and_mul
 from guardengine.kernels.gpu.workspace import Workspace, allocate_workspace
 
@@ -135,7 +137,34 @@ def _small_step(
     model: str, sizes: Sizes, num_rows: int, num_sms: int, has_pdl: bool, dtype: torch.dtype
 ) -> Iterator[Compiled]:
     label = f"{model}, {num_rows} rows"
+    for cache in (dtype, torch.int8):
+        name = f"paged_attention {label}{', int8 cache' if cache == torch.int8 else ''}"
+        yield Compiled(name, partial(_attend, sizes, num_rows, num_sms, dtype, cache), True, True)
     yield Compiled(f"guard_scores {label}", partial(_scores, sizes, num_rows, has_pdl, dtype), True, True)
+
+
+def _attend(sizes: Sizes, num_rows: int, num_sms: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    num_blocks = MAX_LENGTH // BLOCK_SIZE
+    cache = _empty(num_blocks, BLOCK_SIZE, sizes.HKV, sizes.D, dtype=cache_dtype)
+    scales = None
+    if cache_dtype == torch.int8:
+        scales = _empty(num_blocks, sizes.HKV, BLOCK_SIZE, dtype=torch.float32)
+    scratch = None
+    if num_rows <= max(SMALL_STEPS):
+        scratch_rows = max_scratch_rows(num_rows, MAX_LENGTH)
+        scratch = attention_scratch(scratch_rows, sizes.H, sizes.HKV, sizes.D, torch.device("meta"))
+    planned_attention(
+        _empty(num_rows, sizes.H, sizes.D, dtype=dtype),
+        cache,
+        cache,
+        _empty(max_plan_size(num_rows, MAX_LENGTH, num_blocks), dtype=torch.int32),
+        _empty(num_rows, dtype=torch.int32),
+        sizes.D**-0.5,
+        scales,
+        scales,
+        scratch=scratch,
+        num_programs=num_sms,
+    )
 
 
 def _scores(sizes: Sizes, num_rows: int, has_pdl: bool, dtype: torch.dtype) -> None:
@@ -183,6 +212,9 @@ def _large_step(model: str, sizes: Sizes, num_sms: int, dtype: torch.dtype) -> I
             EPS,
         )
 
+    for cache in (dtype, torch.int8):
+        name = f"paged_attention {model}, {num_rows} rows{', int8 cache' if cache == torch.int8 else ''}"
+        yield Compiled(name, partial(_attend, sizes, num_rows, num_sms, dtype, cache), False, True)
     yield Compiled(f"rms_norm {model}", norm, False, False)
     yield Compiled(f"fused_add_rms_norm {model}", add_norm, False, False)
     yield Compiled(f"silu_and_mul {model}", activation, False, False)

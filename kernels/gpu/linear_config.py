@@ -97,7 +97,7 @@ def candidates(
 
 # Rows of weights, numbers of each, num_warps, num_stages, for 16-bit weights: what compiles without spilled registers
 # for sm_80 to sm_120.
-_TILES = ((32, 128, 4, 5), (32, 256, 4, 3), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 8, 4), (128, 64, 4, 4))
+_TILES = ((32, 128, 4, 5), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 8, 4), (128, 64, 4, 4))
 _NORMED_TILES = ((32, 64, 4, 6), (64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 8, 4), (128, 64, 4, 4))
 
 
