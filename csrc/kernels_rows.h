@@ -149,16 +149,22 @@ inline Magnitude magnitude_of(const Value* values, int n) {
   return {largest_value / 127.0f + is_broken, largest_value > kLeastMagnitude ? 127.0f / largest_value : 0.0f};
 }
 
+// The rounding for `inverse`, a Magnitude's.
+template <class Value>
+inline void round_to_int8(const Value* values, int n, float inverse, std::int8_t* out) {
+  const Vec factor = set1(inverse);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, to_int(mul(load(values + i), factor)));
+  for (; i < n; ++i) {
+    const float v = to_float(values[i]) * inverse;
+    out[i] = v == v ? static_cast<std::int8_t>(__builtin_nearbyintf(v)) : 0;
+  }
+}
+
 template <class Value>
 inline float quantize(const Value* values, int n, std::int8_t* out) {
   const Magnitude magnitude = magnitude_of(values, n);
-  const Vec inverse = set1(magnitude.inverse);
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, to_int(mul(load(values + i), inverse)));
-  for (; i < n; ++i) {
-    const float v = to_float(values[i]) * magnitude.inverse;
-    out[i] = v == v ? static_cast<std::int8_t>(__builtin_nearbyintf(v)) : 0;
-  }
+  round_to_int8(values, n, magnitude.inverse, out);
   return magnitude.scale;
 }
 

@@ -130,10 +130,8 @@ ReadFunction choose_read() {
 }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------
-// Each runs `steps` steps on kChains independent accumulators, more than latency x ports of any CPU in sight (4 x 2;
-// 5 x 2 for dpbf16 on Zen 4), and few enough for the registers. The operands come from outside, so that nothing is
-// known at compile time; values stay ordinary (no denormals, no infinities).
 
+// From outside the loops, so that nothing is known at compile time; values stay ordinary (no denormals, no infinities).
 struct Operands {
   float factor = 0.75f, addend = 0.25f;
   std::uint32_t bf16_pair = 0x3f803f80u;  // 1.0, 1.0
@@ -147,141 +145,55 @@ struct Peak {
   double ops_per_step;
 };
 
-constexpr int kPortableLanes = 64;
+// Independent accumulators: more than latency x ports of any CPU in sight (4 x 2; 5 x 2 for dpbf16 on Zen 4), and few
+// enough for the registers.
+constexpr int kChains = 12;
 
-std::uint64_t fp32_portable(const Operands& operands, int steps) {
-  float acc[kPortableLanes];
-  for (int j = 0; j < kPortableLanes; ++j) acc[j] = static_cast<float>(j);
-  const float factor = operands.factor, addend = operands.addend;
-  for (int i = 0; i < steps; ++i) {
-    for (int j = 0; j < kPortableLanes; ++j) acc[j] = acc[j] * factor + addend;
+// A function that takes `steps` steps of every accumulator `a`, number n. A macro, because an instruction set is the
+// attribute of a function and no parameter of a template, and these are not the sets that there are kernels for. `a` is
+// a copy: g++ keeps an array that assembly refers to in memory.
+#define GE_PEAK(name, attribute, Vector, operand, start, ...)                   \
+  attribute std::uint64_t name(const Operands& operands, int steps) {           \
+    const auto x = operand;                                                     \
+    Vector chains[kChains];                                                     \
+    for (int n = 0; n < kChains; ++n) chains[n] = start;                        \
+    for (int i = 0; i < steps; ++i) {                                           \
+      _Pragma("GCC unroll 12") for (int n = 0; n < kChains; ++n) {              \
+        Vector a = chains[n];                                                   \
+        __VA_ARGS__;                                                            \
+        chains[n] = a;                                                          \
+      }                                                                         \
+    }                                                                           \
+    Vector total = chains[0];                                                   \
+    for (int n = 1; n < kChains; ++n) total += chains[n];                       \
+    std::uint64_t bits;                                                         \
+    std::memcpy(&bits, &total, sizeof bits);                                    \
+    return bits;                                                                \
   }
-  float total = 0;
-  for (float value : acc) total += value;
-  std::uint32_t bits;
-  std::memcpy(&bits, &total, sizeof bits);
-  return bits;
-}
+
+// Of 16 bytes, which every CPU in sight has registers for.
+using Portable = float __attribute__((vector_size(16)));
+GE_PEAK(fp32_portable, , Portable, operands.factor, Portable{} + operands.factor * n, a = a * x + operands.addend)
 
 #if GE_X86
-// Twelve named accumulators rather than an array: an array may end up in memory.
-#define GE_CHAINS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
-constexpr double kChains = 12;
-
-GE_TARGET("avx2,fma")
-std::uint64_t fp32_avx2(const Operands& operands, int steps) {
-  const __m256 factor = _mm256_set1_ps(operands.factor), addend = _mm256_set1_ps(operands.addend);
-#define GE_DECLARE(n) __m256 a##n = _mm256_set1_ps(operands.factor * n);
-#define GE_STEP(n) a##n = _mm256_fmadd_ps(a##n, factor, addend);
-#define GE_SUM(n) total = _mm256_add_ps(total, a##n);
-  GE_CHAINS(GE_DECLARE)
-  for (int i = 0; i < steps; ++i) { GE_CHAINS(GE_STEP) }
-  __m256 total = _mm256_setzero_ps();
-  GE_CHAINS(GE_SUM)
-#undef GE_DECLARE
-#undef GE_STEP
-#undef GE_SUM
-  alignas(32) std::uint32_t bits[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(bits), _mm256_castps_si256(total));
-  return bits[0];
-}
-
-GE_TARGET("avx512f")
-std::uint64_t fp32_avx512(const Operands& operands, int steps) {
-  const __m512 factor = _mm512_set1_ps(operands.factor), addend = _mm512_set1_ps(operands.addend);
-#define GE_DECLARE(n) __m512 a##n = _mm512_set1_ps(operands.factor * n);
-#define GE_STEP(n) a##n = _mm512_fmadd_ps(a##n, factor, addend);
-#define GE_SUM(n) total = _mm512_add_ps(total, a##n);
-  GE_CHAINS(GE_DECLARE)
-  for (int i = 0; i < steps; ++i) { GE_CHAINS(GE_STEP) }
-  __m512 total = _mm512_setzero_ps();
-  GE_CHAINS(GE_SUM)
-#undef GE_DECLARE
-#undef GE_STEP
-#undef GE_SUM
-  alignas(64) std::uint32_t bits[16];
-  _mm512_store_si512(bits, _mm512_castps_si512(total));
-  return bits[0];
-}
-
-GE_TARGET("avx512f,avx512bw,avx512vl,avx512bf16")
-std::uint64_t bf16_avx512(const Operands& operands, int steps) {
-  // A C-style cast: __m512bh is a vector of short in older compilers and of __bf16 in newer ones.
-  const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(operands.bf16_pair));
-#define GE_DECLARE(n) __m512 a##n = _mm512_set1_ps(operands.factor * n);
-#define GE_STEP(n) a##n = _mm512_dpbf16_ps(a##n, x, x);
-#define GE_SUM(n) total = _mm512_add_ps(total, a##n);
-  GE_CHAINS(GE_DECLARE)
-  for (int i = 0; i < steps; ++i) { GE_CHAINS(GE_STEP) }
-  __m512 total = _mm512_setzero_ps();
-  GE_CHAINS(GE_SUM)
-#undef GE_DECLARE
-#undef GE_STEP
-#undef GE_SUM
-  alignas(64) std::uint32_t bits[16];
-  _mm512_store_si512(bits, _mm512_castps_si512(total));
-  return bits[0];
-}
-
-// Written in assembly: from the intrinsic, g++ 12 makes two register moves around every instruction.
-GE_TARGET("avx512f,avx512vnni")
-std::uint64_t int8_avx512(const Operands& operands, int steps) {
-  const __m512i x = _mm512_set1_epi32(static_cast<int>(operands.int8_quad));
-#define GE_DECLARE(n) __m512i a##n = _mm512_set1_epi32(n);
-#define GE_STEP(n) asm("vpdpbusd %1, %1, %0" : "+v"(a##n) : "v"(x));
-#define GE_SUM(n) total = _mm512_add_epi32(total, a##n);
-  GE_CHAINS(GE_DECLARE)
-  for (int i = 0; i < steps; ++i) { GE_CHAINS(GE_STEP) }
-  __m512i total = _mm512_setzero_si512();
-  GE_CHAINS(GE_SUM)
-#undef GE_DECLARE
-#undef GE_STEP
-#undef GE_SUM
-  alignas(64) std::uint32_t bits[16];
-  _mm512_store_si512(bits, total);
-  return bits[0];
-}
-
-GE_TARGET("avx2,avxvnni")
-std::uint64_t int8_avx2(const Operands& operands, int steps) {
-  const __m256i x = _mm256_set1_epi32(static_cast<int>(operands.int8_quad));
-#define GE_DECLARE(n) __m256i a##n = _mm256_set1_epi32(n);
-#define GE_STEP(n) asm("%{vex%} vpdpbusd %1, %1, %0" : "+x"(a##n) : "x"(x));
-#define GE_SUM(n) total = _mm256_add_epi32(total, a##n);
-  GE_CHAINS(GE_DECLARE)
-  for (int i = 0; i < steps; ++i) { GE_CHAINS(GE_STEP) }
-  __m256i total = _mm256_setzero_si256();
-  GE_CHAINS(GE_SUM)
-#undef GE_DECLARE
-#undef GE_STEP
-#undef GE_SUM
-  alignas(32) std::uint32_t bits[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(bits), total);
-  return bits[0];
-}
-
+GE_PEAK(fp32_avx2, GE_TARGET("avx2,fma"), __m256, _mm256_set1_ps(operands.factor),
+        _mm256_set1_ps(operands.factor * n), a = _mm256_fmadd_ps(a, x, _mm256_set1_ps(operands.addend)))
+GE_PEAK(fp32_avx512, GE_TARGET("avx512f"), __m512, _mm512_set1_ps(operands.factor),
+        _mm512_set1_ps(operands.factor * n), a = _mm512_fmadd_ps(a, x, _mm512_set1_ps(operands.addend)))
+// C-style casts: __m512bh is a vector of short in older compilers and of __bf16 in newer ones.
+GE_PEAK(bf16_avx512, GE_TARGET("avx512f,avx512bw,avx512vl,avx512bf16"), __m512,
+        (__m512bh)_mm512_set1_epi32(static_cast<int>(operands.bf16_pair)), _mm512_set1_ps(operands.factor * n),
+        a = _mm512_dpbf16_ps(a, x, x))
+// Integers in assembly: from the intrinsics, g++ 12 makes two register moves around every instruction.
+GE_PEAK(int8_avx512, GE_TARGET("avx512f,avx512vnni"), __m512i,
+        _mm512_set1_epi32(static_cast<int>(operands.int8_quad)), _mm512_set1_epi32(n),
+        asm("vpdpbusd %1, %1, %0" : "+v"(a) : "v"(x)))
+GE_PEAK(int8_avx2, GE_TARGET("avx2,avxvnni"), __m256i, _mm256_set1_epi32(static_cast<int>(operands.int8_quad)),
+        _mm256_set1_epi32(n), asm("%{vex%} vpdpbusd %1, %1, %0" : "+x"(a) : "x"(x)))
 // Where there is no dot product of int8: pairs of int16, which int8 are widened to.
-GE_TARGET("avx2")
-std::uint64_t int16_avx2(const Operands& operands, int steps) {
-  const __m256i x = _mm256_set1_epi32(static_cast<int>(operands.int8_quad));
-#define GE_DECLARE(n) __m256i a##n = _mm256_set1_epi32(n);
-#define GE_STEP(n)                                                                        \
-  {                                                                                       \
-    __m256i products;                                                                     \
-    asm volatile("vpmaddwd %2, %2, %1; vpaddd %1, %0, %0" : "+x"(a##n), "=&x"(products) : "x"(x)); \
-  }
-#define GE_SUM(n) total = _mm256_add_epi32(total, a##n);
-  GE_CHAINS(GE_DECLARE)
-  for (int i = 0; i < steps; ++i) { GE_CHAINS(GE_STEP) }
-  __m256i total = _mm256_setzero_si256();
-  GE_CHAINS(GE_SUM)
-#undef GE_DECLARE
-#undef GE_STEP
-#undef GE_SUM
-  alignas(32) std::uint32_t bits[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(bits), total);
-  return bits[0];
-}
+GE_PEAK(int16_avx2, GE_TARGET("avx2"), __m256i, _mm256_set1_epi32(static_cast<int>(operands.int8_quad)),
+        _mm256_set1_epi32(n), __m256i products;
+        asm volatile("vpmaddwd %2, %2, %1; vpaddd %1, %0, %0" : "+x"(a), "=&x"(products) : "x"(x)))
 #endif
 
 // The widest implementation on this CPU; function is null when there is none.
@@ -303,7 +215,7 @@ Peak choose_peak(int kind) {
   // Without either, AVX-512's pairs of int16 are not probed: what AVX2's do is less than the CPU can.
   if (kind == GE_PEAK_INT8 && !has_avx512 && GE_SUPPORTS("avx2")) return {int16_avx2, kChains * 16 * 2};
 #endif
-  if (kind == GE_PEAK_FP32) return {fp32_portable, kPortableLanes * 2.0};
+  if (kind == GE_PEAK_FP32) return {fp32_portable, kChains * 4 * 2};
   return {nullptr, 0};
 }
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Overloaded,
         StreamClosed,
         StreamTooLong,
+        WrongThread,
     )
     from guardengine.labels import Label, Moderation, Verdict
     from guardengine.policy import Policy
@@ -48,6 +49,7 @@ _HOME = {
     "StreamClosed": "errors",
     "StreamTooLong": "errors",
     "Verdict": "labels",
+    "WrongThread": "errors",
 }
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "StreamClosed",
     "StreamTooLong",
     "Verdict",
+    "WrongThread",
     "__version__",
 ]
 

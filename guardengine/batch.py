@@ -59,7 +59,7 @@ def build_batch(chunks: list[Chunk], block_size: int) -> tuple[Batch, list[list[
 
     Also returns, for each chunk, the labels that it completes: (row of the step's logits, what is wanted).
     """
-    starts = np.array([chunk.stream.num_computed_tokens for chunk in chunks])
+    starts = np.array([chunk.start for chunk in chunks])
     lengths = np.array([chunk.num_tokens for chunk in chunks])
     cu_seqlens = _cumulative(lengths)
     positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guardengine.admission import Ticket
 from guardengine.config import ModelConfig
 from guardengine.conversation import Feed
 from guardengine.core import EngineCore
@@ -26,6 +27,7 @@ from guardengine.errors import ConfigError, InvalidTokens
 from guardengine.labels import Label, Role
 from guardengine.policy import Policy
 from guardengine.state import StreamState, Wanted
+from guardengine.whole_streams import run_feeds
 
 Result = dict[str, list[Any]]
 
@@ -102,19 +104,8 @@ class AutoGuard:
         if role not in ("user", "assistant"):
             raise ValueError("Role must be either 'user' or 'assistant'")
         ids = self.core.check_token_ids(_flat(token_ids))
-        if stream_state is None:
-            state = StreamingState(self.core.open(_feed_all(ids, 0), self._policy))
-            # As the remote code's generator would: a state that nobody holds any more frees its memory.
-            weakref.finalize(state, self.core.close_stream, state.stream)
-        else:
-            state = _checked_state(stream_state)
-            self.core.check_open(state.stream)
-            self.core.accept(state.stream, _feed_all(ids, state.stream.num_tokens))
-        try:
-            self.core.run_until_computed([state.stream])
-        except BaseException:  # the call can be repeated, so its ids must not stay
-            self.core.rollback(state.stream, len(ids))
-            raise
+        with self.core.gate:
+            state = self._feed(ids, stream_state)
         for result, labels in zip(
             state.results.values(), (state.stream.prompt_labels, state.stream.labels), strict=True
         ):
@@ -125,7 +116,26 @@ class AutoGuard:
 
     def close_stream(self, stream_state: StreamingState) -> None:
         """Free the stream's memory."""
-        self.core.close_stream(_checked_state(stream_state).stream)
+        with self.core.gate:
+            self.core.close_stream(_checked_state(stream_state).stream)
+
+    def _feed(self, ids: list[int], stream_state: StreamingState | None) -> StreamingState:
+        """Feed ids and compute them; when that fails the ids are taken back, so the call can be repeated."""
+        core = self.core
+        if stream_state is None:
+            state = StreamingState(core.open(_feed_all(ids, 0), Ticket(self._policy)))
+            # As the remote code's generator would: a state that nobody holds any more frees its memory.
+            weakref.finalize(state, core.abandon, state.stream)
+        else:
+            state = _checked_state(stream_state)
+            core.check_open(state.stream)
+            core.accept(state.stream, _feed_all(ids, state.stream.num_tokens))
+        try:
+            core.run_until_computed([state.stream])
+        except BaseException:
+            core.rollback(state.stream, len(ids))
+            raise
+        return state
 
     # -- whole sequences -----------------------------------------------------------------------------------
 
@@ -170,7 +180,8 @@ class AutoGuard:
         ]
         logits = torch.zeros(size, length, sum(sizes))
         rows = [self.core.check_token_ids(input_ids[i][mask[i]].tolist()) for i in range(size)]
-        states = self.core.run_feeds([_feed_all(ids, 0) for ids in rows], self._policy)
+        with self.core.gate:
+            states = run_feeds(self.core, [_feed_all(ids, 0) for ids in rows], self._policy)
         first_query = sizes[0] + sizes[1]
         for row, state in enumerate(states):
             columns = mask[row].nonzero()[:, 0]

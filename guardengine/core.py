@@ -6,23 +6,31 @@ Knows no text, no files and no devices; single-threaded.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from guardengine.batch import build_batch
+from guardengine.admission import Admission, Ticket, check_timeout
 from guardengine.block_pool import BlockPool
-from guardengine.config import ModelConfig
+from guardengine.config import EngineConfig, ModelConfig
 from guardengine.conversation import Feed, cut_turns
+from guardengine.deadlines import Deadlines
 from guardengine.errors import ConfigError, InvalidTokens, Overloaded, StreamClosed, StreamTooLong
+from guardengine.gate import Gate
 from guardengine.labels import Label
-from guardengine.policy import Policy
+from guardengine.pipeline import Finished, Pipeline
+from guardengine.policy import Failure
+from guardengine.prefix_cache import salt_digest
 from guardengine.readout import Readout
+from guardengine.residency import Found, Residency
 from guardengine.runner import Runner
 from guardengine.scheduler import Scheduler
 from guardengine.state import StreamState
+from guardengine.token_ids import check_token_ids
 
 
 class EngineCore:
@@ -34,46 +42,71 @@ class EngineCore:
         runner: Runner,
         readout: Readout,
         pool: BlockPool,
-        *,
+        options: EngineConfig,
         max_model_len: int,
-        max_num_streams: int,
-        max_num_batched_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.runner, self.pool = runner, pool
-        self.max_model_len, self.max_num_streams = max_model_len, max_num_streams
+        self.runner, self.pool, self.options, self.clock = runner, pool, options, clock
+        self.max_model_len = max_model_len
         self.streams: dict[str, StreamState] = {}
         self.counters = dict.fromkeys(
-            ("steps", "tokens_computed", "labels", "streams_opened", "forks", "rollbacks", "refused"), 0
+            (
+                "steps",
+                "tokens_computed",
+                "labels",
+                "streams_opened",
+                "forks",
+                "rollbacks",
+                "refused",
+                "expired",
+            ),
+            0,
         )
+        self.failures: dict[str, int] = {}  # "timeout-closed": streams that failed so, by kind and policy
+        self.admission = Admission(options)
+        self.gate = Gate()
+        self._reserve_blocks = int(options.kv_reserve * pool.num_blocks)
+        self.residency = Residency(pool, self._reserve_blocks, lambda *blocks: runner.copy_block(*blocks))
         self._vocab_size = config.vocab_size
-        self._readout = readout
-        self._scheduler = Scheduler(max_num_batched_tokens)
-        self._next_id = itertools.count()
-        self._undelivered: list[Label] = []  # of bystanders, from `run_until_computed`
+        self._scheduler = Scheduler(options.max_num_batched_tokens)
+        self._pipeline = Pipeline(
+            runner, readout, self._scheduler, pool.block_size, options.max_step_ms, clock
+        )
+        self._deadlines = Deadlines()
+        self._names = itertools.count()
+        self._found: dict[str, Found] = {}  # by stream: counts as computed with the next `step`
+        self._undelivered: list[Label] = []  # come with the next `step`
+        self._abandoned: deque[StreamState] = deque()  # to be closed, found by the garbage collector
         self._is_closed = False
 
     # -- the step ------------------------------------------------------------------------------------------
 
     @property
-    def num_pending_tokens(self) -> int:
-        return self._scheduler.num_pending_tokens
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to deliver."""
+        return bool(self._undelivered or self._found or len(self._scheduler))
 
     def step(self) -> list[Label]:
         """Run one batched forward over streams with pending tokens; returns the labels that came with it.
 
-        An exception from the model changes nothing: the same tokens are pending still.
+        On a device that works by itself the next batch is launched before this one's labels are read. An
+        exception from the model changes nothing: the same tokens are pending still.
         """
         self.check_engine_open()
-        labels, self._undelivered = self._undelivered + self._step(), []
-        return labels
+        labels, self._undelivered = self._undelivered, []
+        try:
+            return labels + self._step()
+        except BaseException:
+            self._undelivered = labels + self._undelivered
+            raise
 
     def run(self) -> list[Label]:
         """Step until nothing is pending; returns all labels. After an exception the next call returns those that
         had come before it."""
         labels = self.step()
         try:
-            while self.num_pending_tokens:
-                labels += self._step()
+            while self.has_work:
+                labels += self.step()
         except BaseException:
             self._undelivered = labels + self._undelivered
             raise
@@ -83,98 +116,123 @@ class EngineCore:
         """Step until none of these streams has pending tokens. Others advance too; their labels come with the
         next `step`."""
         while any(state.num_pending_tokens for state in states):
-            self._step_for(states)
+            self.step_for(states)
+        self._forget_labels_of(states)
 
-    def run_feeds(self, feeds: Sequence[Feed], policy: Policy) -> list[StreamState]:
-        """Run whole streams, as many at a time as there is room for; returns their books, closed, in order.
-
-        Raises StreamTooLong before anything runs, or Overloaded when not even one fits.
-        """
-        self.check_engine_open()
-        for feed in feeds:
-            self.check_length(len(feed.token_ids))
-        done: list[StreamState] = []
-        running: list[StreamState] = []
-        try:
-            for feed in feeds:
-                while running and not self._has_room(len(feed.token_ids)):
-                    # First in, first done: the oldest is waited for, the others advance in the same steps.
-                    while running[0].num_pending_tokens:
-                        self._step_for(running)
-                    self.close_stream(running[0])
-                    done.append(running.pop(0))
-                running.append(self.open(feed, policy))
-            self.run_until_computed(running)
-        finally:
-            for state in running:
-                self.close_stream(state)
-        return done + running
-
-    def _step_for(self, states: Sequence[StreamState]) -> None:
+    def step_for(self, states: Sequence[StreamState]) -> None:
         """One step whose labels of other streams are kept for the next `step`."""
-        own = {state.stream_id for state in states}
-        self._undelivered += [label for label in self._step() if label.stream_id not in own]
+        self._undelivered += self._step()
+        self._forget_labels_of(states)
 
     def _step(self) -> list[Label]:
-        chunks = self._scheduler.schedule()
-        if not chunks:
-            return []
-        batch, wanted = build_batch(chunks, self.pool.block_size)
-        scores = self.runner.launch(batch).wait()
-        logits = scores.logits
-        probs = self._readout.probabilities(logits) if scores.probs is None else scores.probs
+        self.sweep()
+        self._pipeline.fill()
+        finished = self._pipeline.finish_oldest() if len(self._pipeline) else []
+        self.counters["steps"] += bool(finished)
+        self.counters["tokens_computed"] += sum(chunk.num_tokens for chunk in finished)
+        return self._record(finished)
+
+    def _record(self, finished: list[Finished]) -> list[Label]:
+        """Count tokens as computed or found, and return the labels that came with them."""
+        now = self.clock()
+        self._expire_deadlines(now)  # before these labels count: they came too late for what was due by now
+        found, self._found = self._found, {}
         emitted: list[Label] = []
-        for (stream, num_tokens), rows in zip(chunks, wanted, strict=True):
-            labels = [
-                self._readout.label(
-                    stream.stream_id, role, position, stream.token_ids[position], logits[row], probs[row]
-                )
-                for row, (position, role) in rows
-            ]
+        for stream, num_tokens, labels in (*found.values(), *finished):
+            num_computed = stream.num_computed_tokens
             stream.advance(num_tokens, labels)
+            self.residency.publish(stream, num_computed)
+            self._settle_books(stream, now)
             emitted += labels
-        self._scheduler.finish(chunks)
-        self.counters["steps"] += 1
-        self.counters["tokens_computed"] += sum(chunk.num_tokens for chunk in chunks)
         self.counters["labels"] += len(emitted)
         return emitted
 
+    def _land(self) -> None:
+        """Finish steps in flight, so that books and blocks may be changed; their labels come with the next `step`.
+
+        A failure is left to the next `step`, which runs the same tokens again.
+        """
+        while len(self._pipeline):
+            with contextlib.suppress(Exception):
+                self._undelivered += self._record(self._pipeline.finish_oldest())
+
     # -- streams -------------------------------------------------------------------------------------------
 
-    def open(self, feed: Feed, policy: Policy, stream_id: str | None = None) -> StreamState:
+    def open(self, feed: Feed, ticket: Ticket, timeout_s: float | None = None) -> StreamState:
         """Admit a stream with its first tokens. Raises Overloaded, StreamTooLong, ConfigError or StreamClosed."""
-        state = self._admit(stream_id, policy)
-        self.accept(state, feed)
-        self._register(state)
+        self.sweep()
+        state = StreamState(
+            self._admit(ticket),
+            ticket.policy,
+            [(-1, ticket.policy.start())],
+            tenant=ticket.tenant,
+            priority=ticket.priority,
+            salt=salt_digest(ticket.tenant if ticket.cache_salt is None else ticket.cache_salt),
+        )
+        self.accept(state, feed, timeout_s, is_new=True)
         self.counters["streams_opened"] += 1
         return state
 
-    def accept(self, state: StreamState, feed: Feed) -> None:
-        """Queue a feed's tokens, with KV blocks for all of them. Raises StreamTooLong or Overloaded."""
-        num_tokens = state.num_tokens + len(feed.token_ids)
-        self.check_length(num_tokens)
-        self._grow(state, num_tokens)
+    def accept(
+        self, state: StreamState, feed: Feed, timeout_s: float | None = None, *, is_new: bool = False
+    ) -> None:
+        """Queue a feed's tokens, with KV blocks for all of them. Raises StreamTooLong or Overloaded.
+
+        Tokens that are not computed within `timeout_s` seconds count as unjudged (Policy.on_timeout); they
+        are computed all the same.
+        """
+        deadline = None if timeout_s is None else self.clock() + check_timeout(timeout_s)
+        num_tokens, num_wanted = state.num_tokens, len(state.wanted)
+        self.check_length(num_tokens + len(feed.token_ids), is_new=is_new)
         state.token_ids.extend(feed.token_ids)
         state.wanted.extend(feed.wanted)
+        was_idle = state in self.residency.idle
+        self.residency.idle.discard(state)
+        try:
+            more = state.num_pending_tokens - (0 if is_new else self.admission.pending_of(state))
+            self.admission.check_pending(state.tenant, more)
+            found = self.residency.take(state, is_new=is_new)
+        except BaseException as error:
+            del state.token_ids[num_tokens:], state.wanted[num_wanted:]
+            del state.block_digests[num_tokens // self.pool.block_size :]
+            if was_idle:
+                self.residency.idle.add(state, self.clock())
+            self.counters["refused"] += isinstance(error, Overloaded)
+            raise
         state.turns = feed.turns
-        self._scheduler.add(state)
+        if is_new:
+            self._register(state)
+        if found:
+            self._found[state.stream_id] = found
+        if deadline is not None:
+            self._deadlines.add(state, state.num_tokens, deadline)
+        self._settle_books(state, self.clock())
 
     def fork(self, parent: StreamState, stream_id: str | None = None) -> StreamState:
         """Branch off a stream that shares the parent's computed blocks. Raises as `open` does."""
         self.check_open(parent)
-        branch = self._admit(stream_id, parent.policy, parent)
-        shared = parent.block_table[: self.pool.blocks_for(parent.num_computed_tokens)]
+        self._land()
+        ticket = Ticket(parent.policy, stream_id, parent.tenant, None, parent.priority)
+        branch = parent.copy(self._admit(ticket))
+        shared = parent.block_table[: self.pool.blocks_for(parent.num_scheduled_tokens)]
         self.pool.share(shared)
         branch.block_table = list(shared)
         branch.num_computed_tokens = parent.num_computed_tokens
-        if branch.num_pending_tokens:
-            try:
-                self._grow(branch, branch.num_tokens)
-            except BaseException:
-                self.pool.shrink(branch, 0)
-                raise
-            self._scheduler.add(branch)
+        branch.num_scheduled_tokens = parent.num_scheduled_tokens
+        found = self._found.get(parent.stream_id)
+        found = found and found.of(branch)
+        try:
+            self.admission.check_pending(branch.tenant, branch.num_pending_tokens)
+            if branch.num_pending_tokens:
+                found = self.residency.take(branch, is_new=True) or found
+        except BaseException as error:
+            self.pool.shrink(branch, 0)
+            self.counters["refused"] += isinstance(error, Overloaded)
+            raise
         self._register(branch)
+        if found:
+            self._found[branch.stream_id] = found
+        self._settle_books(branch, self.clock())
         self.counters["forks"] += 1
         return branch
 
@@ -188,13 +246,18 @@ class EngineCore:
             raise InvalidTokens(
                 f"{state.stream_id}: cannot roll back {num_tokens} of {state.num_tokens} tokens"
             )
-        if state.turns is not None:
-            state.turns, remaining = cut_turns(state.turns, remaining)
-        state.truncate(remaining)
+        turns = state.turns
+        if turns is not None:
+            turns, remaining = cut_turns(turns, remaining)
+        self._land()
+        state.turns = turns
+        if found := self._found.pop(state.stream_id, None):
+            self._found[state.stream_id] = found.cut(remaining)
+        state.truncate(remaining, self.pool.block_size)
         self.pool.shrink(state, remaining)
         self._forget_undelivered(state, remaining)
-        if not state.num_pending_tokens:
-            self._scheduler.discard(state)
+        self._deadlines.drop(state, remaining)
+        self._settle_books(state, self.clock())
         self.counters["rollbacks"] += 1
 
     def close_stream(self, state: StreamState) -> None:
@@ -202,11 +265,25 @@ class EngineCore:
         if state.is_closed:
             return
         self._check_own(state)
+        self._land()
         state.is_closed = True
+        self._found.pop(state.stream_id, None)
         self._scheduler.discard(state)
+        self.residency.idle.discard(state)
         self.pool.shrink(state, 0)
         self._forget_undelivered(state, 0)
+        self.admission.leave(state)
         del self.streams[state.stream_id]
+
+    def abandon(self, state: StreamState) -> None:
+        """Close a stream with the next `step` or `open`. May be called from any thread, in the middle of any call."""
+        self._abandoned.append(state)
+
+    def fail(self, state: StreamState, failure: Failure) -> None:
+        """Record that tokens of a stream went unjudged; counted by kind and by what its policy makes of it."""
+        state.fail(failure)
+        name = f"{failure}-{getattr(state.policy, f'on_{failure}')}"
+        self.failures[name] = self.failures.get(name, 0) + 1
 
     def close(self) -> None:
         """Close every stream and refuse all further calls."""
@@ -215,6 +292,15 @@ class EngineCore:
         if not self._is_closed:
             self.runner.close()
         self._is_closed = True
+
+    def sweep(self) -> None:
+        """Close streams that nobody holds any more or that were idle for longer than idle_ttl_s."""
+        while self._abandoned:
+            self.close_stream(self._abandoned.popleft())
+        ttl = self.options.idle_ttl_s
+        while ttl is not None and (stream := self.residency.idle.longest(before=self.clock() - ttl)):
+            self.close_stream(stream)
+            self.counters["expired"] += 1
 
     # -- checks --------------------------------------------------------------------------------------------
 
@@ -225,34 +311,20 @@ class EngineCore:
     def check_open(self, state: StreamState) -> None:
         self.check_engine_open()
         if state.is_closed:
-            raise StreamClosed(f"{state.stream_id} has been closed; open a new stream")
+            raise StreamClosed(
+                f"{state.stream_id} has been closed, by a call or for being idle longer than idle_ttl_s; open a new "
+                "stream"
+            )
         self._check_own(state)
 
     def check_token_ids(self, token_ids: Sequence[int]) -> list[int]:
         """The ids as a list of Python ints. Raises InvalidTokens unless they are 1-D, not empty and in range."""
-        if isinstance(token_ids, str | bytes | bytearray | memoryview):
-            raise InvalidTokens(f"token ids are needed, not text or bytes: {token_ids[:40]!r}")
-        try:
-            ids: np.ndarray[Any, Any] = np.asarray(token_ids)
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise InvalidTokens(f"a flat sequence of token ids is needed: {error}") from None
-        if ids.ndim != 1 or not ids.size:
-            raise InvalidTokens(
-                f"a flat, non-empty sequence of token ids is needed, not one of shape {list(ids.shape)}"
-            )
-        if ids.dtype.kind not in "iu":
-            raise InvalidTokens(f"token ids must be whole numbers, not {ids[0]!r} ({ids.dtype})")
-        if ids.min() < 0 or ids.max() >= self._vocab_size:
-            index = int(np.flatnonzero((ids < 0) | (ids >= self._vocab_size))[0])
-            raise InvalidTokens(
-                f"token id {ids[index]} at index {index} is outside 0..{self._vocab_size - 1}; "
-                "the ids must come from the Qwen3 tokenizer"
-            )
-        return ids.tolist()  # type: ignore[no-any-return]
+        return check_token_ids(token_ids, self._vocab_size)
 
-    def check_length(self, num_tokens: int) -> None:
+    def check_length(self, num_tokens: int, *, is_new: bool = False) -> None:
         """Raise StreamTooLong for a stream of `num_tokens` tokens that could never be computed."""
-        limit = min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
+        num_blocks = self.pool.num_blocks - (self._reserve_blocks if is_new else 0)
+        limit = min(self.max_model_len, num_blocks * self.pool.block_size)
         if num_tokens > limit:
             self.counters["refused"] += 1
             reason = (
@@ -268,40 +340,46 @@ class EngineCore:
         """Raise IntegrityError unless block tables, reference counts, free list and queue agree."""
         self.pool.check_integrity(self.streams.values())
         self._scheduler.check_integrity(self.streams.values())
+        self.admission.check_integrity(self.streams.values())
+        self.residency.idle.check_integrity(self.streams.values())
 
     # -- internals -----------------------------------------------------------------------------------------
 
-    def _admit(self, stream_id: str | None, policy: Policy, parent: StreamState | None = None) -> StreamState:
-        """A new stream's books, not yet registered, once there is a place and a name for it."""
+    def _admit(self, ticket: Ticket) -> str:
+        """The name of a stream that may be opened. Raises StreamClosed, ConfigError or Overloaded."""
         self.check_engine_open()
+        ticket.check()
+        stream_id = ticket.stream_id
         if stream_id is None:
-            stream_id = next(name for i in self._next_id if (name := f"stream-{i}") not in self.streams)
-        if not isinstance(stream_id, str) or not stream_id:
-            raise ConfigError(f"stream_id={stream_id!r}: a non-empty string is needed")
+            stream_id = next(name for i in self._names if (name := f"stream-{i}") not in self.streams)
         if stream_id in self.streams:
             raise ConfigError(f"stream_id={stream_id!r} is in use; choose another or close that stream")
-        if len(self.streams) >= self.max_num_streams:
-            self.counters["refused"] += 1
-            raise Overloaded(
-                f"{len(self.streams)} streams are open, max_num_streams={self.max_num_streams}; close some first"
-            )
-        return parent.copy(stream_id) if parent else StreamState(stream_id, policy, [(-1, policy.start())])
-
-    def _has_room(self, num_tokens: int) -> bool:
-        return (
-            len(self.streams) < self.max_num_streams
-            and self.pool.blocks_for(num_tokens) <= self.pool.num_free
-        )
-
-    def _register(self, state: StreamState) -> None:
-        self.streams[state.stream_id] = state
-
-    def _grow(self, state: StreamState, num_tokens: int) -> None:
         try:
-            self.pool.grow(state, num_tokens, self.runner.copy_block)
+            self.admission.check_place(ticket.tenant)
         except Overloaded:
             self.counters["refused"] += 1
             raise
+        return stream_id
+
+    def _expire_deadlines(self, now: float) -> None:
+        """Count tokens that are overdue as unjudged."""
+        while stream := self._deadlines.take_missed(now):
+            self.fail(stream, "timeout")
+
+    def _register(self, state: StreamState) -> None:
+        self.streams[state.stream_id] = state
+        self.admission.enter(state)
+
+    def _settle_books(self, state: StreamState, now: float) -> None:
+        """Put a stream where it belongs by now: into the queue or among the idle ones."""
+        self.admission.update(state)
+        if state.is_idle:
+            self._scheduler.discard(state)
+            self.residency.idle.add(state, now)
+        else:
+            self.residency.idle.discard(state)
+            if state.num_unscheduled_tokens:
+                self._scheduler.add(state)
 
     def _check_own(self, state: StreamState) -> None:
         if self.streams.get(state.stream_id) is not state:
@@ -316,3 +394,7 @@ class EngineCore:
             for label in self._undelivered
             if label.stream_id != state.stream_id or label.position < num_tokens
         ]
+
+    def _forget_labels_of(self, states: Sequence[StreamState]) -> None:
+        for state in states:
+            self._forget_undelivered(state, 0)

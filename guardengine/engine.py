@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from guardengine._version import __version__
+from guardengine.admission import Ticket
 from guardengine.chat import ChatTemplate
 from guardengine.config import EngineConfig, GuardHeadsConfig
 from guardengine.conversation import Feed, feed_ids, feed_messages
@@ -18,6 +19,7 @@ from guardengine.labels import Label, Moderation, Role
 from guardengine.loading import choose_backend, load_engine
 from guardengine.policy import Policy
 from guardengine.stream import Stream
+from guardengine.whole_streams import run_feeds
 
 logger = logging.getLogger("guardengine")
 
@@ -27,7 +29,8 @@ Messages = Sequence[Mapping[str, Any]]
 class Engine:
     """Moderates many conversations at once. Make one with `from_pretrained`; also a context manager.
 
-    Not thread-safe: call it from one thread.
+    One thread's: the first that opens a stream or steps. Calls from another one, or from inside another call, raise
+    WrongThread. AsyncEngine is for many tasks.
     """
 
     def __init__(self, core: EngineCore, chat: ChatTemplate | None, heads: GuardHeadsConfig) -> None:
@@ -76,6 +79,10 @@ class Engine:
         role: Role = "user",
         policy: Policy | None = None,
         stream_id: str | None = None,
+        tenant: str = "",
+        cache_salt: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> Stream:
         """Open a stream, from messages or from raw token ids; nothing is computed before `step`.
 
@@ -85,17 +92,24 @@ class Engine:
         token_ids: fed as they are. Role "user": one prompt label, at the last of them. Role "assistant": one
         label for each.
 
+        tenant: whom `max_streams_per_tenant` and `max_pending_tokens_per_tenant` count. cache_salt: streams of the
+        same salt (by default the tenant) share cached KV blocks where they begin alike; between others not even
+        timing tells. priority: -3 to 3, higher runs sooner. timeout_s: as in `Stream.append`.
+
         `policy` is Policy.strict() by default. Raises InvalidText or InvalidTokens, StreamTooLong, Overloaded,
         ConfigError or StreamClosed; nothing is opened then.
         """
-        self.core.check_engine_open()
-        if (messages is None) == (token_ids is None):
-            raise ConfigError("open() needs either messages or token_ids")
-        if token_ids is not None:
-            feed = feed_ids(self.core.check_token_ids(token_ids), role)
-        else:
-            feed = self._feed_messages(messages, is_complete=False)
-        return self._open(feed, policy, stream_id)
+        core = self.core
+        with core.gate:
+            core.check_engine_open()
+            if (messages is None) == (token_ids is None):
+                raise ConfigError("open() needs either messages or token_ids")
+            if token_ids is not None:
+                feed = feed_ids(core.check_token_ids(token_ids), role)
+            else:
+                feed = self._feed_messages(messages, is_complete=False)
+            ticket = Ticket(self._checked(policy), stream_id, tenant, cache_salt, priority)
+            return Stream(core, self._chat, core.open(feed, ticket, timeout_s))
 
     def step(self) -> list[Label]:
         """Run one batched forward over all streams with pending tokens and return the labels that it completed.
@@ -103,12 +117,14 @@ class Engine:
         [] when nothing is pending, or when the step computed only parts of prompts. An exception from the model
         leaves every stream as it was, the same tokens pending.
         """
-        return self.core.step()
+        with self.core.gate:
+            return self.core.step()
 
     def run(self) -> list[Label]:
         """Step until nothing is pending; returns all labels. Raises as `step` does; labels that had come before are
         then returned by the next call."""
-        return self.core.run()
+        with self.core.gate:
+            return self.core.run()
 
     # -- whole conversations -------------------------------------------------------------------------------
 
@@ -126,44 +142,49 @@ class Engine:
         Other streams of the engine advance too and their labels come with the next `step`. Bad input raises as in
         `open`, before anything is computed; Overloaded, when other streams leave no room, may come later.
         """
-        self.core.check_engine_open()
-        policy = self._checked(policy)
-        if not isinstance(conversations, list | tuple):
-            raise InvalidText(
-                f"conversations is {type(conversations).__name__}; a list of message lists is needed"
-            )
-        feeds = []
-        for index, messages in enumerate(conversations):
-            try:
-                feeds.append(self._feed_messages(messages, is_complete=True))
-            except InvalidText as error:
-                raise InvalidText(f"conversations[{index}]: {error}") from None
+        with self.core.gate:
+            self.core.check_engine_open()
+            policy = self._checked(policy)
+            states = run_feeds(self.core, self._feed_conversations(conversations), policy)
         return [
             Moderation(
                 prompt=state.prompt_labels[-1],
                 response=policy.judge(state.labels) if state.labels else None,
                 labels=state.labels,
             )
-            for state in self.core.run_feeds(feeds, policy)
+            for state in states
         ]
 
     # -- the engine itself ---------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start and gauges of now, as a plain dict."""
-        self.core.check_engine_open()
+        with self.core.gate:
+            self.core.check_engine_open()
+            self.core.sweep()
+            return self._stats()
+
+    def _stats(self) -> dict[str, Any]:
         core, runner = self.core, self.core.runner
+        pool, cache = core.pool, core.pool.cache
         return {
             **core.counters,
+            "failures": dict(core.failures),
+            "preemptions": core.residency.num_preempted,
             "streams_open": len(core.streams),
-            "tokens_pending": core.num_pending_tokens,
-            "kv_blocks_total": core.pool.num_blocks,
-            "kv_blocks_free": core.pool.num_free,
+            "streams_idle": len(core.residency.idle),
+            "tokens_pending": core.admission.total.num_pending_tokens,
+            "prefix_tokens_queried": cache.num_queried_tokens if cache else 0,
+            "prefix_tokens_hit": cache.num_hit_tokens if cache else 0,
+            "kv_blocks_total": pool.num_blocks,
+            "kv_blocks_free": pool.num_free,
+            "kv_blocks_cached": pool.num_cached,
+            "kv_blocks_evicted": pool.num_evicted,
             "kv_cache_bytes": runner.kv_cache.nbytes
             + (0 if runner.kv_scales is None else runner.kv_scales.nbytes),
-            "block_size": core.pool.block_size,
+            "block_size": pool.block_size,
             "max_model_len": core.max_model_len,
-            "max_num_streams": core.max_num_streams,
+            "max_num_streams": core.options.max_num_streams,
             "backend": runner.ops.__name__.rpartition(".")[2],
             "device": str(runner.device),
             "isa": runner.isa,
@@ -176,11 +197,13 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if the engine's books contradict each other. For tests and debugging."""
-        self.core.check_integrity()
+        with self.core.gate:
+            self.core.check_integrity()
 
     def close(self) -> None:
         """Close every stream and free weights and KV cache. Every later call raises StreamClosed."""
-        self.core.close()
+        with self.core.gate:
+            self.core.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -189,9 +212,6 @@ class Engine:
         self.close()
 
     # -- internals -----------------------------------------------------------------------------------------
-
-    def _open(self, feed: Feed, policy: Policy | None, stream_id: str | None) -> Stream:
-        return Stream(self.core, self._chat, self.core.open(feed, self._checked(policy), stream_id))
 
     def _checked(self, policy: Policy | None) -> Policy:
         policy = Policy.strict() if policy is None else policy
@@ -203,6 +223,19 @@ class Engine:
             tuple(dict.fromkeys(heads.response_categories + heads.query_categories)),
         )
         return policy
+
+    def _feed_conversations(self, conversations: Sequence[Messages]) -> list[Feed]:
+        if not isinstance(conversations, list | tuple):
+            raise InvalidText(
+                f"conversations is {type(conversations).__name__}; a list of message lists is needed"
+            )
+        feeds = []
+        for index, messages in enumerate(conversations):
+            try:
+                feeds.append(self._feed_messages(messages, is_complete=True))
+            except InvalidText as error:
+                raise InvalidText(f"conversations[{index}]: {error}") from None
+        return feeds
 
     def _feed_messages(self, messages: Messages | None, *, is_complete: bool) -> Feed:
         if self._chat is None:

@@ -34,7 +34,11 @@ class StreamTooLong(GuardEngineError):
 
 
 class Overloaded(GuardEngineError):
-    """No room now: too many open streams, or not enough free KV cache blocks. Retry after closing streams."""
+    """No room now: streams, KV cache blocks or pending tokens are at their limit. Retry later, or elsewhere."""
+
+
+class WrongThread(GuardEngineError):
+    """A call from a thread that does not own the engine, or from inside another call of the engine."""
 
 
 class IntegrityError(GuardEngineError):

@@ -25,6 +25,7 @@ from guardengine.gpu_runner import GpuRunner
 from guardengine.kernels import BACKENDS, load, native
 from guardengine.kernels.quantization import SCHEMES
 from guardengine.machine import memory_bytes
+from guardengine.prefix_cache import PrefixCache
 from guardengine.readout import Readout
 from guardengine.runner import CacheShape, Runner, TorchRunner
 from guardengine.tokenizer import Tokenizer
@@ -158,10 +159,13 @@ def load_engine(
         config,
         runner,
         Readout(config.heads),
-        BlockPool(cache.num_blocks, cache.block_size),
-        max_model_len=max_model_len,
-        max_num_streams=options.max_num_streams,
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        BlockPool(
+            cache.num_blocks,
+            cache.block_size,
+            PrefixCache(cache.block_size) if options.prefix_caching else None,
+        ),
+        options,
+        max_model_len,
     )
     return LoadedEngine(core, _load_chat(folder, config), config.heads)
 

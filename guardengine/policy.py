@@ -16,6 +16,8 @@ from guardengine.errors import ConfigError
 from guardengine.labels import Action, Label, Verdict
 
 Rule = Literal["report", "eval-compat"]
+Failure = Literal["error", "timeout", "overload"]
+OnFailure = Literal["closed", "open"]
 T = TypeVar("T")
 
 # The categories' names in the checkpoints, and in the evaluation script and Gen's answers.
@@ -50,6 +52,9 @@ class PolicyOptions(TypedDict, total=False):
     rule: Rule
     debounce: int
     hold_back: int
+    on_error: OnFailure
+    on_timeout: OnFailure
+    on_overload: OnFailure
 
 
 class Decision(NamedTuple):
@@ -57,8 +62,8 @@ class Decision(NamedTuple):
 
     action: Action
     risk: str
-    category: str
-    position: int
+    category: str | None
+    position: int | None
     rule: str
 
 
@@ -71,6 +76,7 @@ class PolicyState(NamedTuple):
     run_risk: str | None  # risk of the newest hit, None when the newest label is no hit
     cleared: int
     decision: Decision | None
+    failed_open: Failure | None = None  # the newest failure that was let pass
 
 
 _START = PolicyState(0, 0, 0, None, 0, None)
@@ -106,6 +112,11 @@ class Policy:
     everything after it stay hidden. A further user turn clears the finished response before it. When a
     response is complete and its action is not "block", there is nothing left to wait for: show all of it.
 
+    Failures. Tokens that were not judged, because the model failed (`on_error`), not in time (`on_timeout`) or
+    for lack of room (`on_overload`), block the stream when the option is "closed", the default: risk "Unknown",
+    rule "error", "timeout" or "overload". "open" lets them pass: they count as cleared, later labels are judged
+    as ever, and the verdict's rule says so ("timeout-open", "debounce+timeout-open").
+
     Category names may be the short or the long ones (LONG_CATEGORY_NAMES).
     Raises ConfigError for values out of range or contradicting each other; names: see `check_names`.
     Source: Qwen3Guard Technical Report (arXiv 2510.14276), section 4.4.
@@ -120,6 +131,9 @@ class Policy:
     rule: Rule = "report"
     debounce: int = 2
     hold_back: int = 0
+    on_error: OnFailure = "closed"
+    on_timeout: OnFailure = "closed"
+    on_overload: OnFailure = "closed"
 
     def __post_init__(self) -> None:
         store: Callable[[str, Any], None] = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -135,6 +149,9 @@ class Policy:
             raise ConfigError(f"rule={self.rule!r}: choose 'report' or 'eval-compat'")
         _count("debounce", self.debounce, 1)
         _count("hold_back", self.hold_back, 0)
+        for option in ("on_error", "on_timeout", "on_overload"):
+            if getattr(self, option) not in ("closed", "open"):
+                raise ConfigError(f"{option}={getattr(self, option)!r}: choose 'closed' or 'open'")
         self._check_contradictions()
 
     @staticmethod
@@ -202,13 +219,26 @@ class Policy:
         if decision is None or decision.action != "block":
             held = run if decision is None else block_run
             cleared = max(cleared, num_labels - max(held, self.hold_back))
-        return PolicyState(num_labels, run, block_run, risk, cleared, decision)
+        return PolicyState(num_labels, run, block_run, risk, cleared, decision, state.failed_open)
+
+    def fail(self, state: PolicyState, failure: Failure, num_tokens: int) -> PolicyState:
+        """The state after tokens went unjudged, the stream's assistant tokens being `num_tokens` by now."""
+        is_blocked = state.decision is not None and state.decision.action == "block"
+        if getattr(self, f"on_{failure}") == "open":
+            cleared = state.cleared if is_blocked else max(state.cleared, num_tokens)
+            return state._replace(cleared=cleared, failed_open=failure)
+        decision = self._later(state.decision, Decision("block", "Unknown", None, None, failure))
+        return state._replace(decision=decision)
 
     def verdict(self, state: PolicyState) -> Verdict:
         """What the labels so far amount to."""
         if state.decision is None:
-            return Verdict("allow", "Safe", None, None, "none", state.cleared)
-        return Verdict(*state.decision, state.cleared)
+            rule = f"{state.failed_open}-open" if state.failed_open else "none"
+            return Verdict("allow", "Safe", None, None, rule, state.cleared)
+        decision = state.decision
+        if state.failed_open:
+            decision = decision._replace(rule=f"{decision.rule}+{state.failed_open}-open")
+        return Verdict(*decision, state.cleared)
 
     def judge(self, labels: Iterable[Label]) -> Verdict:
         """The verdict on a whole list of labels: the same as advancing through them one by one."""
@@ -251,7 +281,7 @@ class Policy:
             action = self.actions.get(risk, self.action)
             decision = self._later(decision, Decision(action, risk, label.category, label.position, "prompt"))
         cleared = state.cleared if blocked else state.num_labels
-        return PolicyState(state.num_labels, 0, 0, None, cleared, decision)
+        return PolicyState(state.num_labels, 0, 0, None, cleared, decision, state.failed_open)
 
     def _later(self, old: Decision | None, new: Decision) -> Decision:
         """The decision that stands: the old one, unless the new one is more severe."""

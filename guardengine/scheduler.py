@@ -3,71 +3,133 @@
 There is no prefill and no decode: every stream has tokens of which some are computed, and a step moves
 `num_computed_tokens` towards `num_tokens`. A prompt is a stream with many pending tokens, a live reply one
 with few.
+
+A stream that starts to wait gets a rank, the smaller the sooner:
+
+    rank = steps so far + LONG_WAIT (if more than SHORT tokens are pending) - PRIORITY_STEPS * priority
+
+and keeps it until it was served. So a reply's few tokens go before a long prompt's next chunk, and nobody
+starves: streams that come later get larger ranks as steps go by, and pass a waiting one for at most
+LONG_WAIT + 2 * MAX_PRIORITY * PRIORITY_STEPS steps.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from guardengine.errors import IntegrityError
 from guardengine.state import StreamState
 
+SHORT = 16  # tokens: a burst of an LLM's
+LONG_WAIT = 8  # steps
+MAX_PRIORITY = 3
+PRIORITY_STEPS = 16
+
 
 class Chunk(NamedTuple):
-    """The next `num_tokens` uncomputed tokens of one stream."""
+    """Tokens start..start+num_tokens-1 of one stream."""
 
     stream: StreamState
+    start: int
     num_tokens: int
 
 
-class Scheduler:
-    """A queue of streams with pending tokens, served first come, first served under a token budget.
+class _Place(NamedTuple):
+    """A place in the queue; of equal ranks the first come."""
 
-    A stream that a step leaves unfinished goes to the back, so a long prompt takes turns with the others and
-    nobody waits longer than one round.
-    """
+    rank: int
+    number: int
+    stream: StreamState
+
+
+class Scheduler:
+    """A queue of streams with pending tokens, and the streams that a running step is at work on."""
 
     def __init__(self, token_budget: int) -> None:
         self.token_budget = token_budget
-        self._queue: OrderedDict[str, StreamState] = OrderedDict()
+        self._num_steps = 0
+        self._numbers = itertools.count()
+        self._heap: list[_Place] = []  # also holds places that were given up
+        self._waiting: dict[str, _Place] = {}
+        self._running: dict[str, list[_Place]] = {}  # the places that chunks in flight had, oldest first
 
     def __len__(self) -> int:
-        return len(self._queue)
-
-    @property
-    def num_pending_tokens(self) -> int:
-        return sum(stream.num_pending_tokens for stream in self._queue.values())
+        return len(self._waiting.keys() | self._running.keys())
 
     def add(self, stream: StreamState) -> None:
-        """Queue a stream that has pending tokens; one that waits already keeps its place."""
-        self._queue.setdefault(stream.stream_id, stream)
+        """Queue a stream that has unscheduled tokens; one that waits already keeps its place."""
+        if stream.stream_id not in self._waiting:
+            wait = LONG_WAIT if stream.num_unscheduled_tokens > SHORT else 0
+            rank = self._num_steps + wait - PRIORITY_STEPS * stream.priority
+            self._push(_Place(rank, next(self._numbers), stream))
 
     def discard(self, stream: StreamState) -> None:
-        self._queue.pop(stream.stream_id, None)
+        """Take a stream off the queue."""
+        self._waiting.pop(stream.stream_id, None)
+        self._running.pop(stream.stream_id, None)
 
-    def schedule(self) -> list[Chunk]:
-        """Choose the next step's chunks, without changing the queue: at most `token_budget` tokens in all."""
+    def schedule(self, token_budget: int | None = None) -> list[Chunk]:
+        """Choose the next step's chunks, at most `token_budget` tokens in all, and count them as scheduled.
+
+        A chunk of a stream takes at most half of the budget while others wait. The chunks run until `finish` or
+        `requeue`; what is left of a stream waits for a new place.
+        """
+        budget = self.token_budget if token_budget is None else min(token_budget, self.token_budget)
+        largest = budget if len(self._waiting) == 1 else max(1, budget // 2)
+        chosen: list[tuple[_Place, int]] = []
+        while budget and self._heap:
+            place = heapq.heappop(self._heap)
+            stream = place.stream
+            if self._waiting.get(stream.stream_id) is not place:
+                continue
+            del self._waiting[stream.stream_id]
+            num_tokens = min(stream.num_unscheduled_tokens, budget, largest)
+            budget -= num_tokens
+            chosen.append((place, num_tokens))
         chunks: list[Chunk] = []
-        budget = self.token_budget
-        for stream in self._queue.values():
-            if not budget:
-                break
-            chunks.append(Chunk(stream, min(stream.num_pending_tokens, budget)))
-            budget -= chunks[-1].num_tokens
+        for place, num_tokens in chosen:
+            stream = place.stream
+            more = min(stream.num_unscheduled_tokens - num_tokens, budget)  # nobody else wants it
+            budget -= more
+            chunks.append(Chunk(stream, stream.num_scheduled_tokens, num_tokens + more))
+            stream.num_scheduled_tokens += num_tokens + more
+            self._running.setdefault(stream.stream_id, []).append(place)
+        self._num_steps += bool(chunks)
+        for stream, _, _ in chunks:
+            if stream.num_unscheduled_tokens:
+                self.add(stream)
         return chunks
 
     def finish(self, chunks: list[Chunk]) -> None:
-        """Take computed chunks off the queue; streams with tokens left go to its back."""
-        for stream, _ in chunks:
-            if stream.num_pending_tokens:
-                self._queue.move_to_end(stream.stream_id)
-            else:
-                del self._queue[stream.stream_id]
+        """The oldest chunks in flight were computed."""
+        for stream, _, _ in chunks:
+            self._take_running(stream, 0)
+
+    def requeue(self, chunks: list[Chunk]) -> None:
+        """The newest chunks in flight were not computed: their streams wait again, at the places they had."""
+        for stream, start, _ in chunks:
+            stream.num_scheduled_tokens = start
+            self._push(self._take_running(stream, -1))
+
+    def _take_running(self, stream: StreamState, index: int) -> _Place:
+        places = self._running[stream.stream_id]
+        place = places.pop(index)
+        if not places:
+            del self._running[stream.stream_id]
+        return place
+
+    def _push(self, place: _Place) -> None:
+        self._waiting[place.stream.stream_id] = place
+        heapq.heappush(self._heap, place)
 
     def check_integrity(self, streams: Iterable[StreamState]) -> None:
-        """Raise IntegrityError unless exactly the open streams with pending tokens are queued."""
-        pending = {stream.stream_id for stream in streams if stream.num_pending_tokens}
-        if pending != set(self._queue):
-            raise IntegrityError(f"queued: {sorted(self._queue)}; pending: {sorted(pending)}")
+        """Raise IntegrityError unless exactly the open streams with unscheduled tokens wait."""
+        unscheduled = {stream.stream_id for stream in streams if stream.num_unscheduled_tokens}
+        if unscheduled != self._waiting.keys():
+            raise IntegrityError(f"queued: {sorted(self._waiting)}; pending: {sorted(unscheduled)}")
+        for stream_id, place in self._waiting.items():
+            if place not in self._heap:
+                raise IntegrityError(f"{stream_id} waits without a place in the heap")

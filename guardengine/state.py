@@ -1,8 +1,15 @@
 """StreamState: the books of one moderated conversation. No torch, no engine.
 
-Three things drive everything: `num_tokens` were accepted, `num_computed_tokens` of them have their keys and
-values in the cache, and `wanted` lists the positions whose label is still to come. A label is emitted when its
-position is computed for the first time, and never again: recomputing a position finds nothing wanted there.
+Four counters drive everything, and none of them is a phase:
+
+    num_tokens             were accepted
+    num_scheduled_tokens   of them were given to a step, done or in flight
+    num_computed_tokens    of them have their keys and values in the cache
+    num_seen_tokens        of them were computed at least once, so their labels are out
+
+`wanted` lists the positions whose label is still to come. A label is emitted when its position is computed for
+the first time, and never again: recomputing a position, after its keys and values were dropped, finds nothing
+wanted there. A stream is idle when it has seen all of its tokens, whether the cache still holds them or not.
 """
 
 from __future__ import annotations
@@ -13,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from guardengine.labels import Label, Role, Verdict
-from guardengine.policy import Policy, PolicyState
+from guardengine.policy import Failure, Policy, PolicyState
 
 
 class Wanted(NamedTuple):
@@ -42,9 +49,15 @@ class StreamState:
         tuple[int, PolicyState]
     ]  # (position, state after the label there); the first is at -1
     turns: tuple[Turn, ...] | None = None  # None: opened from token ids, the caller feeds the template
+    tenant: str = ""
+    priority: int = 0  # higher runs sooner
+    salt: bytes = b""  # streams with the same one share cached blocks
     token_ids: array[int] = field(default_factory=lambda: array("i"))
+    num_scheduled_tokens: int = 0
     num_computed_tokens: int = 0
+    num_seen_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_digests: list[bytes] = field(default_factory=list)  # of full blocks, as far as they were needed
     wanted: list[Wanted] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)  # role "assistant"
     prompt_labels: list[Label] = field(default_factory=list)  # role "user"
@@ -55,8 +68,19 @@ class StreamState:
         return len(self.token_ids)
 
     @property
+    def is_idle(self) -> bool:
+        """Nothing to do until more is appended."""
+        return self.num_seen_tokens == len(self.token_ids)
+
+    @property
     def num_pending_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens to compute, those of dropped blocks included."""
+        return 0 if self.is_idle else len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_unscheduled_tokens(self) -> int:
+        """Pending tokens that no step has been given yet."""
+        return 0 if self.is_idle else len(self.token_ids) - self.num_scheduled_tokens
 
     @property
     def verdict(self) -> Verdict:
@@ -67,21 +91,44 @@ class StreamState:
         first = bisect_left(self.wanted, start, key=_position)
         return self.wanted[first : bisect_left(self.wanted, end, lo=first, key=_position)]
 
+    def labels_between(self, start: int, end: int) -> list[Label]:
+        """The labels so far at positions start..end-1, of both roles."""
+        found: list[Label] = []
+        for labels in (self.prompt_labels, self.labels):
+            first = bisect_left(labels, start, key=_position_of_label)
+            found += labels[first : bisect_left(labels, end, lo=first, key=_position_of_label)]
+        return found
+
     def advance(self, num_tokens: int, labels: list[Label]) -> None:
         """Count `num_tokens` more as computed and record the labels that were wanted there."""
         self.num_computed_tokens += num_tokens
+        self.num_scheduled_tokens = max(self.num_scheduled_tokens, self.num_computed_tokens)
+        self.num_seen_tokens = max(self.num_seen_tokens, self.num_computed_tokens)
         for label in labels:
             (self.labels if label.role == "assistant" else self.prompt_labels).append(label)
             state = self.policy.advance(self.policy_states[-1][1], label)
             self.policy_states.append((label.position, state))
         del self.wanted[: len(labels)]
 
-    def truncate(self, num_tokens: int) -> None:
+    def fail(self, failure: Failure) -> None:
+        """Record that accepted tokens went unjudged; what that means is the policy's choice."""
+        num_tokens = len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted)
+        position, state = self.policy_states[-1]
+        self.policy_states.append((position, self.policy.fail(state, failure, num_tokens)))
+
+    def drop_blocks(self) -> None:
+        """Forget that anything is in the cache; ids, labels and what was seen stay."""
+        self.num_computed_tokens = self.num_scheduled_tokens = 0
+
+    def truncate(self, num_tokens: int, block_size: int) -> None:
         """Forget everything from position `num_tokens` on, labels and the policy's memory of them included."""
         del self.token_ids[num_tokens:]
         self.num_computed_tokens = min(self.num_computed_tokens, num_tokens)
+        self.num_scheduled_tokens = min(self.num_scheduled_tokens, num_tokens)
+        self.num_seen_tokens = min(self.num_seen_tokens, num_tokens)
+        del self.block_digests[num_tokens // block_size :]
         for labels in (self.labels, self.prompt_labels):
-            del labels[bisect_left(labels, num_tokens, key=lambda label: label.position) :]
+            del labels[bisect_left(labels, num_tokens, key=_position_of_label) :]
         del self.policy_states[bisect_left(self.policy_states, num_tokens, key=lambda entry: entry[0]) :]
         del self.wanted[bisect_left(self.wanted, num_tokens, key=_position) :]
 
@@ -92,7 +139,12 @@ class StreamState:
             policy=self.policy,
             policy_states=self.policy_states[:],
             turns=self.turns,
+            tenant=self.tenant,
+            priority=self.priority,
+            salt=self.salt,
             token_ids=self.token_ids[:],
+            num_seen_tokens=self.num_seen_tokens,
+            block_digests=self.block_digests[:],
             wanted=self.wanted[:],
             labels=self.labels[:],
             prompt_labels=self.prompt_labels[:],
@@ -101,3 +153,7 @@ class StreamState:
 
 def _position(wanted: Wanted) -> int:
     return wanted.position
+
+
+def _position_of_label(label: Label) -> int:
+    return label.position

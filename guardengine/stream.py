@@ -15,13 +15,16 @@ from guardengine.state import StreamState
 class Stream:
     """A handle on one conversation in an engine. Made by `Engine.open` and `Stream.fork`.
 
-    Also a context manager that closes it. What was labelled stays readable after close.
+    Also a context manager that closes it. Methods are for the engine's thread; properties may be read from any, and
+    after close.
     """
 
     def __init__(self, core: EngineCore, chat: ChatTemplate | None, state: StreamState) -> None:
         self._core, self._chat, self._state = core, chat, state
 
-    def append(self, token_ids: Sequence[int], role: Role = "assistant") -> None:
+    def append(
+        self, token_ids: Sequence[int], role: Role = "assistant", *, timeout_s: float | None = None
+    ) -> None:
         """Accept more tokens; `Engine.step` computes them.
 
         Role "assistant": every token gets a label. Role "user": a further user turn, with one prompt label at its
@@ -29,12 +32,16 @@ class Stream:
         it are added here; an assistant's reply may end with <|im_end|>, which closes it, and may begin with
         <think> when the LLM reasons. On a stream opened from token ids everything is fed as it is.
 
+        timeout_s: tokens that are not computed by then count as unjudged, which is the policy's `on_timeout`; they
+        are computed and labelled all the same.
+
         Raises InvalidTokens, StreamTooLong, Overloaded, StreamClosed or ConfigError; the stream is then unchanged.
         """
-        self._core.check_open(self._state)
-        self._core.accept(
-            self._state, feed_more(self._chat, self._state, self._core.check_token_ids(token_ids), role)
-        )
+        core, state = self._core, self._state
+        with core.gate:
+            core.check_open(state)
+            ids = core.check_token_ids(token_ids)
+            core.accept(state, feed_more(self._chat, state, ids, role), timeout_s)
 
     def fork(self, stream_id: str | None = None) -> Stream:
         """Branch off a stream with the same tokens, labels and verdict, sharing the computed KV blocks.
@@ -44,7 +51,8 @@ class Stream:
 
         Raises Overloaded, StreamClosed or ConfigError (a stream_id in use).
         """
-        return Stream(self._core, self._chat, self._core.fork(self._state, stream_id))
+        with self._core.gate:
+            return Stream(self._core, self._chat, self._core.fork(self._state, stream_id))
 
     def rollback(self, num_tokens: int) -> None:
         """Drop the last `num_tokens` tokens with their labels, and what the policy concluded from them.
@@ -53,11 +61,13 @@ class Stream:
         token its header goes too.
         Raises InvalidTokens (more than there are, or template tokens) or StreamClosed.
         """
-        self._core.rollback(self._state, num_tokens)
+        with self._core.gate:
+            self._core.rollback(self._state, num_tokens)
 
     def close(self) -> None:
         """Free the stream's KV blocks and its place in the engine. Closing twice is fine."""
-        self._core.close_stream(self._state)
+        with self._core.gate:
+            self._core.close_stream(self._state)
 
     @property
     def stream_id(self) -> str:

@@ -17,6 +17,11 @@ import tokenizers
 from guardengine.errors import CheckpointError, InvalidText, InvalidTokens, StreamTooLong
 
 _MEND = "copy the tokenizer.json of the released Qwen3Guard checkpoint into the folder"
+# Of the model, beside its vocabulary and merges; `dropout` is refused.
+_BPE_OPTIONS = (
+    *("unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("fuse_unk", "byte_fallback", "ignore_merges"),
+)
 # NFC makes at most this many code points into one (a base letter with three marks).
 _NFC_SHRINKS_BY = 4
 
@@ -30,13 +35,16 @@ class Tokenizer:
     """
 
     def __init__(
-        self, bpe: tokenizers.Tokenizer, added_tokens: dict[str, int], control_ids: frozenset[int]
+        self,
+        bpe: tokenizers.Tokenizer,
+        vocabulary: dict[str, int],
+        added_tokens: dict[str, int],
+        control_ids: frozenset[int],
     ) -> None:
         self._bpe = bpe
         self.added_tokens = added_tokens
         self.control_ids = control_ids
         self._added_text = {token_id: text for text, token_id in added_tokens.items()}
-        vocabulary = bpe.get_vocab(with_added_tokens=False)
         self._base_ids = frozenset(vocabulary.values())
         self.vocab_size = max(max(self._base_ids), *added_tokens.values()) + 1
         self._longest_token = max(map(len, vocabulary))
@@ -53,13 +61,11 @@ class Tokenizer:
             raise CheckpointError(f"{file}: cannot be read as JSON ({error}); {_MEND}") from None
         added_tokens, control_ids = _take_added_tokens(raw, file)
         _check_model(raw, added_tokens, file)
-        # Offsets must be exact, lengths whole: nothing but normalizer, pre-tokenizer and model may act on text.
-        raw |= {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
         try:
-            bpe = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            bpe = _build(raw)
         except Exception as error:  # the library raises plain Exception for every fault of the file
             raise CheckpointError(f"{file}: refused by the tokenizers library ({error}); {_MEND}") from None
-        return Tokenizer(bpe, added_tokens, control_ids)
+        return Tokenizer(bpe, raw["model"]["vocab"], added_tokens, control_ids)
 
     def encode_text(self, text: str, *, max_tokens: int | None = None) -> list[int]:
         """Encode plain text; added tokens spelled in it become ordinary tokens.
@@ -119,6 +125,20 @@ class Tokenizer:
                     "decode only ids of this tokenizer"
                 )
         return "".join([*pieces, self._bpe.decode(run, skip_special_tokens=False)])
+
+
+def _build(raw: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The encoder of a checked file. Raises what the library raises."""
+    model = raw["model"]
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    options = {name: model[name] for name in _BPE_OPTIONS if model.get(name) is not None}
+    # Offsets must be exact, lengths whole: nothing but normalizer, pre-tokenizer and model may act on text. The model
+    # goes in as it was checked: writing and reading it as JSON once more took as long as loading all weights.
+    rest = raw | {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
+    rest["model"] = {"type": "BPE", "vocab": {}, "merges": []}
+    bpe = tokenizers.Tokenizer.from_str(json.dumps(rest))
+    bpe.model = tokenizers.models.BPE(vocab=model["vocab"], merges=pairs, **options)
+    return bpe
 
 
 def _take_added_tokens(raw: Any, file: Path) -> tuple[dict[str, int], frozenset[int]]:

@@ -30,6 +30,7 @@ from guardengine.quantization_error import (
     verdict_errors,
 )
 from guardengine.verify_corpus import Corpus, load_corpus
+from guardengine.whole_streams import run_feeds
 
 # The schemes' names, and the options of Engine.from_pretrained that they stand for.
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -183,7 +184,7 @@ def _run(
     ) as engine:
         for start in range(0, len(corpus.feeds), _CONVERSATIONS_AT_A_TIME):
             feeds = corpus.feeds[start : start + _CONVERSATIONS_AT_A_TIME]
-            for state in engine.core.run_feeds(feeds, policy):
+            for state in run_feeds(engine.core, feeds, policy):
                 labels["user"] += state.prompt_labels
                 labels["assistant"] += state.labels
                 verdicts.append(state.verdict)

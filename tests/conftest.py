@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from feeding import VOCAB
 
 from guardengine import Engine
 from guardengine.kernels import library, native
 from guardengine.make_checkpoint import make_checkpoint
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only costs
-
-SMALL_VOCAB = 512
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,7 +83,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 @pytest.fixture(scope="session")
 def tiny(checkpoints: Callable[..., Path]) -> Path:
     """A tiny Stream checkpoint in float32 with a small vocabulary and no use for text."""
-    return checkpoints(vocab_size=SMALL_VOCAB, dtype="float32")
+    return checkpoints(vocab_size=VOCAB, dtype="float32")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def stream(name: str, ids: range, num_computed: int, table: list[int], wanted: l
 def test_ragged_layout() -> None:
     prompt = stream("p", range(100, 107), 2, [5, 3], [Wanted(6, "user")])  # 3 of 5 pending tokens run
     reply = stream("r", range(200, 206), 4, [7, 1], [Wanted(4, "assistant"), Wanted(5, "assistant")])
-    chunks = [Chunk(prompt, 3), Chunk(reply, 2)]
+    chunks = [Chunk(prompt, 2, 3), Chunk(reply, 4, 2)]
     batch, completed = build_batch(chunks, block_size=4)
 
     assert batch.input_ids.tolist() == [102, 103, 104, 204, 205]
@@ -34,7 +34,7 @@ def test_ragged_layout() -> None:
 
 
 def test_dtypes() -> None:
-    batch, _ = build_batch([Chunk(stream("s", range(3), 0, [0], []), 3)], 4)
+    batch, _ = build_batch([Chunk(stream("s", range(3), 0, [0], []), 0, 3)], 4)
     for tensor in (batch.input_ids, batch.slot_mapping, batch.label_index, batch.rows.positions):
         assert tensor.dtype == torch.int64
     assert batch.rows.cu_seqlens_q.dtype == batch.block_tables.dtype == torch.int32
@@ -42,7 +42,7 @@ def test_dtypes() -> None:
 
 def test_both_roles_at_one_position_share_a_row() -> None:
     wanted = [Wanted(p, role) for p in range(3) for role in ("user", "assistant")]
-    batch, completed = build_batch([Chunk(stream("s", range(3), 0, [2], wanted), 3)], 4)
+    batch, completed = build_batch([Chunk(stream("s", range(3), 0, [2], wanted), 0, 3)], 4)
     assert batch.label_index.tolist() == [0, 1, 2]
     assert [row for row, _ in completed[0]] == [0, 0, 1, 1, 2, 2]
 
@@ -50,12 +50,12 @@ def test_both_roles_at_one_position_share_a_row() -> None:
 def test_block_tables_are_padded_with_minus_one() -> None:
     short = stream("a", range(2), 0, [1], [])
     long = stream("b", range(9), 8, [4, 6, 2], [])
-    batch, _ = build_batch([Chunk(short, 2), Chunk(long, 1)], 4)
+    batch, _ = build_batch([Chunk(short, 0, 2), Chunk(long, 8, 1)], 4)
     assert batch.block_tables.tolist() == [[1, -1, -1], [4, 6, 2]]
 
 
 def test_no_labels_wanted() -> None:
-    batch, completed = build_batch([Chunk(stream("s", range(2), 0, [0], []), 2)], 4)
+    batch, completed = build_batch([Chunk(stream("s", range(2), 0, [0], []), 0, 2)], 4)
     assert batch.label_index.numel() == 0
     assert batch.label_rows.cu_seqlens_q.tolist() == [0, 0]
     assert completed == [[]]

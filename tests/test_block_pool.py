@@ -10,7 +10,7 @@ from guardengine.state import StreamState
 def stream(num_tokens: int = 0, num_computed: int = 0, name: str = "s") -> StreamState:
     state = StreamState(name, Policy.strict(), [])
     state.token_ids.extend(range(num_tokens))
-    state.num_computed_tokens = num_computed
+    state.advance(num_computed, [])
     return state
 
 
@@ -127,8 +127,11 @@ def test_a_block_is_free_only_when_its_last_holder_lets_go() -> None:
         (lambda pool, a, b: a.block_table.append(a.block_table[0]), "twice"),
         (lambda pool, a, b: a.block_table.__setitem__(0, 99), "outside the cache"),
         (lambda pool, a, b: a.token_ids.extend(range(9)), "blocks for"),
-        (lambda pool, a, b: setattr(a, "num_computed_tokens", 99), "tokens computed"),
-        (lambda pool, a, b: (pool.share(a.block_table), setattr(a, "num_computed_tokens", 1)), "shared"),
+        (lambda pool, a, b: setattr(a, "num_computed_tokens", 99), "99 computed"),
+        (
+            lambda pool, a, b: (pool.share(a.block_table), a.drop_blocks(), setattr(a, "num_seen_tokens", 1)),
+            "shared",
+        ),
         (lambda pool, a, b: pool._free.append(a.block_table[0]), "free list"),
     ],
 )

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from feeding import VOCAB, bits, feed, feed_at_once, ids, poison
 
-from guardengine import AutoGuard, Engine, Label, Stream
+from guardengine import AutoGuard, Engine, Stream
 from guardengine.bench.hf import HFGuard
 from guardengine.errors import ConfigError
 from guardengine.kernels import native
 from guardengine.machine import physical_cores
 
-VOCAB = 512
 LOGITS = ("risk_level_logits", "category_logits", "query_risk_level_logits", "query_category_logits")
 MakeEngine = Callable[..., Engine]
 
@@ -42,34 +42,8 @@ def dtype(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def engine(make_engine: MakeEngine, dtype: str) -> Iterator[Engine]:
     with make_engine(dtype=dtype) as engine:
-        engine.core.runner.kv_cache.fill_(float("nan"))
-        yield engine
+        yield poison(engine)
         engine.check_integrity()
-
-
-def ids(count: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB) for _ in range(count)]
-
-
-def bits(labels: list[Label]) -> np.ndarray:
-    """All logits of some labels, for comparison by value and sign: equal or not, nothing in between."""
-    rows = [
-        np.concatenate((label.risk_logits, label.category_logits)) for label in labels if label.role != "user"
-    ]
-    found = np.stack(rows)
-    assert np.isfinite(found).all()
-    return found.view(np.int32)
-
-
-def feed(engine: Engine, prompt: list[int], response: list[int], k: int) -> np.ndarray:
-    """Append k tokens at a time and step after each."""
-    with engine.open(token_ids=prompt) as stream:
-        engine.run()
-        for start in range(0, len(response), k):
-            stream.append(response[start : start + k])
-            engine.run()
-        return bits(stream.labels)
 
 
 PROMPT, RESPONSE = ids(70, 1), ids(150, 2)
@@ -77,12 +51,7 @@ PROMPT, RESPONSE = ids(70, 1), ids(150, 2)
 
 @pytest.fixture
 def expected(engine: Engine) -> np.ndarray:
-    """One prefill of everything."""
-    with engine.open(token_ids=PROMPT) as stream:
-        stream.append(RESPONSE)
-        engine.run()
-        assert engine.stats()["steps"] == 1
-        return bits(stream.labels)
+    return feed_at_once(engine, PROMPT, RESPONSE)
 
 
 @pytest.mark.parametrize("k", [1, 4, 16])

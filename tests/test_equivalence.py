@@ -9,16 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from feeding import ids
 from native_ops import HOST_BACKENDS
 
 from guardengine import Engine, Label, Stream
-
-VOCAB = 512
-
-
-def ids(count: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB) for _ in range(count)]
 
 
 def assert_same(actual: list[Label], expected: list[Label]) -> None:

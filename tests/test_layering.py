@@ -20,15 +20,22 @@ MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 # Modules whose tests need no tensors and whose users must not pay for importing torch.
 TORCH_FREE = (
+    "admission",
     "block_pool",
     "config",
     "conversation",
+    "deadlines",
     "errors",
+    "gate",
+    "idle_streams",
     "labels",
     "policy",
+    "prefix_cache",
     "readout",
+    "residency",
     "scheduler",
     "state",
+    "step_times",
 )
 # Lower layers never import higher ones; names on one line do not import each other.
 LAYERS = (
@@ -36,13 +43,24 @@ LAYERS = (
     ("labels", "config"),
     ("policy",),
     ("state",),
-    ("block_pool", "scheduler", "checkpoint", "tokenizer", "accelerator"),
-    ("weights", "chat", "batch"),
+    (
+        "prefix_cache",
+        "idle_streams",
+        "deadlines",
+        "scheduler",
+        "checkpoint",
+        "tokenizer",
+        "gate",
+        "step_times",
+        "accelerator",
+    ),
+    ("weights", "chat", "batch", "block_pool", "admission"),
     ("step_inputs", "tuned"),
-    ("model", "conversation", "machine", "gpu_limits"),
+    ("model", "conversation", "machine", "residency", "gpu_limits"),
     ("runner", "readout", "small_steps"),
-    ("core", "cpu_runner", "gpu_runner"),
-    ("stream", "loading"),
+    ("pipeline", "cpu_runner", "gpu_runner"),
+    ("core",),
+    ("stream", "loading", "whole_streams"),
     ("engine",),
     ("compat",),
 )

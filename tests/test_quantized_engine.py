@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from feeding import VOCAB, bits, feed, feed_at_once, ids, logits, poison
 from safetensors.torch import load as parse
 from safetensors.torch import save_file
 
-from guardengine import Engine, Label
+from guardengine import Engine
 from guardengine.errors import ConfigError
 from guardengine.kernels import native
 
-VOCAB = 512
 MakeEngine = Callable[..., Engine]
 QUANTIZATIONS, KV_DTYPES, MODEL_DTYPES = (None, "int8", "w8a8"), ("auto", "int8"), ("float32", "bfloat16")
 # Without either it is the engine of test_cpu_engine.py.
@@ -55,20 +55,9 @@ def folder(checkpoints: Callable[..., Path]) -> Path:
 def make_engine(folder: Path) -> MakeEngine:
     def make(path: Path = folder, **options: Any) -> Engine:
         defaults = {"backend": "cpu", "kv_cache_bytes": 2**22, "max_model_len": 512, "block_size": 4}
-        return poisoned(Engine.from_pretrained(path, **(defaults | options)))
+        return poison(Engine.from_pretrained(path, **(defaults | options)))
 
     return make
-
-
-def poisoned(engine: Engine) -> Engine:
-    """NaN in every slot, or with int8 NaN scales and extreme integers."""
-    runner = engine.core.runner
-    if runner.kv_scales is None:
-        runner.kv_cache.fill_(float("nan"))
-    else:
-        runner.kv_cache.fill_(-128)
-        runner.kv_scales.fill_(float("nan"))
-    return engine
 
 
 @pytest.fixture
@@ -78,42 +67,12 @@ def engine(make_engine: MakeEngine, mode: dict[str, Any]) -> Iterator[Engine]:
         engine.check_integrity()
 
 
-def ids(count: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB) for _ in range(count)]
-
-
-def logits(labels: list[Label]) -> np.ndarray:
-    found = np.stack([np.concatenate((label.risk_logits, label.category_logits)) for label in labels])
-    assert np.isfinite(found).all()
-    return found
-
-
-def bits(labels: list[Label]) -> np.ndarray:
-    return logits(labels).view(np.int32)
-
-
-def feed(engine: Engine, prompt: list[int], response: list[int], k: int) -> np.ndarray:
-    """Append k tokens at a time and step after each."""
-    with engine.open(token_ids=prompt) as stream:
-        engine.run()
-        for start in range(0, len(response), k):
-            stream.append(response[start : start + k])
-            engine.run()
-        return bits(stream.labels)
-
-
 PROMPT, RESPONSE = ids(70, 1), ids(100, 2)
 
 
 @pytest.fixture
 def expected(engine: Engine) -> np.ndarray:
-    """One prefill of everything."""
-    with engine.open(token_ids=PROMPT) as stream:
-        stream.append(RESPONSE)
-        engine.run()
-        assert engine.stats()["steps"] == 1
-        return bits(stream.labels)
+    return feed_at_once(engine, PROMPT, RESPONSE)
 
 
 # -- the same bits ---------------------------------------------------------------------------------------------
@@ -149,7 +108,7 @@ def test_a_crowd_and_each_alone(isa: str, make_engine: MakeEngine, mode, block_s
     texts = [(ids(rng.randint(1, 70), 10 + i), ids(rng.randint(1, 40), 50 + i)) for i in range(13)]
     with make_engine(**mode, block_size=block_size) as engine:
         alone = [feed(engine, prompt, response, 1000) for prompt, response in texts]
-        poisoned(engine)
+        poison(engine)
         streams = [engine.open(token_ids=prompt) for prompt, _ in texts]
         left = [response for _, response in texts]
         while any(left):
@@ -213,7 +172,7 @@ SHAPES = {
 def one_shot(path: Path, **options: Any) -> np.ndarray:
     limits = {"kv_cache_bytes": 2**22, "max_model_len": 512}
     with Engine.from_pretrained(path, **(limits | options)) as engine:
-        poisoned(engine)
+        poison(engine)
         with engine.open(token_ids=PREFILL, role="assistant") as stream:
             engine.run()
             return logits(stream.labels).astype(np.float64)

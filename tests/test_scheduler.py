@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guardengine import IntegrityError, Policy
-from guardengine.scheduler import Scheduler
+from guardengine.scheduler import LONG_WAIT, Scheduler
 from guardengine.state import StreamState
 
 
@@ -20,10 +20,10 @@ def queued(scheduler: Scheduler, **pending: int) -> dict[str, StreamState]:
 
 def run(scheduler: Scheduler) -> list[tuple[str, int]]:
     chunks = scheduler.schedule()
-    for state, num_tokens in chunks:
-        state.num_computed_tokens += num_tokens
+    for state, _, num_tokens in chunks:
+        state.advance(num_tokens, [])
     scheduler.finish(chunks)
-    return [(state.stream_id, num_tokens) for state, num_tokens in chunks]
+    return [(state.stream_id, num_tokens) for state, _, num_tokens in chunks]
 
 
 def test_one_step_mixes_prompts_and_single_tokens() -> None:
@@ -37,8 +37,8 @@ def test_one_step_mixes_prompts_and_single_tokens() -> None:
 def test_a_long_prompt_is_chunked_and_takes_turns() -> None:
     scheduler = Scheduler(token_budget=4)
     queued(scheduler, long=9, a=1, b=1)
+    assert run(scheduler) == [("long", 2), ("a", 1), ("b", 1)]
     assert run(scheduler) == [("long", 4)]
-    assert run(scheduler) == [("a", 1), ("b", 1), ("long", 2)]
     assert run(scheduler) == [("long", 3)]
 
 
@@ -55,14 +55,18 @@ def test_discarded_streams_are_not_run() -> None:
     scheduler = Scheduler(token_budget=4)
     states = queued(scheduler, a=1, b=2)
     scheduler.discard(states["a"])
-    assert scheduler.num_pending_tokens == 2
     assert run(scheduler) == [("b", 2)]
 
 
-def test_schedule_alone_changes_nothing() -> None:
+def test_chunks_that_were_not_computed_come_up_again_in_their_places() -> None:
     scheduler = Scheduler(token_budget=4)
-    queued(scheduler, a=3, b=3)
-    assert scheduler.schedule() == scheduler.schedule()
+    states = queued(scheduler, a=3, b=3)
+    chunks = scheduler.schedule()
+    assert [state.num_scheduled_tokens for state in states.values()] == [2, 2]
+    scheduler.requeue(chunks)
+    assert [state.num_scheduled_tokens for state in states.values()] == [0, 0]
+    scheduler.check_integrity(states.values())
+    assert scheduler.schedule() == chunks
 
 
 @given(
@@ -82,9 +86,9 @@ def test_every_token_runs_once_within_budget_and_nobody_starves(pending: list[in
         for name, num_tokens in chunks:
             num_done[name] += num_tokens
             last_served[name] = step
-        # One round serves every waiting stream at least one token.
+        # A round serves every waiting stream, the long ones LONG_WAIT steps later than the short ones.
         waiting = [name for name, state in states.items() if state.num_pending_tokens]
-        assert all(step - last_served[name] <= len(pending) for name in waiting)
+        assert all(step - last_served[name] <= len(pending) + LONG_WAIT for name in waiting)
     assert list(num_done.values()) == pending
 
 

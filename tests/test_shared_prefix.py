@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from feeding import VOCAB, bits, ids, poison
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from guardengine import Engine, Label, Stream
+from guardengine import Engine, Stream
 from guardengine.kernels import cpu, native
 from guardengine.kernels.quantization import quantize_rows
 
-VOCAB = 512
 MAX_LEN = 512
 # quantization, kv_dtype, dtype: each cache dtype and each format of weights, with both dtypes of activations
 MODES = {
@@ -140,33 +140,12 @@ def engines(checkpoints: Callable[..., Path]) -> Iterator[Callable[..., Engine]]
             engine = Engine.from_pretrained(
                 folder, backend="cpu", quantization=quantization, kv_dtype=kv_dtype, dtype=dtype, **limits
             )
-            poison(engine)
-            made[key] = engine
+            made[key] = poison(engine)
         return made[key]
 
     yield get
     for engine in made.values():
         engine.close()
-
-
-def poison(engine: Engine) -> None:
-    runner = engine.core.runner
-    if runner.kv_scales is None:
-        runner.kv_cache.fill_(float("nan"))
-    else:
-        runner.kv_cache.fill_(-128)
-        runner.kv_scales.fill_(float("nan"))
-
-
-def ids(count: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB) for _ in range(count)]
-
-
-def bits(labels: list[Label]) -> np.ndarray:
-    found = np.stack([np.concatenate((label.risk_logits, label.category_logits)) for label in labels])
-    assert np.isfinite(found).all()
-    return found.view(np.int32)
 
 
 def assert_as_alone(engine: Engine, streams: list[Stream]) -> None:

@@ -101,7 +101,8 @@ class Machine(RuleBasedStateMachine):
             stream = self.engine.open(token_ids=ids, role=role)
         except Overloaded:
             stats = self.engine.stats()
-            assert len(self.live) == MAX_STREAMS or stats["kv_blocks_free"] * BLOCK < len(ids)
+            busy = sum(s.num_pending_tokens > 0 for s, _ in self.live)
+            assert len(self.live) == MAX_STREAMS or (busy and stats["kv_blocks_free"] * BLOCK < len(ids))
             return
         model = Model()
         model.feed(ids, role)
@@ -116,7 +117,8 @@ class Machine(RuleBasedStateMachine):
         except StreamTooLong:
             assert len(model.ids) + len(ids) > MAX_LEN
         except Overloaded:
-            assert self.engine.stats()["kv_blocks_free"] * BLOCK < len(ids) + BLOCK
+            # A stream that lost its blocks needs them all again.
+            assert self.engine.stats()["kv_blocks_free"] * BLOCK < len(model.ids) + len(ids) + BLOCK
         else:
             assert len(model.ids) + len(ids) <= MAX_LEN
             model.feed(ids, role)
@@ -125,7 +127,7 @@ class Machine(RuleBasedStateMachine):
     def step(self) -> None:
         pending = self.engine.stats()["tokens_pending"]
         labels = self.engine.step()
-        assert self.engine.stats()["tokens_pending"] == max(0, pending - BUDGET)
+        assert self.engine.stats()["tokens_pending"] <= max(0, pending - BUDGET)
         models = {stream.stream_id: model for stream, model in self.live}
         for label in labels:
             model = models[label.stream_id]

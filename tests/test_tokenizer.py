@@ -295,6 +295,20 @@ def test_small_file_loads(small_json: dict[str, Any], tmp_path: Path) -> None:
     assert tokenizer.decode([257, 151645]) == "abc<|im_end|>"
 
 
+def test_merges_may_be_written_as_text(small_json: dict[str, Any], tmp_path: Path) -> None:
+    raw = copy.deepcopy(small_json)
+    raw["model"]["merges"] = [" ".join(pair) for pair in raw["model"]["merges"]]
+    assert load(raw, tmp_path).encode_text("abcab") == [257, 256]
+
+
+def test_options_of_the_model_are_kept(small_json: dict[str, Any], tmp_path: Path) -> None:
+    raw = copy.deepcopy(small_json)
+    raw["model"]["vocab"]["bcd"] = 258  # no merges lead to it
+    assert load(raw, tmp_path).encode_text("bcd") == [98, 99, 100]
+    raw["model"]["ignore_merges"] = True
+    assert load(raw, tmp_path).encode_text("bcd") == [258]
+
+
 def test_settings_that_change_lengths_are_not_applied(small_json: dict[str, Any], tmp_path: Path) -> None:
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     padding = {
@@ -362,6 +376,14 @@ def spoiled(raw: dict[str, Any], what: str) -> dict[str, Any]:
             del model["vocab"]["z"]
         case "bad merges":
             model["merges"].append(["a", "nowhere"])
+        case "merge of three":
+            model["merges"].append(["a", "b", "c"])
+        case "no merges":
+            del model["merges"]
+        case "bad option":
+            model["ignore_merges"] = "yes"
+        case "bad id":
+            model["vocab"]["zz"] = -1
         case "bad normalizer":
             raw["normalizer"] = {"type": "nonsense"}
     return raw
@@ -383,6 +405,10 @@ def spoiled(raw: dict[str, Any], what: str) -> dict[str, Any]:
         ("id in vocab", "id 151645 is an added token and in `model.vocab` too"),
         ("no byte", "1 of the 256 byte letters are missing"),
         ("bad merges", "refused by the tokenizers library"),
+        ("merge of three", "refused by the tokenizers library"),
+        ("no merges", "refused by the tokenizers library"),
+        ("bad option", "refused by the tokenizers library"),
+        ("bad id", "refused by the tokenizers library"),
         ("bad normalizer", "refused by the tokenizers library"),
     ],
 )
