@@ -22,6 +22,7 @@ from guardengine.accelerator import InterpretedAccelerator
 from guardengine.batch import Batch, build_batch
 from guardengine.block_pool import BlockPool
 from guardengine.checkpoint import open_checkpoint
+from guardengine.config import EngineConfig
 from guardengine.core import EngineCore
 from guardengine.gpu_runner import GpuRunner
 from guardengine.kernels import reference
@@ -151,7 +152,7 @@ def batch_of(*lengths: int, seed: int = 0, first_block: int = 0, start: int = 0,
         state.num_computed_tokens = start
         state.wanted = [Wanted(p, "assistant") for p in range(start, start + length)] if want else []
         first_block += blocks
-        chunks.append(Chunk(state, length))
+        chunks.append(Chunk(state, start, length))
     return build_batch(chunks, BLOCK_SIZE)[0]
 
 
@@ -380,14 +381,9 @@ def test_engine_on_it(model: Any, kv_dtype: torch.dtype) -> None:
 
 
 def engine_core(runner: Any, config: Any) -> EngineCore:
+    options = EngineConfig(max_num_streams=16, max_num_batched_tokens=100)
     return EngineCore(
-        config,
-        runner,
-        Readout(config.heads),
-        BlockPool(NUM_BLOCKS, BLOCK_SIZE),
-        max_model_len=MAX_LEN,
-        max_num_streams=16,
-        max_num_batched_tokens=100,
+        config, runner, Readout(config.heads), BlockPool(NUM_BLOCKS, BLOCK_SIZE), options, MAX_LEN
     )
 
 

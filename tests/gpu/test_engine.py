@@ -186,7 +186,7 @@ def test_launches_of_a_step(engine: Engine) -> None:
     state = StreamState("s", None, [])  # type: ignore[arg-type]
     state.token_ids.extend(ids_of(3))
     state.block_table = [0]
-    batch = build_batch([Chunk(state, 3)], 16)[0]
+    batch = build_batch([Chunk(state, 0, 3)], 16)[0]
     runner.launch(batch).wait()
     graph = runner._small._graphs[4]  # type: ignore[attr-defined]
     with torch.inference_mode():
