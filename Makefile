@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
-.PHONY: help install bench test test-emulated test-gpu-interpreted test-gpu-compiled gpu-kernels test-asan wheel lint types \
+.PHONY: help install bench test test-emulated test-gpu-interpreted test-gpu-compiled gpu-kernels gpu-check test-asan wheel lint types \
   format clean
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test-gpu-interpreted  the Triton kernels in Triton's interpreter, without a GPU (a part of make test)"
 	@echo "make test-gpu-compiled     the Triton kernels compiled for GPUs that are not here (a part of make test)"
 	@echo "make gpu-kernels           record what they compile to: docs/GPU_KERNELS.md"
+	@echo "make gpu-check  on a machine with a GPU: the Triton backend against the reference, and its speed (under 10 minutes)"
 	@echo "make test-asan      the native code under AddressSanitizer and UndefinedBehaviorSanitizer, its threads under TSan"
 	@echo "make wheel    dist/: a wheel for this platform, tried in an environment without a compiler"
 	@echo "make format   rewrite the sources in the project's format"
@@ -63,6 +64,9 @@ test-gpu-compiled: install
 
 gpu-kernels: install
 	$(BIN)/python -P -m pytest -q tests/aot/test_kernels.py --record
+
+gpu-check: install
+	$(BIN)/python -P -m guardengine.bench.gpu_check --json gpu-check.json --markdown gpu-check.md
 
 # Both runtimes come first into python, and reports go past pytest. Python itself does not free all it takes.
 ASAN = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \

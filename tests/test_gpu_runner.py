@@ -6,7 +6,7 @@ The device is a queue that does nothing until somebody waits, so memory that is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +140,14 @@ def plain(model: Any) -> TorchRunner:
     return TorchRunner(reference, config, weights, CacheShape(NUM_BLOCKS, BLOCK_SIZE, torch.float32), MAX_LEN)
 
 
-def batch_of(*lengths: int, seed: int = 0, first_block: int = 0, start: int = 0, want: bool = True) -> Batch:
-    """A batch of one chunk from each of some new streams, every token labelled or none."""
+def batch_of(
+    *lengths: int,
+    seed: int = 0,
+    first_block: int = 0,
+    start: int = 0,
+    wanted: Sequence[int] | None = None,
+) -> Batch:
+    """A batch of one chunk from each of some new streams, every token labelled or those at `wanted`."""
     rng = np.random.default_rng(seed)
     chunks = []
     for index, length in enumerate(lengths):
@@ -150,7 +156,8 @@ def batch_of(*lengths: int, seed: int = 0, first_block: int = 0, start: int = 0,
         state.block_table = list(range(first_block, first_block + blocks))
         state.token_ids.extend(rng.integers(0, 500, start + length).tolist())
         state.num_computed_tokens = start
-        state.wanted = [Wanted(p, "assistant") for p in range(start, start + length)] if want else []
+        positions = range(start, start + length) if wanted is None else wanted
+        state.wanted = [Wanted(p, "assistant") for p in positions]
         first_block += blocks
         chunks.append(Chunk(state, start, length))
     return build_batch(chunks, BLOCK_SIZE)[0]
@@ -231,9 +238,19 @@ def test_where_no_label_is_wanted_nothing_comes_back(
 ) -> None:
     for length in (3, 70):
         accelerator.log.clear()
-        scores = runner.launch(batch_of(length, want=False)).wait()
+        scores = runner.launch(batch_of(length, wanted=[])).wait()
         assert scores.logits.shape == (0, sum(runner._small._sizes))
         assert "download" not in [what for what, _ in accelerator.log]
+
+
+@pytest.mark.parametrize("length", [9, 70], ids=["small", "large"])
+def test_only_wanted_rows_are_scored(runner: GpuRunner, plain: TorchRunner, length: int) -> None:
+    batch = batch_of(length, wanted=[3, length - 1])
+    scores = runner.launch(batch).wait()
+    np.testing.assert_allclose(scores.logits, scores_of(plain, batch), atol=1e-5)
+    assert len(scores.logits) == 2
+    if length <= SMALL_ROWS:
+        assert runner._small.scores[2:].isnan().all()
 
 
 class CountAllocations(TorchDispatchMode):
@@ -277,7 +294,9 @@ def test_two_steps_in_flight_keep_apart(
     expected = [scores_of(plain, batch) for batch in batches]
     flying = [runner.launch(batches[0])]
     for batch, wanted in zip(batches[1:], expected, strict=False):
+        num_waits = [what for what, _ in accelerator.log].count("wait")
         flying.append(runner.launch(batch))
+        assert [what for what, _ in accelerator.log].count("wait") == num_waits
         np.testing.assert_allclose(flying.pop(0).wait().logits, wanted, atol=1e-5)
     np.testing.assert_allclose(flying.pop().wait().logits, expected[-1], atol=1e-5)
 

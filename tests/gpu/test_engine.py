@@ -192,4 +192,5 @@ def test_launches_of_a_step(engine: Engine) -> None:
     with torch.inference_mode():
         kernels, others = counted(graph.replay)
     assert kernels == 6 * runner.config.num_layers + 1
-    assert [name for name in others if name != "aten::unbind"] == ["aten::index_select"]
+    views = {"aten::unbind", "aten::flatten"}
+    assert [name for name in others if name not in views] == ["aten::index_select"]
