@@ -20,6 +20,7 @@ from guardengine.kernels.gpu.linear import norm_linear as norm_linear
 from guardengine.kernels.gpu.linear_config import SMALL_ROWS as SMALL_ROWS
 from guardengine.kernels.gpu.linear_config import LinearConfig as LinearConfig
 from guardengine.kernels.gpu.linear_config import default_config as default_config
+from guardengine.kernels.gpu.qkv import qk_norm_rope_store_kv as qk_norm_rope_store_kv
 from guardengine.kernels.gpu.rows import fused_add_rms_norm as fused_add_rms_norm
 from guardengine.kernels.gpu.rows import rms_norm as rms_norm
 from guardengine.kernels.gpu.rows import silu_and_mul as silu_and_mul
