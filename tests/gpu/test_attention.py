@@ -197,7 +197,7 @@ def test_bits_do_not_depend_on_programs_or_the_order_of_items(split: bool) -> No
         items = plan[plans.HEADER_SIZE : end].reshape(-1, plans.ITEM_FIELDS)
         items[:] = items[::-1].copy()
 
-    for num_programs in (1, 2, 50):
+    for num_programs in (1, 2, 20):
         assert torch.equal(attend(batch, split=split, num_programs=num_programs), expected)
     for order in ("descending", 1):
         with program_order(order):
