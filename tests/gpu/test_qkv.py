@@ -14,6 +14,7 @@ from guardengine.kernels.gpu.qkv import qk_norm_rope_store_kv
 from guardengine.kernels.quantization import quantize_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPERATORS = (qk_norm_rope_store_kv, reference.qk_norm_rope_store_kv)
 EPS = 1e-6
 SLOTS = [10, 1, 7, 0, 11]
 POSITIONS = [0, 9, 3, 15, 4]
@@ -58,7 +59,7 @@ class Case:
 def test_qk_norm_rope_store_kv(num_heads, num_kv_heads, head_dim, block_size, kv_dtype, dtype) -> None:
     case = Case(num_heads, num_kv_heads, head_dim, dtype)
     caches = [case.caches(kv_dtype or dtype, block_size) for _ in range(2)]
-    outputs = [case.run(op, c) for op, c in zip((qk_norm_rope_store_kv, reference.qk_norm_rope_store_kv), caches)]
+    outputs = [case.run(op, c) for op, c in zip(OPERATORS, caches, strict=True)]
     assert_close_as_torch(*outputs, case.exact(0, num_heads, case.norms[0]))
     (k, v), (plain_k, plain_v) = ([cache.flatten(0, 1) for cache in pair] for pair in caches)
     keys = case.exact(num_heads, num_heads + num_kv_heads, case.norms[1])
@@ -74,7 +75,7 @@ def test_int8_caches(num_heads, num_kv_heads, head_dim, dtype) -> None:
     """Values have the reference's integers and scales; keys too, but where the last bit decides a tie."""
     case = Case(num_heads, num_kv_heads, head_dim, dtype)
     caches = [case.caches(torch.int8) for _ in range(2)]
-    for op, pair in zip((qk_norm_rope_store_kv, reference.qk_norm_rope_store_kv), caches, strict=True):
+    for op, pair in zip(OPERATORS, caches, strict=True):
         case.run(op, pair)
     (k, v, k_scales, v_scales), (plain_k, plain_v, plain_k_scales, plain_v_scales) = caches
     assert torch.equal(v, plain_v)
@@ -147,12 +148,14 @@ def test_no_rows() -> None:
 
 
 def test_what_the_kernel_does_not_take_is_refused() -> None:
+    case = Case(2, 1, 48, torch.float32)
+    caches = case.caches(torch.float32)
     with pytest.raises(ValueError, match="head_dim=48"):
-        case = Case(2, 1, 48, torch.float32)
-        case.run(qk_norm_rope_store_kv, case.caches(torch.float32))
+        case.run(qk_norm_rope_store_kv, caches)
     case = Case(2, 1, 32, torch.float32)
+    caches = case.caches(torch.int8)
     with pytest.raises(ValueError, match="int8 caches have scales"):
-        case.run(qk_norm_rope_store_kv, case.caches(torch.int8)[:2])
+        case.run(qk_norm_rope_store_kv, caches[:2])
+    k_cache, v_cache = case.caches(torch.float32)
     with pytest.raises(ValueError, match="k_cache of shape"):
-        k_cache, v_cache = case.caches(torch.float32)
         case.run(qk_norm_rope_store_kv, [k_cache.transpose(0, 1), v_cache])
