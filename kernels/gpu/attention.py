@@ -22,7 +22,7 @@ SMALL_ROWS = 64  # steps of up to that many rows are split over segments
 # Keys multiplied at a time; part of the result's bits, so one number for all forms. With 64, the walking form needs
 # more registers than there are (compiled for sm_80).
 _BLOCK_KEYS = 32
-_PROGRAMS_PER_MULTIPROCESSOR = 4  # as many as 128 registers a thread allow
+_PROGRAMS_PER_MULTIPROCESSOR = 2  # as many as 255 registers a thread allow
 _PROGRAMS_ON_CPU = 3  # Triton's interpreter
 
 
@@ -53,25 +53,27 @@ def attention_tile_rows(num_heads: int, num_kv_heads: int, *, split: bool) -> in
 
 
 def attention_config(
-    dtype: torch.dtype, num_heads: int, num_kv_heads: int, *, has_scales: bool, split: bool, target: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Constants and compiler options that the kernel is launched with; `target`: cuda, hip, or cpu (interpreted)."""
-    constants = {
-        "GROUP": num_heads // num_kv_heads,
+    dtype: torch.dtype, num_heads: int, num_kv_heads: int, *, has_scales: bool, split: bool, is_hip: bool
+) -> dict[str, Any]:
+    """Constants and compiler options that the kernel is launched with."""
+    group = num_heads // num_kv_heads
+    config = {
+        "GROUP": group,
         "NUM_KV_HEADS": num_kv_heads,
-        "TILE_M": _tile_m(num_heads // num_kv_heads, split),
+        "TILE_M": _tile_m(group, split),
         "BLOCK_KEYS": _BLOCK_KEYS,
         "HAS_SCALES": has_scales,
         # Block ids are loaded two stages before what they point to: 5 keep two tiles of keys in flight.
         "KEY_STAGES": 5 if split else 3,
         "WALKS": not split,
+        "num_warps": 4,
+        "enable_fp_fusion": False,
     }
-    options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
-    if target == "cuda" and split and dtype.itemsize == 2:
-        options["maxnreg"] = 168 if has_scales else 128  # no spills, three or four programs at once
-    if target == "hip":
-        options["matrix_instr_nonkdim"] = 16  # the same instruction for both heights of tiles
-    return constants, options
+    if dtype == torch.float32:  # without tensor cores a tile takes more registers
+        config |= {"KEY_STAGES": 2, "num_warps": 8}
+    if is_hip:
+        config["matrix_instr_nonkdim"] = 16  # the same instruction for both heights of tiles
+    return config
 
 
 def paged_attention(
@@ -137,21 +139,19 @@ def planned_attention(
     _check(q, k_cache, v_cache, k_scales, v_scales)
     if out is None:
         out = torch.empty_like(q)
-    is_hip = torch.version.hip is not None
-    target = "cpu" if q.device.type == "cpu" else "hip" if is_hip else "cuda"
-    constants, options = attention_config(
+    config = attention_config(
         q.dtype,
         num_heads,
         num_kv_heads,
         has_scales=k_scales is not None,
         split=scratch is not None,
-        target=target,
+        is_hip=torch.version.hip is not None and q.is_cuda,
     )
     if num_programs is None:
         num_programs = attention_programs(q.device)
     paged_attention_kernel[(num_programs,)](
         out, q, k_cache, v_cache, k_scales, v_scales, positions, plan, *(scratch or (None, None, None)),
-        softmax_scale * math.log2(math.e), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, **constants, **options,
+        softmax_scale * math.log2(math.e), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, **config,
     )  # fmt: skip
     return out
 

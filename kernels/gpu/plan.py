@@ -50,47 +50,51 @@ def plan_attention(
     Requires: rows of a stream in ascending order of position; block_tables as far as the last of them. Rows past
               cu_seqlens_q[-1] (padding) get no item.
     """
-    starts, counts = cu_seqlens_q[:-1], np.diff(cu_seqlens_q)
-    num_streams, max_blocks = block_tables.shape
-    live = counts > 0
-    lasts = np.where(live, positions[np.where(live, starts + counts - 1, 0)], -1) if len(positions) else -live
-    used_blocks = lasts // block_size + 1
-    tables = block_tables[np.arange(max_blocks) < used_blocks[:, None]]
-    table_starts = np.cumsum(used_blocks) - used_blocks
+    counts = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
+    live = counts.nonzero()[0]
+    ends = cu_seqlens_q[1:][live]
+    counts = counts[live]
+    used_blocks = positions[ends - 1] // block_size + 1
+    if len(live) < len(block_tables):
+        block_tables = block_tables[live]
+    is_used = np.arange(block_tables.shape[1]) < used_blocks[:, None]
+    block_ids = block_tables.ravel()[is_used.ravel().nonzero()[0]]
 
+    # The tiles of each stream, then the segments of each tile: a row of fields is copied for each and adjusted.
+    streams = np.empty((len(live), ITEM_FIELDS), dtype=np.int32)
+    streams[:, FIRST_ROW] = ends - counts
+    streams[:, NUM_ROWS] = counts
+    streams[:, TABLE_OFFSET] = used_blocks.cumsum() - used_blocks
     tile_counts = -(-counts // tile_rows)
-    stream = np.repeat(np.arange(num_streams), tile_counts)
-    first_row = starts[stream] + _counted(tile_counts) * tile_rows
-    num_rows = np.minimum(tile_rows, starts[stream] + counts[stream] - first_row)
-    end_key = positions[first_row + num_rows - 1] + 1
-    num_segments = -(-end_key // SEGMENT) if split else np.ones_like(end_key)
-
-    # Tiles of one segment need no scratch; SCRATCH_ROW stays inside of it all the same.
+    tiles = streams.repeat(tile_counts, axis=0)
+    row_in_stream = _counted(tile_counts) * tile_rows
+    tiles[:, FIRST_ROW] += row_in_stream
+    num_rows = np.minimum(tiles[:, NUM_ROWS] - row_in_stream, tile_rows)
+    tiles[:, NUM_ROWS] = num_rows
+    end_keys = positions[tiles[:, FIRST_ROW] + num_rows - 1] + 1
+    tiles[:, END_KEY] = end_keys
+    num_segments = -(-end_keys // SEGMENT) if split else np.ones_like(end_keys)
+    tiles[:, NUM_SEGMENTS] = num_segments
     scratch_rows = np.where(num_segments > 1, num_rows * num_segments, 0)
-    scratch_row = np.cumsum(scratch_rows) - scratch_rows
-    columns = np.empty((ITEM_FIELDS, num_segments.sum()), dtype=np.int32)
+    tiles[:, SCRATCH_ROW] = scratch_rows.cumsum() - scratch_rows
+
+    items = tiles.repeat(num_segments, axis=0)
     segment = _counted(num_segments)
     first_key = segment * SEGMENT
-    tile = np.repeat(np.arange(len(stream)), num_segments)
-    columns[FIRST_ROW] = first_row[tile]
-    columns[NUM_ROWS] = num_rows[tile]
-    columns[FIRST_KEY] = first_key
-    columns[END_KEY] = np.minimum(end_key[tile], first_key + SEGMENT) if split else end_key
-    columns[TABLE_OFFSET] = (
-        HEADER_SIZE + columns.size + table_starts[stream][tile] + columns[FIRST_KEY] // block_size
-    )
-    columns[SEGMENT_INDEX] = segment
-    columns[NUM_SEGMENTS] = num_segments[tile]
-    columns[SCRATCH_ROW] = scratch_row[tile]
-    longest_first = np.argsort(columns[FIRST_KEY] - columns[END_KEY], kind="stable")
+    items[:, FIRST_KEY] = first_key
+    items[:, SEGMENT_INDEX] = segment
+    items[:, TABLE_OFFSET] += HEADER_SIZE + items.size + first_key // block_size
+    if split:
+        items[:, END_KEY] = np.minimum(items[:, END_KEY], first_key + SEGMENT)
+    longest_first = (first_key - items[:, END_KEY]).argsort(kind="stable")
 
-    plan = np.zeros(HEADER_SIZE + columns.size + len(tables), dtype=np.int32)
-    plan[NUM_ITEMS] = columns.shape[1]
-    plan[NUM_SCRATCH_ROWS] = scratch_rows.sum()
-    plan[PLAN_SIZE] = len(plan)
-    plan[HEADER_SIZE : HEADER_SIZE + columns.size] = columns.T[longest_first].ravel()
-    plan[HEADER_SIZE + columns.size :] = tables
-    return plan
+    header = np.zeros(HEADER_SIZE, dtype=np.int32)
+    header[NUM_ITEMS] = len(items)
+    header[NUM_SCRATCH_ROWS] = scratch_rows.sum()
+    header[PLAN_SIZE] = HEADER_SIZE + items.size + len(block_ids)
+    return np.concatenate(
+        (header, items[longest_first].ravel(), block_ids), dtype=np.int32, casting="same_kind"
+    )
 
 
 def max_scratch_rows(num_rows: int, max_length: int) -> int:
@@ -105,5 +109,6 @@ def max_plan_size(num_rows: int, max_length: int, num_blocks: int) -> int:
 
 def _counted(counts: Array) -> Array:
     """0 .. n-1 for each n: [2, 0, 3] -> [0, 1, 0, 1, 2]."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    ends = counts.cumsum()
+    counted: Array = np.arange(counts.sum()) - (ends - counts).repeat(counts)
+    return counted
