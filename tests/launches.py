@@ -11,9 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 # These compute nothing: they make tensors without values, or other views.
-FREE = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided",
-        "aten::view", "aten::_unsafe_view", "aten::slice", "aten::select", "aten::as_strided", "aten::detach",
-        "aten::alias", "aten::unsqueeze", "aten::squeeze", "aten::split", "aten::_reshape_alias", "aten::t"}  # fmt: skip
+FREE = {
+    f"aten::{name}"
+    for name in (
+        *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
+        *("view", "_unsafe_view", "_reshape_alias", "as_strided", "slice", "select", "split", "t"),
+        *("unsqueeze", "squeeze", "detach", "alias"),
+    )
+}
 
 
 class _Recorder(TorchDispatchMode):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from guardengine.kernels.gpu.attention import paged_attention as paged_attention
 from guardengine.kernels.gpu.heads import ClassifierSizes as ClassifierSizes
 from guardengine.kernels.gpu.heads import guard_heads as guard_heads
 from guardengine.kernels.gpu.heads import guard_scores as guard_scores

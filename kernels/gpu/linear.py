@@ -20,8 +20,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from guardengine.kernels.gpu.linear_config import DTYPES, GATED, NORMED, PLAIN, SMALL_ROWS, SUMMED, LinearConfig
-from guardengine.kernels.gpu.linear_config import default_config, row_tile
+from guardengine.kernels.gpu.linear_config import (
+    DTYPES,
+    GATED,
+    NORMED,
+    PLAIN,
+    SMALL_ROWS,
+    SUMMED,
+    LinearConfig,
+    default_config,
+    row_tile,
+)
 from guardengine.kernels.gpu.workspace import Workspace
 from guardengine.kernels.quantization import QuantizedWeight
 
@@ -130,6 +139,7 @@ def _launch(
         USE_PDL=use_pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=False,  # compiled once for 16 and once for 32 rows, which have to round alike
         **({"launch_pdl": True} if use_pdl else {}),
     )
     return out
@@ -150,7 +160,9 @@ def _check(operator: str, x: Tensor, weight: Tensor, out: Tensor, norm: Tensor |
     }
     for name, tensor in tensors[1:]:
         if tensor.shape != expected[name]:
-            raise ValueError(f"{operator}: {name} is {tuple(tensor.shape)}, {expected[name]} fits x {tuple(x.shape)}")
+            raise ValueError(
+                f"{operator}: {name} is {tuple(tensor.shape)}, {expected[name]} fits x {tuple(x.shape)}"
+            )
     if not weight.is_contiguous() or any(tensor.stride(-1) != 1 for _, tensor in tensors):
         raise ValueError(f"{operator}: weight must be contiguous, and the rows of x and out")
 
@@ -220,9 +232,7 @@ def _linear_kernel(
         else:
             is_k = (ks < inner)[None, :]
             x = tl.load(x_rows + ks[None, :], mask=is_row & is_k, other=0.0)
-            weight = tl.load(
-                weight_ptr + weight_rows + ks[None, :], mask=is_k, other=0.0
-            )
+            weight = tl.load(weight_ptr + weight_rows + ks[None, :], mask=is_k, other=0.0)
         if IS_NORMED:
             # Only the diagonal is wanted. What is off it may be NaN, from a row that is padding.
             squares = tl.dot(x, tl.trans(x), squares, input_precision="ieee")
@@ -232,10 +242,9 @@ def _linear_kernel(
         acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
         if IS_GATED:
             up_ptrs = weight_ptr + columns * inner + weight_rows + ks[None, :]
-            if EVEN_K:
-                up_weight = tl.load(up_ptrs)
-            else:
-                up_weight = tl.load(up_ptrs, mask=(ks < inner)[None, :], other=0.0)
+            up_weight = (
+                tl.load(up_ptrs) if EVEN_K else tl.load(up_ptrs, mask=(ks < inner)[None, :], other=0.0)
+            )
             up = tl.dot(x, tl.trans(up_weight), up, input_precision="ieee")
 
     square_sum = tl.sum(
@@ -259,7 +268,10 @@ def _linear_kernel(
             tl.store(piece_ptr + BLOCK_M * BLOCK_N + offsets, up, mask=is_row, cache_modifier=".cg")
         if IS_NORMED:
             tl.store(
-                piece_ptr + PIECE - BLOCK_M + tile_rows, square_sum, mask=rows < num_rows, cache_modifier=".cg"
+                piece_ptr + PIECE - BLOCK_M + tile_rows,
+                square_sum,
+                mask=rows < num_rows,
+                cache_modifier=".cg",
             )
         tl.debug_barrier()  # every thread's stores come before the one thread's arrival
         arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")

@@ -87,8 +87,9 @@ def candidates(
         for split_k in (1, 2, 4, 8, 16):
             config = LinearConfig(block_n, block_k, split_k, num_warps, num_stages)
             fits = config.shared_bytes(operator, dtype.itemsize) <= SHARED_BYTES and tiles_k >= 2 * split_k
-            # From about one program for each multiprocessor up to three.
-            fills = 0.9 * num_sms <= tiles_n * split_k <= 3 * num_sms
+            # From about one program for each multiprocessor up to three, or as few more as can be.
+            programs = tiles_n * split_k
+            fills = 0.9 * num_sms <= programs and (programs <= 3 * num_sms or split_k == 1)
             if fits and fills and config not in found:
                 found.append(config)
     return found
@@ -96,7 +97,7 @@ def candidates(
 
 # Rows of weights, numbers of each, num_warps, num_stages, for 16-bit weights: what compiles without spilled registers
 # for sm_80 to sm_120.
-_TILES = ((32, 128, 4, 5), (32, 256, 4, 3), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 8, 4), (128, 64, 4, 4))
+_TILES = ((32, 128, 4, 5), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 8, 4), (128, 64, 4, 4))
 _NORMED_TILES = ((32, 64, 4, 6), (64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 8, 4), (128, 64, 4, 4))
 
 

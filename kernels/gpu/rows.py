@@ -91,7 +91,9 @@ def _rows(x: Tensor) -> Tensor:
 
 def _check(operator: str, x: Tensor, weight: Tensor) -> None:
     if x.dtype not in DTYPES or weight.dtype not in DTYPES:
-        raise ValueError(f"{operator}: float32, float16 or bfloat16 is needed, not {x.dtype} and {weight.dtype}")
+        raise ValueError(
+            f"{operator}: float32, float16 or bfloat16 is needed, not {x.dtype} and {weight.dtype}"
+        )
     if weight.shape != x.shape[-1:] or not weight.is_contiguous():
         raise ValueError(f"{operator}: weight is {tuple(weight.shape)}, x {tuple(x.shape)}")
     if x.shape[-1] > _MAX_WIDTH:

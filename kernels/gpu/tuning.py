@@ -41,13 +41,20 @@ def tune(
         workspace = allocate_workspace(
             {(operator, weight_shape): config}, device, max_rows=max(rows), use_pdl=use_pdl
         )
-        return sum(measure(_trial(operator, num_rows, weights, norm, columns, workspace)) for num_rows in rows)
+        return sum(
+            measure(_trial(operator, num_rows, weights, norm, columns, workspace)) for num_rows in rows
+        )
 
     return min(candidates(operator, weight_shape, dtype=dtype, num_sms=num_sms), key=seconds)
 
 
 def _trial(
-    operator: str, num_rows: int, weights: torch.Tensor, norm: torch.Tensor, columns: int, workspace: Workspace
+    operator: str,
+    num_rows: int,
+    weights: torch.Tensor,
+    norm: torch.Tensor,
+    columns: int,
+    workspace: Workspace,
 ) -> Callable[[], None]:
     """A call that multiplies as many rows with each weight in turn."""
     x = torch.randn(num_rows, len(norm), dtype=norm.dtype, device=norm.device)
@@ -79,7 +86,7 @@ def measure_graph(run: Callable[[], None]) -> float:
     with torch.cuda.graph(graph):
         run()
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(10):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -32,7 +32,9 @@ class Workspace:
         try:
             return self.configs[operator, shape]
         except KeyError:
-            raise ValueError(f"{operator} of a weight {shape}: the workspace was allocated without it") from None
+            raise ValueError(
+                f"{operator} of a weight {shape}: the workspace was allocated without it"
+            ) from None
 
     def take(self, num_partials: int, num_counters: int) -> tuple[Tensor, Tensor]:
         """The memory, for one launch.  Raises ValueError where it needs more than was allocated."""

@@ -61,7 +61,9 @@ def test_silu_of_extremes() -> None:
 
 OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "rms_norm": lambda x: ops.rms_norm(x, rand(x.shape[-1], dtype=x.dtype), EPS),
-    "fused_add_rms_norm": lambda x: torch.cat(ops.fused_add_rms_norm(x, x, rand(x.shape[-1], dtype=x.dtype), EPS), 1),
+    "fused_add_rms_norm": lambda x: torch.cat(
+        ops.fused_add_rms_norm(x, x, rand(x.shape[-1], dtype=x.dtype), EPS), 1
+    ),
     "silu_and_mul": lambda x: ops.silu_and_mul(x),
 }
 
