@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guardengine.kernels.gpu.attention import attention_scratch, planned_attention
 from guardengine.kernels.gpu.heads import ClassifierSizes, guard_heads, guard_scores, guard_scores_scratch
-from guardengine.kernels.gpu.linear import linear_add, norm_gate_up, norm_linear
+from guardengine.kernels.gpu.linear import linear, linear_add, norm_gate_up, norm_linear
 from guardengine.kernels.gpu.linear_config import (
     GATED,
     NORMED,
@@ -25,6 +25,7 @@ from guardengine.kernels.gpu.linear_config import (
     default_config,
 )
 from guardengine.kernels.gpu.plan import max_plan_size, max_scratch_rows
+from guardengine.kernels.gpu.qkv import qk_norm_rope_store_kv
 from guardengine.kernels.gpu.rows import fused_add_rms_norm, rms_norm, silu_and_mul
 from guardengine.kernels.gpu.workspace import Workspace, allocate_workspace
 
@@ -54,6 +55,7 @@ class Sizes(NamedTuple):
     D: int
     F: int
     G: int = 512
+    V: int = 151936
 
 
 MODELS = {
@@ -138,17 +140,45 @@ def _small_step(
 ) -> Iterator[Compiled]:
     label = f"{model}, {num_rows} rows"
     for cache in (dtype, torch.int8):
-        name = f"paged_attention {label}{', int8 cache' if cache == torch.int8 else ''}"
-        yield Compiled(name, partial(_attend, sizes, num_rows, num_sms, dtype, cache), True, True)
+        suffix = ", int8 cache" if cache == torch.int8 else ""
+        store = partial(_store, sizes, num_rows, dtype, cache)
+        yield Compiled(f"qk_norm_rope_store_kv {label}{suffix}", store, True, False)
+        attend = partial(_attend, sizes, num_rows, num_sms, dtype, cache)
+        yield Compiled(f"paged_attention {label}{suffix}", attend, True, True)
+    x, head = _empty(num_rows, sizes.E, dtype=dtype), _empty(sizes.V, sizes.E, dtype=dtype)
+    yield Compiled(f"linear lm_head {label}", partial(linear, x, head), False, True)
     yield Compiled(f"guard_scores {label}", partial(_scores, sizes, num_rows, has_pdl, dtype), True, True)
 
 
-def _attend(sizes: Sizes, num_rows: int, num_sms: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+def _cache(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Keys or values of the longest stream, and scales where they are int8."""
     num_blocks = MAX_LENGTH // BLOCK_SIZE
-    cache = _empty(num_blocks, BLOCK_SIZE, sizes.HKV, sizes.D, dtype=cache_dtype)
-    scales = None
-    if cache_dtype == torch.int8:
-        scales = _empty(num_blocks, sizes.HKV, BLOCK_SIZE, dtype=torch.float32)
+    cache = _empty(num_blocks, BLOCK_SIZE, sizes.HKV, sizes.D, dtype=dtype)
+    if dtype != torch.int8:
+        return cache, None
+    return cache, _empty(num_blocks, sizes.HKV, BLOCK_SIZE, dtype=torch.float32)
+
+
+def _store(sizes: Sizes, num_rows: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    cache, scales = _cache(sizes, cache_dtype)
+    norm, indices = _empty(sizes.D, dtype=dtype), _empty(num_rows, dtype=torch.int32)
+    qk_norm_rope_store_kv(
+        _empty(num_rows, (sizes.H + 2 * sizes.HKV) * sizes.D, dtype=dtype),
+        norm,
+        norm,
+        _empty(MAX_LENGTH, sizes.D, dtype=torch.float32),
+        indices,
+        indices,
+        cache,
+        cache,
+        EPS,
+        scales,
+        scales,
+    )
+
+
+def _attend(sizes: Sizes, num_rows: int, num_sms: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    cache, scales = _cache(sizes, cache_dtype)
     scratch = None
     if num_rows <= max(SMALL_STEPS):
         scratch_rows = max_scratch_rows(num_rows, MAX_LENGTH)
@@ -157,7 +187,7 @@ def _attend(sizes: Sizes, num_rows: int, num_sms: int, dtype: torch.dtype, cache
         _empty(num_rows, sizes.H, sizes.D, dtype=dtype),
         cache,
         cache,
-        _empty(max_plan_size(num_rows, MAX_LENGTH, num_blocks), dtype=torch.int32),
+        _empty(max_plan_size(num_rows, MAX_LENGTH, MAX_LENGTH // BLOCK_SIZE), dtype=torch.int32),
         _empty(num_rows, dtype=torch.int32),
         sizes.D**-0.5,
         scales,
