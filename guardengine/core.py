@@ -32,6 +32,11 @@ from guardengine.scheduler import Scheduler
 from guardengine.state import StreamState
 from guardengine.token_ids import check_token_ids
 
+_COUNTERS = (
+    *("steps", "tokens_computed", "tokens_recomputed", "labels"),
+    *("streams_opened", "forks", "rollbacks", "refused", "expired"),
+)
+
 
 class EngineCore:
     """Streams, their KV blocks and the queue of pending tokens around one Runner."""
@@ -49,19 +54,7 @@ class EngineCore:
         self.runner, self.pool, self.options, self.clock = runner, pool, options, clock
         self.max_model_len = max_model_len
         self.streams: dict[str, StreamState] = {}
-        self.counters = dict.fromkeys(
-            (
-                "steps",
-                "tokens_computed",
-                "labels",
-                "streams_opened",
-                "forks",
-                "rollbacks",
-                "refused",
-                "expired",
-            ),
-            0,
-        )
+        self.counters = dict.fromkeys(_COUNTERS, 0)
         self.failures: dict[str, int] = {}  # "timeout-closed": streams that failed so, by kind and policy
         self.admission = Admission(options)
         self.gate = Gate()
@@ -138,8 +131,11 @@ class EngineCore:
         self._expire_deadlines(now)  # before these labels count: they came too late for what was due by now
         found, self._found = self._found, {}
         emitted: list[Label] = []
-        for stream, num_tokens, labels in (*found.values(), *finished):
+        for index, (stream, num_tokens, labels) in enumerate((*found.values(), *finished)):
             num_computed = stream.num_computed_tokens
+            if index >= len(found) and stream.num_seen_tokens > num_computed:
+                again = min(num_tokens, stream.num_seen_tokens - num_computed)
+                self.counters["tokens_recomputed"] += again
             stream.advance(num_tokens, labels)
             self.residency.publish(stream, num_computed)
             self._settle_books(stream, now)
@@ -251,9 +247,13 @@ class EngineCore:
             turns, remaining = cut_turns(turns, remaining)
         self._land()
         state.turns = turns
-        if found := self._found.pop(state.stream_id, None):
-            self._found[state.stream_id] = found.cut(remaining)
         state.truncate(remaining, self.pool.block_size)
+        if found := self._found.pop(state.stream_id, None):
+            found = found.cut(remaining)
+            if state.is_idle:  # it was preempted, and no label of what is left is to come
+                state.advance(found.num_tokens, [])
+            else:
+                self._found[state.stream_id] = found
         self.pool.shrink(state, remaining)
         self._forget_undelivered(state, remaining)
         self._deadlines.drop(state, remaining)
