@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from guardengine import ConfigError, Engine, accelerator
+from guardengine.accelerator import InterpretedAccelerator
 from guardengine.config import EngineConfig
-from guardengine.gpu_limits import DeviceMemory, check_shapes, working_bytes
-from guardengine.loading import Placement, choose_backend
+from guardengine.gpu_limits import DeviceMemory, check_bfloat16, check_shapes, working_bytes
+from guardengine.loading import Placement, _num_blocks, choose_backend
 from guardengine.make_checkpoint import preset_config
 
 GIB = 2**30
@@ -165,8 +168,6 @@ def test_too_little_memory_is_said_in_numbers(gpus: Any, tiny: Path, backend: st
 
 
 def test_the_kv_cache_takes_half_of_what_is_left(gpus: Any) -> None:
-    from guardengine.loading import _num_blocks
-
     gpus(1, free=80 * GIB)
     config, options = preset_config("stream-0.6b"), EngineConfig()
     memory = DeviceMemory.of(torch.device("cuda", 0), options, config, torch.bfloat16, 8192)
@@ -190,8 +191,6 @@ def test_the_kv_cache_takes_half_of_what_is_left(gpus: Any) -> None:
     ids=["head_dim", "hidden_size", "group"],
 )
 def test_shapes_that_no_kernel_takes(changes: dict[str, int], match: str) -> None:
-    import dataclasses
-
     config = dataclasses.replace(preset_config("stream-tiny"), **changes)
     with pytest.raises(ConfigError, match=match + ".*backend='reference'"):
         check_shapes(config)
@@ -205,3 +204,14 @@ def test_working_memory_of_the_released_sizes() -> None:
     ]
     assert 0.1 * GIB < sizes[0] < 0.5 * GIB
     assert 0.4 * GIB < sizes[1] < 1.5 * GIB
+
+
+def test_bfloat16_is_refused_where_the_interpreter_gets_it_wrong() -> None:
+    wrong: Any = SimpleNamespace(linear=lambda x, weight: x * 2)
+    right: Any = SimpleNamespace(linear=lambda x, weight: x @ weight.T)
+    on_cpu, on_gpu = InterpretedAccelerator(), SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(ConfigError, match="interpreter computes it wrongly; pass dtype='float32'"):
+        check_bfloat16(wrong, torch.bfloat16, on_cpu)
+    check_bfloat16(right, torch.bfloat16, on_cpu)
+    check_bfloat16(wrong, torch.float32, on_cpu)
+    check_bfloat16(wrong, torch.bfloat16, on_gpu)  # type: ignore[arg-type]
