@@ -118,9 +118,9 @@ def _qk_norm_rope_store_kv_kernel(
     is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
     is_v = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
     a_norm = tl.where(is_q[:, None], tl.load(q_norm_ptr + dims), tl.load(k_norm_ptr + dims)).to(tl.float32)
-    b_norm = tl.where(
-        is_q[:, None], tl.load(q_norm_ptr + half + dims), tl.load(k_norm_ptr + half + dims)
-    ).to(tl.float32)
+    b_norm = tl.where(is_q[:, None], tl.load(q_norm_ptr + half + dims), tl.load(k_norm_ptr + half + dims)).to(
+        tl.float32
+    )
     root = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / HEAD_DIM + eps)[:, None]
     normed_a, normed_b = a * root * a_norm, b * root * b_norm
     rotated_a, rotated_b = normed_a * cos - normed_b * sin, normed_b * cos + normed_a * sin
