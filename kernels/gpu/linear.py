@@ -115,6 +115,10 @@ def _launch(
             raise ValueError(f"{operator}: sums in {config.split_k} parts need a workspace")
         partials, counters = workspace.take(*config.scratch(operator, columns, num_rows))
     use_pdl = workspace is not None and workspace.use_pdl
+    options: dict[str, int] = {"launch_pdl": True} if use_pdl else {}
+    if operator == GATED and config.num_warps == 4:
+        # As many as leave room for three programs. By itself ptxas aims at 64 on sm_100 and sm_120, and spills.
+        options["maxnreg"] = 168
     _linear_kernel[(tiles_m, config.split_k, tiles_n)](
         x,
         weight if norm is None else norm,
@@ -140,7 +144,7 @@ def _launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,  # compiled once for 16 and once for 32 rows, which have to round alike
-        **({"launch_pdl": True} if use_pdl else {}),
+        **options,
     )
     return out
 

@@ -105,6 +105,15 @@ def test_rows_past_num_labels_are_left_alone(num_labels: int) -> None:
     assert (actual[num_labels:] == 7).all()
 
 
+def test_tiles_without_a_wanted_row_do_nothing() -> None:
+    x, weights = rand(20, 64, dtype=torch.bfloat16), heads(64, 32)
+    out, scratch = torch.empty(40, 2 * LOGITS + 4), workspace(40, 32)
+    scratch.counters[2:] = 100  # of the second tile of rows, where nobody may arrive
+    index = torch.arange(40, dtype=torch.int32) % 20
+    ops.guard_scores(x, index, torch.tensor(16), *weights, EPS, SIZES, out=out, workspace=scratch)
+    assert scratch.counters.tolist() == [0, 0, 100, 100, 100, 100]
+
+
 def test_rows_do_not_depend_on_their_number_or_neighbours() -> None:
     x, weights = rand(20, 64, dtype=torch.bfloat16), heads(64, 48)
     whole = scores(x, weights, list(range(20)))
