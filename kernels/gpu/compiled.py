@@ -20,8 +20,6 @@ from guardengine.kernels.gpu.linear_config import (
     GATED,
     NORMED,
     SUMMED,
-    LinearConfig,
-    candidates,
     default_config,
 )
 from guardengine.kernels.gpu.plan import max_plan_size, max_scratch_rows
@@ -68,8 +66,8 @@ MODELS = {
 def configurations(num_sms: int, *, has_pdl: bool, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
     """List what runs on a GPU with that many multiprocessors.
 
-    `has_pdl`: programmatic dependent launch, compute capability 9.0. The matrix products
-    of small steps are in the configurations chosen by rule; what tuning may choose instead is not listed.
+    `has_pdl`: programmatic dependent launch, compute capability 9.0. The matrix products of small steps are in the
+    configurations chosen by rule; what tuning may choose instead is not listed.
     """
     found: list[Compiled] = []
     for model, sizes in MODELS.items():
