@@ -20,8 +20,6 @@ from guardengine.kernels.gpu.linear_config import (
     GATED,
     NORMED,
     SUMMED,
-    LinearConfig,
-    candidates,
     default_config,
 )
 from guardengine.kernels.gpu.plan import max_plan_size, max_scratch_rows
@@ -65,22 +63,18 @@ MODELS = {
 }
 
 
-def configurations(
-    num_sms: int, *, has_pdl: bool, dtype: torch.dtype = torch.bfloat16, all_candidates: bool = False
-) -> list[Compiled]:
+def configurations(num_sms: int, *, has_pdl: bool, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
     """List what runs on a GPU with that many multiprocessors.
 
-    `has_pdl`: programmatic dependent launch, compute capability 9.0. With `all_candidates` only the matrix products
-    of small steps, each as every candidate that tuning may choose.
+    `has_pdl`: programmatic dependent launch, compute capability 9.0. The matrix products of small steps are in the
+    configurations chosen by rule; what tuning may choose instead is not listed.
     """
     found: list[Compiled] = []
     for model, sizes in MODELS.items():
         for num_rows in SMALL_STEPS:
-            found += _products(model, sizes, num_rows, num_sms, has_pdl, dtype, all_candidates)
-            if not all_candidates:
-                found += _small_step(model, sizes, num_rows, num_sms, has_pdl, dtype)
-        if not all_candidates:
-            found += _large_step(model, sizes, num_sms, dtype)
+            found += _products(model, sizes, num_rows, num_sms, has_pdl, dtype)
+            found += _small_step(model, sizes, num_rows, num_sms, has_pdl, dtype)
+        found += _large_step(model, sizes, num_sms, dtype)
     return found
 
 
@@ -95,7 +89,6 @@ def _products(
     num_sms: int,
     has_pdl: bool,
     dtype: torch.dtype,
-    all_candidates: bool,
 ) -> Iterator[Compiled]:
     weights = (
         ("qkv", NORMED, ((sizes.H + 2 * sizes.HKV) * sizes.D, sizes.E)),
@@ -104,18 +97,10 @@ def _products(
         ("down", SUMMED, (sizes.E, sizes.F)),
     )
     for name, operator, shape in weights:
-        choices = [default_config(operator, shape, dtype=dtype, num_sms=num_sms)]
-        if all_candidates:
-            choices = candidates(operator, shape, dtype=dtype, num_sms=num_sms)
-        for config in choices:
-            workspace = allocate_workspace({(operator, shape): config}, "meta", use_pdl=has_pdl)
-            launch = partial(_product, operator, shape, num_rows, dtype, workspace)
-            label = f" {_describe(config)}" if all_candidates else ""
-            yield Compiled(f"{operator} {name} {model}, {num_rows} rows{label}", launch, True, True)
-
-
-def _describe(config: LinearConfig) -> str:
-    return " ".join(f"{field}={getattr(config, field)}" for field in LinearConfig.__dataclass_fields__)
+        config = default_config(operator, shape, dtype=dtype, num_sms=num_sms)
+        workspace = allocate_workspace({(operator, shape): config}, "meta", use_pdl=has_pdl)
+        launch = partial(_product, operator, shape, num_rows, dtype, workspace)
+        yield Compiled(f"{operator} {name} {model}, {num_rows} rows", launch, True, True)
 
 
 def _product(
