@@ -73,6 +73,9 @@ class Accelerator(Protocol):
     def capture(self, work: Callable[[], None]) -> Graph:
         """Run `work` once, to compile and load what it needs, then capture what it queues."""
 
+    def join(self) -> None:
+        """Wait for work that others queued on the device, such as the copies of weights."""
+
     def synchronize(self) -> None:
         """Wait for all queued work. Raises what went wrong on the device."""
 
@@ -131,6 +134,9 @@ class CudaAccelerator:
             work()
         return graph
 
+    def join(self) -> None:
+        torch.cuda.synchronize(self.device)  # torch's streams do not wait for the default one
+
     def synchronize(self) -> None:
         self._stream.synchronize()
 
@@ -176,6 +182,9 @@ class InterpretedAccelerator:
 
     def capture(self, work: Callable[[], None]) -> Graph:
         return _Again(work)
+
+    def join(self) -> None:
+        pass
 
     def synchronize(self) -> None:
         pass

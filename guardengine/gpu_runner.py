@@ -57,6 +57,7 @@ class GpuRunner:
         self._slots = (_HostSlot(accelerator), _HostSlot(accelerator))
         self._next = 0
         shape = (config.num_layers, 2, cache.num_blocks, cache.block_size)
+        accelerator.join()  # the weights were copied on another queue
         with torch.inference_mode(), accelerator.activate():
             self.kv_cache = accelerator.empty((*shape, config.num_kv_heads, config.head_dim), cache.dtype)
             self.kv_scales = (

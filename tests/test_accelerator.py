@@ -90,6 +90,13 @@ def test_capturing_runs_the_work_before_and_shares_memory(log: list[Any]) -> Non
     assert "empty_cache" in log
 
 
+def test_joining_waits_for_the_whole_device(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    CudaAccelerator(DEVICE).join()
+    assert waited == [DEVICE]
+
+
 def test_copies_do_not_wait(log: list[Any]) -> None:
     copies: list[Any] = []
 

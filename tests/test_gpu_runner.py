@@ -79,6 +79,9 @@ class QueueAccelerator(InterpretedAccelerator):
         self.graphs.append(QueuedGraph(self, work))
         return self.graphs[-1]
 
+    def join(self) -> None:
+        self.note("join")
+
     def record(self) -> QueuedEvent:
         self.note("record")
         return QueuedEvent(self, len(self.queue))
@@ -365,6 +368,14 @@ def test_a_step_that_cannot_be_captured_is_refused_at_the_start(
     cache = CacheShape(NUM_BLOCKS, BLOCK_SIZE, torch.float32)
     with pytest.raises(ConfigError, match=r"64 rows could not be captured.*planned failure.*nvidia-smi"):
         GpuRunner(fused_reference, config, weights, cache, MAX_LEN, accelerator)
+
+
+def test_nothing_begins_before_the_weights_are_there(model: Any, accelerator: QueueAccelerator) -> None:
+    config, weights = model
+    GpuRunner(
+        fused_reference, config, weights, CacheShape(NUM_BLOCKS, BLOCK_SIZE, torch.float32), MAX_LEN, accelerator
+    )  # fmt: skip
+    assert accelerator.log[0] == ("join", None)
 
 
 def test_blocks_are_copied_in_every_layer(runner: GpuRunner) -> None:
