@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from native_ops import HOST_BACKENDS
 
 from guardengine import (
     AutoGuard,
@@ -36,7 +37,6 @@ from guardengine import (
     StreamClosed,
     StreamTooLong,
 )
-from guardengine.kernels import BACKENDS
 
 VOCAB = 512
 BLOCK, MAX_LEN, MAX_STREAMS, BUDGET = 4, 40, 5, 7
@@ -242,7 +242,7 @@ def _fresh_logits(oracle: AutoGuard, ids: tuple[int, ...]):
     return oracle(torch.tensor([ids]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 def test_random_operations(checkpoints, backend: str) -> None:
     folder = checkpoints(vocab_size=VOCAB, dtype="float32", num_hidden_layers=2)
     Machine.checkpoint, Machine.backend = folder, backend
