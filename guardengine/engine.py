@@ -15,6 +15,7 @@ from guardengine.conversation import Feed, feed_ids, feed_messages
 from guardengine.core import EngineCore
 from guardengine.errors import ConfigError, InvalidText
 from guardengine.hub import resolve_checkpoint
+from guardengine.kernels import backend_of
 from guardengine.labels import Label, Moderation, Role
 from guardengine.loading import choose_backend, load_engine
 from guardengine.policy import Policy
@@ -185,7 +186,7 @@ class Engine:
             "block_size": pool.block_size,
             "max_model_len": core.max_model_len,
             "max_num_streams": core.options.max_num_streams,
-            "backend": runner.ops.__name__.rpartition(".")[2],
+            "backend": backend_of(runner.ops),
             "device": str(runner.device),
             "isa": runner.isa,
             "dtype": str(runner.dtype).removeprefix("torch."),

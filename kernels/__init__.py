@@ -36,3 +36,9 @@ OPERATORS = (
 def load(backend: str) -> ModuleType:
     """Import one backend's operators. Raises KeyError for a name that is not in `BACKENDS`."""
     return importlib.import_module(f"{__name__}.{_MODULES[backend]}")
+
+
+def backend_of(ops: ModuleType) -> str:
+    """The name of the backend whose operators these are."""
+    module = ops.__name__.rpartition(".")[2]
+    return next(name for name, of_backend in _MODULES.items() if of_backend == module)
