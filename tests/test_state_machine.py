@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -26,6 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from stream_model import Model
 
 from guardengine import (
     AutoGuard,
@@ -43,6 +43,15 @@ from guardengine import (
 VOCAB = 512
 BLOCK, MAX_LEN, MAX_STREAMS, BUDGET = 4, 40, 6, 7
 MAX_BLOCKS, MAX_PENDING, MAX_PENDING_OF_TENANT, MAX_STREAMS_OF_TENANT, TTL = 40, 70, 45, 4, 30
+LIMITS = {
+    "max_model_len": MAX_LEN,
+    "max_num_streams": MAX_STREAMS,
+    "max_num_batched_tokens": BUDGET,
+    "max_streams_per_tenant": MAX_STREAMS_OF_TENANT,
+    "max_pending_tokens": MAX_PENDING,
+    "max_pending_tokens_per_tenant": MAX_PENDING_OF_TENANT,
+    "idle_ttl_s": TTL,
+}
 BLOCK_BYTES = 2 * 2 * BLOCK * 2 * 32 * 4  # layers, k and v, tokens, kv heads, head_dim, float32
 # Few beginnings, so that streams often begin alike.
 BEGINNINGS = ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2, 3, 4, 5, 9, 9, 9], [0] * 12)
@@ -63,37 +72,6 @@ class Fault(Exception):
     """Planted."""
 
 
-@dataclass
-class Model:
-    """What a stream should be: its ids, which labels it owes or has given, and until when which ids are due."""
-
-    tenant: str = ""
-    ids: list[int] = field(default_factory=list)
-    owed: list[tuple[int, str]] = field(default_factory=list)
-    given: list[Label] = field(default_factory=list)
-    due: list[tuple[float, int, int]] = field(default_factory=list)  # time, start, end
-
-    def feed(self, ids: list[int], role: str, due: float | None = None) -> None:
-        start, end = len(self.ids), len(self.ids) + len(ids)
-        self.ids += ids
-        self.owed += [(end - 1, role)] if role == "user" else [(p, role) for p in range(start, end)]
-        if due is not None:
-            self.due.append((due, start, end))
-
-    def cut(self, num_tokens: int) -> None:
-        length = len(self.ids) - num_tokens
-        self.ids = self.ids[:length]
-        self.owed = [x for x in self.owed if x[0] < length]
-        self.given = [x for x in self.given if x.position < length]
-        self.due = [(time, start, min(end, length)) for time, start, end in self.due if start < length]
-
-    def settle(self, delivered: list[Label]) -> None:
-        """These labels have left the engine, one way or the other."""
-        self.given = delivered
-        known = {(label.position, label.role) for label in delivered}
-        self.owed = [x for x in self.owed if x not in known]
-
-
 class Machine(RuleBasedStateMachine):
     loaded: Engine
     oracle: AutoGuard  # one-shot, no shared cache
@@ -107,29 +85,18 @@ class Machine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.one_of(st.integers(10, 14), st.integers(10, MAX_BLOCKS)),
         prefix_caching=st.sampled_from([True, True, False]),
-        kv_reserve=st.sampled_from([0.0, 0.1]),
-        max_step_ms=st.sampled_from([None, None, 4.0]),
+        options=st.fixed_dictionaries({}, optional={"kv_reserve": st.just(0.1), "max_step_ms": st.just(4.0)}),
     )
-    def start(
-        self, num_blocks: int, prefix_caching: bool, kv_reserve: float, max_step_ms: float | None
-    ) -> None:
+    def start(self, num_blocks: int, prefix_caching: bool, options: dict[str, float]) -> None:
         self.clock = Clock()
-        self.reserve = int(kv_reserve * num_blocks)
+        self.reserve = int(options.get("kv_reserve", 0) * num_blocks)
+        limits = {**LIMITS, **options, "prefix_caching": prefix_caching}
         self.engine = engine_over(
             self.loaded,
             num_blocks=num_blocks,
             clock=self.clock,
             max_in_flight=self.max_in_flight,
-            max_model_len=MAX_LEN,
-            max_num_streams=MAX_STREAMS,
-            max_num_batched_tokens=BUDGET,
-            max_streams_per_tenant=MAX_STREAMS_OF_TENANT,
-            max_pending_tokens=MAX_PENDING,
-            max_pending_tokens_per_tenant=MAX_PENDING_OF_TENANT,
-            idle_ttl_s=TTL,
-            prefix_caching=prefix_caching,
-            kv_reserve=kv_reserve,
-            max_step_ms=max_step_ms,
+            **limits,
         )
         assert self.engine.stats()["kv_blocks_total"] == num_blocks
 
@@ -208,6 +175,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(index=st.integers(0, 99), ids=TOKENS, role=ROLES, timeout_s=TIMEOUTS, then=FEW)
     def append(self, index: int, ids: list[int], role: str, timeout_s: float | None, then: int) -> None:
+        if not self.live:
+            return
         stream, model = self.pick(index)
         with self.may_be_refused(model.tenant, len(ids), stream):
             try:
@@ -276,6 +245,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(index=st.integers(0, 99), num_tokens=st.integers(0, 20))
     def rollback(self, index: int, num_tokens: int) -> None:
+        if not self.live:
+            return
         stream, model = self.pick(index)
         if num_tokens > len(model.ids):
             with pytest.raises(InvalidTokens):
@@ -283,6 +254,14 @@ class Machine(RuleBasedStateMachine):
         else:
             stream.rollback(num_tokens)
             model.cut(num_tokens)
+
+    @precondition(lambda self: self.live)
+    @rule(index=st.integers(0, 99), num_tokens=st.integers(1, 7), ids=TOKENS, then=FEW)
+    def rewrite(self, index: int, num_tokens: int, ids: list[int], then: int) -> None:
+        """As an LLM that regenerates."""
+        self.compute(index)
+        self.rollback(index, num_tokens)
+        self.append(index, ids, "assistant", None, then)
 
     @precondition(lambda self: self.live)
     @rule(index=st.integers(0, 99), is_abandoned=st.booleans())
