@@ -182,7 +182,7 @@ def bench_host(rounds: int) -> dict[str, float]:
         watch.wrap(core.residency, name, "block pool and prefix cache")
     for name in ("check_pending", "update"):
         watch.wrap(core.admission, name, "admission")
-    for name in ("probabilities", "label"):
+    for name in ("probabilities", "labels"):
         watch.wrap(core._pipeline._readout, name, "readout")
     watch.wrap(core, "check_token_ids", "token ids")
     plain = pipeline.build_batch
