@@ -24,6 +24,8 @@ from guardengine.whole_streams import run_feeds
 
 logger = logging.getLogger("guardengine")
 
+_MAX_CHECKED = 64  # policies that are remembered
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -37,6 +39,10 @@ class Engine:
     def __init__(self, core: EngineCore, chat: ChatTemplate | None, heads: GuardHeadsConfig) -> None:
         self.core = core
         self._chat, self._heads = chat, heads
+        self._default_policy = Policy.strict()
+        self._checked_policies: dict[
+            int, Policy
+        ] = {}  # by id: policies do not change, checks need not be repeated
 
     @staticmethod
     def from_pretrained(
@@ -215,7 +221,9 @@ class Engine:
     # -- internals -----------------------------------------------------------------------------------------
 
     def _checked(self, policy: Policy | None) -> Policy:
-        policy = Policy.strict() if policy is None else policy
+        policy = self._default_policy if policy is None else policy
+        if self._checked_policies.get(id(policy)) is policy:
+            return policy
         if not isinstance(policy, Policy):
             raise ConfigError(f"policy={policy!r}: a Policy is needed, such as Policy.strict()")
         heads = self._heads
@@ -223,6 +231,9 @@ class Engine:
             tuple(dict.fromkeys(heads.response_risks + heads.query_risks)),
             tuple(dict.fromkeys(heads.response_categories + heads.query_categories)),
         )
+        if len(self._checked_policies) >= _MAX_CHECKED:
+            self._checked_policies.clear()
+        self._checked_policies[id(policy)] = policy
         return policy
 
     def _feed_conversations(self, conversations: Sequence[Messages]) -> list[Feed]:

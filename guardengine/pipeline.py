@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 from guardengine.batch import build_batch
 from guardengine.labels import Label
-from guardengine.readout import Readout
+from guardengine.readout import Reading, Readout
 from guardengine.runner import Launched, Runner, Scores
 from guardengine.scheduler import Chunk, Scheduler
 from guardengine.state import StreamState, Wanted
@@ -99,17 +100,14 @@ class Pipeline:
     def _read(self, step: _Step, scores: Scores) -> list[Finished]:
         logits = scores.logits
         probs = self._readout.probabilities(logits) if scores.probs is None else scores.probs
+        readings = [
+            Reading(row, stream.stream_id, role, position, stream.token_ids[position])
+            for (stream, _, _), rows in zip(step.chunks, step.wanted, strict=True)
+            for row, (position, role) in rows
+        ]
+        labels = iter(self._readout.labels(readings, logits, probs))
         return [
-            Finished(
-                stream,
-                num_tokens,
-                [
-                    self._readout.label(
-                        stream.stream_id, role, position, stream.token_ids[position], logits[row], probs[row]
-                    )
-                    for row, (position, role) in rows
-                ],
-            )
+            Finished(stream, num_tokens, list(islice(labels, len(rows))))
             for (stream, _, num_tokens), rows in zip(step.chunks, step.wanted, strict=True)
         ]
 

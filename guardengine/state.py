@@ -75,12 +75,14 @@ class StreamState:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens to compute, those of dropped blocks included."""
-        return 0 if self.is_idle else len(self.token_ids) - self.num_computed_tokens
+        num_tokens = len(self.token_ids)
+        return 0 if self.num_seen_tokens == num_tokens else num_tokens - self.num_computed_tokens
 
     @property
     def num_unscheduled_tokens(self) -> int:
         """Pending tokens that no step has been given yet."""
-        return 0 if self.is_idle else len(self.token_ids) - self.num_scheduled_tokens
+        num_tokens = len(self.token_ids)
+        return 0 if self.num_seen_tokens == num_tokens else num_tokens - self.num_scheduled_tokens
 
     @property
     def num_assistant_tokens(self) -> int:

@@ -121,7 +121,7 @@ def test_many_steps_in_a_row_may_fail(make, undisturbed, max_in_flight: int) -> 
     assert len(run.raised) >= 6
 
 
-@pytest.mark.parametrize("part", ["probabilities", "label"])
+@pytest.mark.parametrize("part", ["probabilities", "labels"])
 @FLIGHTS
 def test_labels_that_cannot_be_read_come_with_the_next_step(
     make, undisturbed, monkeypatch: pytest.MonkeyPatch, part: str, max_in_flight: int
