@@ -83,6 +83,11 @@ class StreamState:
         return 0 if self.is_idle else len(self.token_ids) - self.num_scheduled_tokens
 
     @property
+    def num_response_tokens(self) -> int:
+        """Tokens of the assistant's that have a label or wait for one."""
+        return len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted[:])
+
+    @property
     def verdict(self) -> Verdict:
         return self.policy.verdict(self.policy_states[-1][1])
 
@@ -112,9 +117,8 @@ class StreamState:
 
     def fail(self, failure: Failure) -> None:
         """Record that accepted tokens went unjudged; what that means is the policy's choice."""
-        num_tokens = len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted)
         position, state = self.policy_states[-1]
-        self.policy_states.append((position, self.policy.fail(state, failure, num_tokens)))
+        self.policy_states.append((position, self.policy.fail(state, failure, self.num_response_tokens)))
 
     def drop_blocks(self) -> None:
         """Forget that anything is in the cache; ids, labels and what was seen stay."""
