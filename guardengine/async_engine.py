@@ -45,6 +45,7 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int = MAX_WAITING) -> None:
+        _check_max_waiting(max_waiting)
         engine.core.check_engine_open()
         engine.core.gate.hand_over()
         self._start(lambda: engine, max_waiting)
@@ -59,13 +60,12 @@ class AsyncEngine:
         Use it as `async with AsyncEngine.from_pretrained(...) as engine` or `engine = await
         AsyncEngine.from_pretrained(...)`: both wait until it is loaded, and raise CheckpointError or ConfigError.
         """
+        _check_max_waiting(max_waiting)
         self = cls.__new__(cls)
         self._start(lambda: Engine.from_pretrained(path_or_id, **options), max_waiting)
         return self
 
     def _start(self, load: Callable[[], Engine], max_waiting: int) -> None:
-        if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 1:
-            raise ConfigError(f"max_waiting={max_waiting!r}: a whole number from 1 is needed")
         self.calls = Calls(max_waiting)
         self.thread = EngineThread(load, self.calls)
         self._health: Future | None = None
@@ -111,7 +111,11 @@ class AsyncEngine:
         turn, unrecorded = self.calls.new_future(), list[Append]()
 
         def run() -> tuple[AsyncStream, Append]:
-            self.thread.check_room(tenant)
+            if self.thread.is_full(tenant):
+                raise Overloaded(
+                    f"appends of tenant {tenant!r} wait for room, which a new stream would take from them; close "
+                    "streams, or retry when they are done"
+                )
             stream = self.engine.open(
                 messages,
                 token_ids=token_ids,
@@ -167,13 +171,17 @@ class AsyncEngine:
         await self._loaded()
         checked, feeds = await asyncio.to_thread(self.engine.prepare_conversations, conversations, policy)
         await self.calls.call(lambda: self._check_lengths(feeds))
-        to_do = deque((index, feed, self.calls.new_future()) for index, feed in enumerate(feeds))
+        turns = [self.calls.new_future() for _ in feeds]
+        to_do = deque(zip(range(len(feeds)), feeds, turns, strict=True))
         done: dict[int, Moderation] = {}
         running: dict[Future, tuple[int, AsyncStream]] = {}  # streams that nobody holds any more close
         try:
             while to_do or running:
                 if to_do:
-                    running |= await self.calls.call(lambda: self._open_feeds(to_do, checked))
+                    opened = await self.calls.call(
+                        lambda: self._open_feeds(to_do, checked), is_skippable=True
+                    )
+                    running |= opened
                 if not running:
                     raise Overloaded(
                         f"open streams leave no room for a conversation of {len(to_do[0][1].token_ids)} tokens; close "
@@ -185,7 +193,7 @@ class AsyncEngine:
                     index, stream = running.pop(turn)
                     done[index] = moderation(stream._state, checked)
         finally:
-            for _, _, turn in to_do:
+            for turn in turns:
                 self.calls.forget(turn)
         return [done[index] for index in range(len(feeds))]
 
@@ -199,10 +207,14 @@ class AsyncEngine:
         """Open as many as there is room for. On the thread."""
         core, opened = self.engine.core, dict[Future, tuple[int, AsyncStream]]()
         core.sweep()
-        while to_do and has_room(core, len(to_do[0][1].token_ids)):
-            index, feed, turn = to_do.popleft()
-            stream, _ = self._opened(core.open(feed, Ticket(policy)), turn, [])
-            opened[turn] = (index, stream)
+        while to_do and not self.thread.is_full("") and has_room(core, len(to_do[0][1].token_ids)):
+            index, feed, turn = to_do[0]
+            try:
+                state = core.open(feed, Ticket(policy))
+            except Overloaded:  # idle streams' blocks turned out to be shared
+                break
+            to_do.popleft()
+            opened[turn] = (index, self._opened(state, turn, [])[0])
         return opened
 
     def _opened(
@@ -282,3 +294,8 @@ class AsyncEngine:
         except TimeoutError:
             calls.refuse(reason, also_waiting=True)
             self.thread.abort()
+
+
+def _check_max_waiting(max_waiting: int) -> None:
+    if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 1:
+        raise ConfigError(f"max_waiting={max_waiting!r}: a whole number from 1 is needed")

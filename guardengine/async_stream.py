@@ -73,6 +73,7 @@ class AsyncStream(StreamView):
         was cancelled. After `open` everything that the stream was opened with is waited for, the beginning of a reply
         included. Raises StreamClosed.
         """
+        self._calls.bind()
         turn = self._turn
         await asyncio.wait([turn])  # which others may be waiting for: not cancelled with this one
         if self.prompt_label is None and not turn.cancelled() and (error := turn.exception()):
@@ -106,11 +107,10 @@ class AsyncStream(StreamView):
     def verdict(self) -> Verdict:
         """What the stream's policy makes of the labels so far, and of tokens that went unjudged."""
         state, policy = self._state, self._state.policy
-        if not self._unrecorded:
-            return state.verdict
+        # Looked at before the state: what is recorded by then is in it, and to count a failure twice changes nothing.
+        unrecorded = [append for append in self._unrecorded[:] if not append.is_recorded]
         policy_state = state.policy_states[-1][1]
-        self._unrecorded[:] = [append for append in self._unrecorded if not append.is_recorded]
-        for append in self._unrecorded:  # the engine's thread is at work and does not know yet
+        for append in unrecorded:
             if append.failure is not None:
                 policy_state = policy.fail(policy_state, append.failure, state.num_response_tokens)
         return policy.verdict(policy_state)

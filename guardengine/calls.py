@@ -44,8 +44,15 @@ class Append:
         return self.end is not None and self.state.num_seen_tokens >= self.end
 
     def labels(self) -> list[Label]:
-        """Those there are by now."""
+        """Those there are. For the thread."""
         return [] if self.end is None else self.state.labels_between(self.start, self.end)
+
+    def labels_by_now(self) -> list[Label]:
+        """The same for the event loop, while the thread may be changing the lists: they are copied first."""
+        if (end := self.end) is None:
+            return []
+        labels = self.state.labels if self.role == "assistant" else self.state.prompt_labels
+        return [label for label in labels[:] if self.start <= label.position < end]
 
 
 class Call(NamedTuple):
@@ -154,8 +161,9 @@ class Calls:
         if append.future.done() or append.is_computed:  # its labels are on their way
             return
         append.failure = "overload" if append.is_refused and self.claim(append) else "timeout"
+        append.unrecorded[:] = [other for other in append.unrecorded if not other.is_recorded]
         append.unrecorded.append(append)
-        append.future.set_result(append.labels())
+        append.future.set_result(append.labels_by_now())
         self.send(Missed(append))
 
     def send(self, message: Message) -> None:

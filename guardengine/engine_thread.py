@@ -57,13 +57,9 @@ class EngineThread:
 
     # -- for calls that run here ---------------------------------------------------------------------------
 
-    def check_room(self, tenant: str) -> None:
-        """Raise Overloaded while appends of the tenant wait for room: a new stream would take it from them."""
-        if waiting := self._room.get(tenant):
-            raise Overloaded(
-                f"{len(waiting)} appends of open streams wait for room, which new streams must not take; close "
-                "streams or retry when they are done"
-            )
+    def is_full(self, tenant: str) -> bool:
+        """Whether appends of the tenant wait for room."""
+        return tenant in self._room
 
     def expect(self, append: Append) -> None:
         """Resolve an append, whose tokens are accepted, when its labels are there."""

@@ -87,7 +87,7 @@ def check_health(core: EngineCore, canary: Canary, timeout_s: float | None = Non
 def report(
     core: EngineCore | None, status: Status, note: str | None, canary_ms: float | None = None
 ) -> dict[str, Any]:
-    """What is known without running anything, as a plain dict; of no core (None) nothing. May be called from any thread."""
+    """What is known without running anything, as a plain dict. May be called from any thread."""
     last_error = last_end = None
     if core is not None:
         last_error, last_end = core.pipeline.last_error, core.pipeline.last_end
