@@ -138,22 +138,6 @@ class AsyncEngine:
             turn.add_done_callback(lambda _: timer.cancel())
         return stream  # type: ignore[no-any-return]
 
-    async def _fork(self, state: StreamState, stream_id: str | None) -> AsyncStream:
-        """See AsyncStream.fork."""
-        turn = self.calls.new_future()
-
-        def run() -> AsyncStream:
-            branch = self.engine.core.fork(state, stream_id)
-            ends = [wanted.position + 1 for wanted in branch.wanted if wanted.role == "user"]
-            self.thread.expect(Append(branch, turn, [], end=ends[-1] if ends else 0))
-            return AsyncStream(self, branch, turn, [])
-
-        try:
-            return await self.calls.call(run, state, is_skippable=True)  # type: ignore[no-any-return]
-        except BaseException:
-            self.calls.forget(turn)
-            raise
-
     # -- whole conversations -------------------------------------------------------------------------------
 
     async def moderate(self, messages: Messages, policy: Policy | None = None) -> Moderation:
@@ -224,7 +208,7 @@ class AsyncEngine:
         that nobody waits for any more closes its stream."""
         append = Append(state, turn, unrecorded, end=state.num_tokens)
         self.thread.expect(append)
-        return AsyncStream(self, state, turn, unrecorded), append
+        return AsyncStream(self, self.thread, state, turn, unrecorded), append
 
     # -- the engine itself ---------------------------------------------------------------------------------
 

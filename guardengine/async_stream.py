@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from guardengine.admission import check_timeout
 from guardengine.calls import Append, Future
 from guardengine.conversation import check_role
+from guardengine.engine_thread import EngineThread
 from guardengine.errors import GuardEngineError
 from guardengine.labels import Label, Role, Verdict
 from guardengine.state import StreamState
 from guardengine.stream import StreamView
-
-if TYPE_CHECKING:
-    from guardengine.async_engine import AsyncEngine
 
 
 class AsyncStream(StreamView):
@@ -27,10 +25,16 @@ class AsyncStream(StreamView):
     """
 
     def __init__(
-        self, engine: AsyncEngine, state: StreamState, turn: Future, unrecorded: list[Append]
+        self,
+        owner: object,
+        thread: EngineThread,
+        state: StreamState,
+        turn: Future,
+        unrecorded: list[Append],
     ) -> None:
         super().__init__(state)
-        self._engine, self._calls = engine, engine.calls
+        self._owner = owner  # which closes the engine when nobody holds it
+        self._thread, self._calls = thread, thread.calls
         self._turn = turn  # done when what fed the latest user turn is
         self._unrecorded = unrecorded
         weakref.finalize(self, self._calls.abandon, state).atexit = False
@@ -57,7 +61,7 @@ class AsyncStream(StreamView):
         where `max_waiting` appends wait to be accepted already.
         """
         calls = self._calls
-        ids = self._engine.engine.core.check_token_ids(token_ids)
+        ids = self._thread.core.check_token_ids(token_ids)
         check_role(role)
         timeout_s = None if timeout_s is None else check_timeout(timeout_s)
         calls.check_waiting()
@@ -85,12 +89,24 @@ class AsyncStream(StreamView):
 
         Labels that are pending will come into `labels` of both. Raises Overloaded, StreamClosed or ConfigError.
         """
-        return await self._engine._fork(self._state, stream_id)
+        parent, thread, turn = self._state, self._thread, self._calls.new_future()
+
+        def run() -> AsyncStream:
+            branch = thread.core.fork(parent, stream_id)
+            ends = [wanted.position + 1 for wanted in branch.wanted if wanted.role == "user"]
+            thread.expect(Append(branch, turn, [], end=ends[-1] if ends else 0))
+            return AsyncStream(self._owner, thread, branch, turn, [])
+
+        try:
+            return await self._calls.call(run, parent, is_skippable=True)  # type: ignore[no-any-return]
+        except BaseException:
+            self._calls.forget(turn)
+            raise
 
     async def rollback(self, num_tokens: int) -> None:
         """Drop the last `num_tokens` tokens with their labels, as `Stream.rollback`. It takes place when this is
         cancelled, too. Raises InvalidTokens or StreamClosed."""
-        thread, state = self._engine.thread, self._state
+        thread, state = self._thread, self._state
         await self._calls.call(lambda: thread.rollback(state, num_tokens), state)
 
     async def close(self) -> None:

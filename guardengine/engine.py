@@ -176,7 +176,9 @@ class Engine:
         """
         with self.core.gate:
             self.core.check_engine_open()
-            return check_health(self.core, self.canary, timeout_s and check_timeout(timeout_s))
+            if timeout_s is not None:
+                check_timeout(timeout_s)
+            return check_health(self.core, self.canary, timeout_s)
 
     def _stats(self) -> dict[str, Any]:
         core, runner = self.core, self.core.runner

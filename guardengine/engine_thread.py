@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 
 from guardengine.calls import Append, Call, Calls, Close, Message, Missed, Result
 from guardengine.conversation import feed_more
+from guardengine.core import EngineCore
 from guardengine.engine import Engine
 from guardengine.errors import Overloaded, StreamClosed
 from guardengine.isolation import step_apart
@@ -30,11 +31,12 @@ class EngineThread:
     """Starts with `load` and ends after `stop` or `abort`; the engine is closed then."""
 
     def __init__(self, load: Callable[[], Engine], calls: Calls) -> None:
+        self.core: EngineCore  # once the engine is loaded
         self.engine: Engine | None = None  # None: being loaded
         self.step_began: float | None = None  # time.monotonic() at the start of the step under way
         self.error: BaseException | None = None  # that ended it
         self.has_engine = threading.Event()  # or has failed to load it
-        self._load, self._calls = load, calls
+        self.calls, self._load = calls, load
         self._is_stopping = self._is_aborted = False
         self._results: list[Result] = []
         self._accepted: dict[StreamState, list[Append]] = {}  # whose labels are to come
@@ -48,12 +50,12 @@ class EngineThread:
     def stop(self) -> None:
         """End when everything that is pending is computed."""
         self._is_stopping = True
-        self._calls.wake()
+        self.calls.wake()
 
     def abort(self) -> None:
         """End after the step under way."""
         self._is_aborted = True
-        self._calls.wake()
+        self.calls.wake()
 
     # -- for calls that run here ---------------------------------------------------------------------------
 
@@ -70,7 +72,7 @@ class EngineThread:
 
     def rollback(self, state: StreamState, num_tokens: int) -> None:
         """Drop tokens. Appends end with the labels that they keep."""
-        self._core.rollback(state, num_tokens)
+        self.core.rollback(state, num_tokens)
         for append in self._accepted.get(state, ()):
             append.end = min(append.end or 0, state.num_tokens)
         self._resolve([state])
@@ -81,7 +83,7 @@ class EngineThread:
         reason: Exception = StreamClosed("the engine has been closed; make a new one")
         try:
             engine = self._load()
-            self._core, self._chat = engine.core, engine.chat
+            self.core, self._chat = engine.core, engine.chat
             with engine.core.gate:  # from now on no other thread gets in
                 self.engine = engine
                 self.has_engine.set()
@@ -99,21 +101,22 @@ class EngineThread:
                 if self.engine is not None:
                     self.engine.close()
             finally:
-                self._calls.end(reason)
+                self.calls.end(reason)
 
     def _serve(self, engine: Engine) -> None:
-        core, calls = self._core, self._calls
+        core, calls = self.core, self.calls
         while not self._is_aborted:
             num_in_flight = len(core.pipeline)
             for message in calls.take(0 if core.has_work or self._is_stopping else self._nap_s()):
                 self._receive(message)
-            self._retry()
             core.sweep()
+            self._retry()
             if len(core.pipeline) < num_in_flight:  # a call has landed them
                 self._resolve(list(self._accepted))
             self._hand_over()
             if core.has_work and not self._is_aborted:
                 self._step(engine)
+                self._retry()  # before sleep: what was computed has made room
                 self._hand_over()
             elif self._is_stopping and calls.is_quiet:
                 return
@@ -124,7 +127,7 @@ class EngineThread:
             labels, given_up = step_apart(engine.core, engine.canary)
         self.step_began = None
         streams = engine.core.streams
-        names = {label.stream_id for label in labels}  # the last token of an append has a label
+        names = dict.fromkeys(label.stream_id for label in labels)  # the last token of an append has a label
         self._resolve([streams[name] for name in names if name in streams])
         for state in given_up:
             for append in self._accepted.pop(state, ()):
@@ -149,14 +152,14 @@ class EngineThread:
 
     def _hand_over(self) -> None:
         results, self._results = self._results, []
-        if not self._calls.post(results):
+        if not self.calls.post(results):
             logger.error("the event loop was closed before its AsyncEngine; closing the engine")
             self._is_aborted = True
 
     def _nap_s(self) -> float | None:
         """How long to sleep at most, so that idle streams are closed at about their time."""
-        ttl = self._core.options.idle_ttl_s
-        if ttl is None or not len(self._core.residency.idle):
+        ttl = self.core.options.idle_ttl_s
+        if ttl is None or not len(self.core.residency.idle):
             return None
         return min(max(ttl / 4, _LEAST_NAP_S), _LONGEST_NAP_S)
 
@@ -197,9 +200,9 @@ class EngineThread:
 
     def _accept(self, append: Append) -> bool:
         """Feed an append's tokens; False: there is no room for them now."""
-        if not self._calls.claim(append):
+        if not self.calls.claim(append):
             return True  # it was withdrawn
-        core, state = self._core, append.state
+        core, state = self.core, append.state
         start, num_refused = state.num_tokens, core.counters["refused"]
         try:
             core.check_open(state)
@@ -210,9 +213,9 @@ class EngineThread:
             append.is_refused = True
             if append.failure is not None:  # its deadline came while nobody had time for it
                 append.failure = "overload"
-            self._calls.unaccepted.add(append)
+            self.calls.unaccepted.add(append)
             # Cancelled or expired meanwhile: its owner may have tried to claim it just now, in vain.
-            return append.future.done() and self._calls.claim(append)
+            return append.future.done() and self.calls.claim(append)
         except Exception as error:
             self._results.append((append.future, None, error))
         else:
@@ -233,7 +236,7 @@ class EngineThread:
 
     def _close(self, close: Close) -> None:
         state = close.state
-        self._core.close_stream(state)
+        self.core.close_stream(state)
         waiting = self._room.pop(state.tenant, deque())
         left = deque(call for call in waiting if call.state is not state)
         if left:
@@ -241,7 +244,7 @@ class EngineThread:
         dropped: list[Append | Call] = [call for call in waiting if call.state is state]
         for call in dropped + self._accepted.pop(state, []):
             if isinstance(call, Append):
-                self._calls.claim(call)
+                self.calls.claim(call)
             if call.future is not None:
                 reason = StreamClosed(f"{state.stream_id} was closed before this call was done")
                 self._results.append((call.future, None, reason))
@@ -250,5 +253,5 @@ class EngineThread:
 
     def _record(self, append: Append) -> None:
         if append.failure is not None and not append.state.is_closed:
-            self._core.fail(append.state, append.failure)
+            self.core.fail(append.state, append.failure)
         append.is_recorded = True

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from guardengine.core import EngineCore
-from guardengine.health import Canary
+from guardengine.health import Canary, describe
 from guardengine.labels import Label
 from guardengine.state import StreamState
 
@@ -28,7 +28,7 @@ def step_apart(core: EngineCore, canary: Canary) -> tuple[list[Label], list[Stre
             last_error = error
             if not core.pipeline.suspects:  # not the model: the books cannot be trusted any more
                 raise
-            logger.warning("a step of %d streams failed", len(core.pipeline.suspects), exc_info=error)
+            logger.warning("a step of %d streams failed: %s", len(core.pipeline.suspects), describe(error))
     suspects = list(core.pipeline.suspects)
     labels: list[Label] = []
     culprits = suspects
@@ -42,11 +42,11 @@ def step_apart(core: EngineCore, canary: Canary) -> tuple[list[Label], list[Stre
     if len(culprits) < len(suspects):  # the model works
         core.pipeline.last_error = None
     logger.error(
-        "gave up the pending tokens of %d of %d streams (%s): %s",
+        "gave up the pending tokens of %d of %d streams (%s)",
         len(culprits),
         len(suspects),
         ", ".join(stream.stream_id for stream in culprits[:8]),
-        last_error,
+        exc_info=last_error,
     )
     return labels, culprits
 

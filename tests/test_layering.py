@@ -21,6 +21,7 @@ MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 TORCH_FREE = (
     "admission",
     "block_pool",
+    "calls",
     "config",
     "conversation",
     "deadlines",
@@ -52,14 +53,16 @@ LAYERS = (
         "gate",
         "step_times",
     ),
-    ("weights", "chat", "batch", "block_pool", "admission"),
+    ("weights", "chat", "batch", "block_pool", "admission", "calls"),
     ("model", "conversation", "machine", "residency"),
     ("runner", "readout"),
     ("pipeline", "cpu_runner"),
     ("core",),
-    ("stream", "loading", "whole_streams"),
-    ("engine",),
-    ("compat",),
+    ("stream", "loading", "whole_streams", "health"),
+    ("engine", "isolation"),
+    ("compat", "engine_thread"),
+    ("async_stream",),
+    ("async_engine",),
 )
 
 
