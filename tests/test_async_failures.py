@@ -26,6 +26,11 @@ async def failures(engine: AsyncEngine) -> dict[str, int]:
     return (await engine.stats())["failures"]
 
 
+def lenient(**options) -> Policy:
+    """A policy that lets whatever random weights say pass."""
+    return Policy.strict(debounce=1000, risk_thresholds={"Unsafe": 1.0, "Controversial": 1.0}, **options)
+
+
 async def opened(engine: AsyncEngine, count: int, **options) -> list[AsyncStream]:
     streams = [await engine.open(token_ids=[1, 2 + i], **options) for i in range(count)]
     for stream in streams:
@@ -80,9 +85,7 @@ def test_appends_wait_for_kv_blocks(tiny) -> None:
 @pytest.mark.parametrize(("option", "action"), [("closed", "block"), ("open", "allow")])
 def test_no_room_in_time(tiny, option: str, action: str) -> None:
     async def use(engine: AsyncEngine, launches: Launches) -> None:
-        policy = Policy.strict(
-            on_overload=option, debounce=1000, risk_thresholds={"Unsafe": 1.0, "Controversial": 1.0}
-        )
+        policy = lenient(on_overload=option)
         busy, full = await opened(engine, 2, policy=policy)
         launches.fails = is_poisoned
         assert await busy.append([POISON] * 15) == []  # parked: its tokens stay pending
@@ -120,7 +123,10 @@ def test_other_tenants_are_not_held_up(tiny) -> None:
         await (await engine.open(token_ids=[1], tenant="other")).close()
         assert not waiting.done()
         back = asyncio.create_task(mine.rollback(3))  # after the append before it
-        await settled_but_for(engine, 1)
+        refused = (await engine.stats())["refused"]
+        for _ in range(5):  # the thread comes round, and tries again
+            assert (await engine.stats())["appends_waiting"] == 1
+        assert (await engine.stats())["refused"] == refused == 1
         assert not back.done()
         waiting.cancel()
         await back
@@ -129,9 +135,24 @@ def test_other_tenants_are_not_held_up(tiny) -> None:
     with_engine(tiny, use, max_pending_tokens_per_tenant=20)
 
 
-async def settled_but_for(engine: AsyncEngine, num_waiting: int) -> None:
-    while (await engine.stats())["appends_waiting"] != num_waiting:
-        await asyncio.sleep(0.001)
+def test_no_room_when_its_turn_comes_too_late(tiny) -> None:
+    async def use(engine: AsyncEngine, launches: Launches) -> None:
+        busy, full, other = await opened(engine, 3, policy=lenient())
+        launches.fails = is_poisoned
+        await busy.append([POISON] * 15)
+        launches.hold()
+        step = asyncio.create_task(other.append([3]))
+        await launches.until_held()
+        assert await full.append(ids(9), timeout_s=0.01) == []
+        assert full.verdict.rule == "timeout"  # as far as one can tell
+        launches.may_run.set()
+        await step
+        await settled(engine)
+        assert full.token_ids == [1, 3]
+        assert full.verdict.rule == "overload"
+        assert (await failures(engine)) == {"error-closed": 1, "overload-closed": 1}
+
+    with_engine(tiny, use, max_pending_tokens=20)
 
 
 def test_too_many_appends_are_refused_at_once(tiny) -> None:
@@ -159,9 +180,7 @@ def test_labels_that_come_too_late(tiny, option: str, rule: str) -> None:
     """In a step that hangs: what is under way, what is queued behind it, and what a stream was opened with."""
 
     async def use(engine: AsyncEngine, launches: Launches) -> None:
-        policy = Policy.strict(
-            on_timeout=option, debounce=1000, risk_thresholds={"Unsafe": 1.0, "Controversial": 1.0}
-        )
+        policy = lenient(on_timeout=option)
         first, second = await opened(engine, 2, policy=policy)
         launches.hold()
         third = await engine.open(token_ids=[1], policy=policy, timeout_s=0.03)
@@ -357,9 +376,7 @@ def test_random_cancellations(tiny, seed: int) -> None:
 )
 def test_one_poisoned_stream(tiny, option: str, rule: str, max_in_flight: int) -> None:
     async def use(engine: AsyncEngine, launches: Launches) -> None:
-        policy = Policy.strict(
-            on_error=option, debounce=1000, risk_thresholds={"Unsafe": 1.0, "Controversial": 1.0}
-        )
+        policy = lenient(on_error=option)
         streams = await opened(engine, 33, policy=policy)
         twins = await opened(engine, 33, policy=policy)
         expected = await asyncio.gather(*(stream.append([5, 6]) for stream in twins))

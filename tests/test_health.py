@@ -36,6 +36,17 @@ def test_a_canary_disturbs_nobody(tiny) -> None:
         engine.health()
 
 
+def test_a_canary_runs_after_the_steps_in_flight(tiny) -> None:
+    with sync_engine(tiny, max_num_batched_tokens=16) as engine:
+        Launches(engine, max_in_flight=2)
+        stream = engine.open(token_ids=list(range(60)))
+        engine.step()
+        assert len(engine.core.pipeline) == 1
+        assert engine.health()["status"] == "ok"
+        assert len(engine.core.pipeline) == 0
+        assert [label.stream_id for label in engine.run()] == [stream.stream_id]
+
+
 def test_a_slow_canary_is_a_stall(tiny) -> None:
     with sync_engine(tiny) as engine:
         assert engine.health(timeout_s=1e-9)["status"] == "stalled"
