@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guardengine import AsyncEngine, Engine, Label
+from guardengine import AsyncEngine, AsyncStream, Engine, Label, Policy
 from guardengine.batch import Batch
 
 BLOCK = 16
@@ -99,6 +100,26 @@ def with_engine(
         assert not engine.calls._futures
 
     asyncio.run(main())
+
+
+async def failures(engine: AsyncEngine) -> dict[str, int]:
+    return (await engine.stats())["failures"]
+
+
+def lenient(**options: Any) -> Policy:
+    """A policy that lets whatever random weights say pass."""
+    return Policy.strict(debounce=1000, risk_thresholds={"Unsafe": 1.0, "Controversial": 1.0}, **options: Any)
+
+
+async def opened(engine: AsyncEngine, count: int, **options: Any) -> list[AsyncStream]:
+    streams = [await engine.open(token_ids=[1, 2 + i], **options: Any) for i in range(count)]
+    for stream in streams:
+        await stream.prompt()
+    return streams
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(400), k=length)
 
 
 async def settled(engine: AsyncEngine) -> None:
