@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from guardengine.admission import Ticket, check_timeout
+from guardengine.admission import check_timeout
 from guardengine.async_stream import AsyncStream
 from guardengine.calls import Append, Call, Calls, Future
 from guardengine.conversation import Feed
@@ -21,7 +21,7 @@ from guardengine.health import describe, report
 from guardengine.labels import Moderation, Role
 from guardengine.policy import Policy
 from guardengine.state import StreamState
-from guardengine.whole_streams import has_room, moderation
+from guardengine.whole_streams import moderation, open_feed
 
 MAX_WAITING = 4096
 
@@ -190,12 +190,10 @@ class AsyncEngine:
     ) -> dict[Future, tuple[int, AsyncStream]]:
         """Open as many as there is room for. On the thread."""
         core, opened = self.engine.core, dict[Future, tuple[int, AsyncStream]]()
-        core.sweep()
-        while to_do and not self.thread.is_full("") and has_room(core, len(to_do[0][1].token_ids)):
+        while to_do and not self.thread.is_full(""):
             index, feed, turn = to_do[0]
-            try:
-                state = core.open(feed, Ticket(policy))
-            except Overloaded:  # idle streams' blocks turned out to be shared
+            state = open_feed(core, feed, policy, must=False)
+            if state is None:
                 break
             to_do.popleft()
             opened[turn] = (index, self._opened(state, turn, [])[0])

@@ -128,7 +128,7 @@ class AsyncStream(StreamView):
         policy_state = state.policy_states[-1][1]
         for append in unrecorded:
             if append.failure is not None:
-                policy_state = policy.fail(policy_state, append.failure, state.num_response_tokens)
+                policy_state = policy.fail(policy_state, append.failure, state.num_assistant_tokens)
         return policy.verdict(policy_state)
 
     async def __aenter__(self) -> AsyncStream:

@@ -32,6 +32,11 @@ from guardengine.scheduler import Scheduler
 from guardengine.state import StreamState
 from guardengine.token_ids import check_token_ids
 
+_COUNTERS = (
+    *("steps", "tokens_computed", "tokens_recomputed", "labels"),
+    *("streams_opened", "forks", "rollbacks", "refused", "expired"),
+)
+
 
 class EngineCore:
     """Streams, their KV blocks and the queue of pending tokens around one Runner."""
@@ -49,19 +54,7 @@ class EngineCore:
         self.runner, self.pool, self.options, self.clock = runner, pool, options, clock
         self.max_model_len = max_model_len
         self.streams: dict[str, StreamState] = {}
-        self.counters = dict.fromkeys(
-            (
-                "steps",
-                "tokens_computed",
-                "labels",
-                "streams_opened",
-                "forks",
-                "rollbacks",
-                "refused",
-                "expired",
-            ),
-            0,
-        )
+        self.counters = dict.fromkeys(_COUNTERS, 0)
         self.failures: dict[str, int] = {}  # "timeout-closed": streams that failed so, by kind and policy
         self.admission = Admission(options)
         self.gate = Gate()
@@ -91,6 +84,7 @@ class EngineCore:
         exception from the model changes nothing: the same tokens are pending still.
         """
         self.check_engine_open()
+        self.sweep()  # may land steps and drop labels, so before undelivered ones are taken
         labels, self._undelivered = self._undelivered, []
         try:
             return labels + self._step()
@@ -119,11 +113,11 @@ class EngineCore:
 
     def step_for(self, states: Sequence[StreamState]) -> None:
         """One step whose labels of other streams are kept for the next `step`."""
+        self.sweep()
         self._undelivered += self._step()
         self._forget_labels_of(states)
 
     def _step(self) -> list[Label]:
-        self.sweep()
         self.pipeline.fill()
         finished = self.pipeline.finish_oldest() if len(self.pipeline) else []
         self.counters["steps"] += bool(finished)
@@ -136,8 +130,11 @@ class EngineCore:
         self._expire_deadlines(now)  # before these labels count: they came too late for what was due by now
         found, self._found = self._found, {}
         emitted: list[Label] = []
-        for stream, num_tokens, labels in (*found.values(), *finished):
+        for index, (stream, num_tokens, labels) in enumerate((*found.values(), *finished)):
             num_computed = stream.num_computed_tokens
+            if index >= len(found) and stream.num_seen_tokens > num_computed:
+                again = min(num_tokens, stream.num_seen_tokens - num_computed)
+                self.counters["tokens_recomputed"] += again
             stream.advance(num_tokens, labels)
             self.residency.publish(stream, num_computed)
             self._settle_books(stream, now)
@@ -187,15 +184,15 @@ class EngineCore:
         was_idle = state in self.residency.idle
         self.residency.idle.discard(state)
         try:
-            more = state.num_pending_tokens - (0 if is_new else self.admission.pending_of(state))
-            self.admission.check_pending(state.tenant, more)
+            # Not what is to be computed again: losing its blocks must not lock a stream out.
+            self.admission.check_pending(state.tenant, len(feed.token_ids))
             found = self.residency.take(state, is_new=is_new)
         except BaseException as error:
             del state.token_ids[num_tokens:], state.wanted[num_wanted:]
             del state.block_digests[num_tokens // self.pool.block_size :]
             if was_idle:
                 self.residency.idle.add(state, self.clock())
-            self.counters["refused"] += isinstance(error, Overloaded)
+            self.counters["refused"] += isinstance(error, Overloaded | StreamTooLong)
             raise
         state.turns = feed.turns
         if is_new:
@@ -203,7 +200,7 @@ class EngineCore:
         if found:
             self._found[state.stream_id] = found
         if deadline is not None:
-            self._deadlines.add(state, state.num_tokens, deadline)
+            self._deadlines.add(state, num_tokens, state.num_tokens, deadline)
         self._settle_books(state, self.clock())
 
     def fork(self, parent: StreamState, stream_id: str | None = None) -> StreamState:
@@ -220,7 +217,7 @@ class EngineCore:
         found = self._found.get(parent.stream_id)
         found = found and found.of(branch)
         try:
-            self.admission.check_pending(branch.tenant, branch.num_pending_tokens)
+            self.admission.check_pending(branch.tenant, branch.num_tokens - branch.num_seen_tokens)
             if branch.num_pending_tokens:
                 found = self.residency.take(branch, is_new=True) or found
         except BaseException as error:
@@ -230,6 +227,7 @@ class EngineCore:
         self._register(branch)
         if found:
             self._found[branch.stream_id] = found
+        self._deadlines.inherit(branch, parent)
         self._settle_books(branch, self.clock())
         self.counters["forks"] += 1
         return branch
@@ -249,9 +247,13 @@ class EngineCore:
             turns, remaining = cut_turns(turns, remaining)
         self.land()
         state.turns = turns
-        if found := self._found.pop(state.stream_id, None):
-            self._found[state.stream_id] = found.cut(remaining)
         state.truncate(remaining, self.pool.block_size)
+        if found := self._found.pop(state.stream_id, None):
+            found = found.cut(remaining)
+            if state.is_idle:  # it was preempted, and no label of what is left is to come
+                state.advance(found.num_tokens, [])
+            else:
+                self._found[state.stream_id] = found
         self.pool.shrink(state, remaining)
         self._forget_undelivered(state, remaining)
         self._deadlines.drop(state, remaining)
@@ -371,13 +373,11 @@ class EngineCore:
     def _settle_books(self, state: StreamState, now: float) -> None:
         """Put a stream where it belongs by now: into the queue or among the idle ones."""
         self.admission.update(state)
+        self.scheduler.update(state)
         if state.is_idle:
-            self.scheduler.discard(state)
             self.residency.idle.add(state, now)
         else:
             self.residency.idle.discard(state)
-            if state.num_unscheduled_tokens:
-                self.scheduler.add(state)
 
     def _check_own(self, state: StreamState) -> None:
         if self.streams.get(state.stream_id) is not state:

@@ -16,6 +16,7 @@ from guardengine.core import EngineCore
 from guardengine.errors import ConfigError, InvalidText
 from guardengine.health import Canary, check_health
 from guardengine.hub import resolve_checkpoint
+from guardengine.kernels import backend_of
 from guardengine.labels import Label, Moderation, Role
 from guardengine.loading import choose_backend, load_engine
 from guardengine.policy import Policy
@@ -23,6 +24,8 @@ from guardengine.stream import Stream
 from guardengine.whole_streams import moderation, run_feeds
 
 logger = logging.getLogger("guardengine")
+
+_MAX_CHECKED = 64  # policies that are remembered
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -37,7 +40,11 @@ class Engine:
     def __init__(self, core: EngineCore, chat: ChatTemplate | None, heads: GuardHeadsConfig) -> None:
         self.core = core
         self.canary = Canary(core)
-        self.chat, self._heads = chat, heads
+        self._chat, self._heads = chat, heads
+        self._default_policy = Policy.strict()
+        self._checked_policies: dict[
+            int, Policy
+        ] = {}  # by id: policies do not change, checks need not be repeated
 
     @staticmethod
     def from_pretrained(
@@ -68,7 +75,7 @@ class Engine:
             progress=progress,
         )
         engine = Engine(*loaded)
-        logger.info("loaded %s: %s", path_or_id, engine.stats())
+        logger.info("loaded %s: %s", path_or_id, engine._stats())  # not a first use: no owner yet
         return engine
 
     # -- streams -------------------------------------------------------------------------------------------
@@ -111,7 +118,7 @@ class Engine:
             else:
                 feed = self._feed_messages(messages, is_complete=False)
             ticket = Ticket(self._checked(policy), stream_id, tenant, cache_salt, priority)
-            return Stream(core, self.chat, core.open(feed, ticket, timeout_s))
+            return Stream(core, self._chat, core.open(feed, ticket, timeout_s))
 
     def step(self) -> list[Label]:
         """Run one batched forward over all streams with pending tokens and return the labels that it completed.
@@ -201,7 +208,7 @@ class Engine:
             "block_size": pool.block_size,
             "max_model_len": core.max_model_len,
             "max_num_streams": core.options.max_num_streams,
-            "backend": runner.ops.__name__.rpartition(".")[2],
+            "backend": backend_of(runner.ops),
             "device": str(runner.device),
             "isa": runner.isa,
             "dtype": str(runner.dtype).removeprefix("torch."),
@@ -230,7 +237,9 @@ class Engine:
     # -- internals -----------------------------------------------------------------------------------------
 
     def _checked(self, policy: Policy | None) -> Policy:
-        policy = Policy.strict() if policy is None else policy
+        policy = self._default_policy if policy is None else policy
+        if self._checked_policies.get(id(policy)) is policy:
+            return policy
         if not isinstance(policy, Policy):
             raise ConfigError(f"policy={policy!r}: a Policy is needed, such as Policy.strict()")
         heads = self._heads
@@ -238,6 +247,9 @@ class Engine:
             tuple(dict.fromkeys(heads.response_risks + heads.query_risks)),
             tuple(dict.fromkeys(heads.response_categories + heads.query_categories)),
         )
+        if len(self._checked_policies) >= _MAX_CHECKED:
+            self._checked_policies.clear()
+        self._checked_policies[id(policy)] = policy
         return policy
 
     def _feed_conversations(self, conversations: Sequence[Messages]) -> list[Feed]:
@@ -254,9 +266,9 @@ class Engine:
         return feeds
 
     def _feed_messages(self, messages: Messages | None, *, is_complete: bool) -> Feed:
-        if self.chat is None:
+        if self._chat is None:
             raise ConfigError(
                 "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "
                 "add Qwen3's tokenizer.json to it, or pass token ids"
             )
-        return feed_messages(self.chat, messages, is_complete=is_complete, max_tokens=self.core.max_model_len)
+        return feed_messages(self._chat, messages, is_complete=is_complete, max_tokens=self.core.max_model_len)

@@ -11,12 +11,13 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 from guardengine.batch import build_batch
 from guardengine.labels import Label
-from guardengine.readout import Readout
-from guardengine.runner import Launched, Runner
+from guardengine.readout import Reading, Readout
+from guardengine.runner import Launched, Runner, Scores
 from guardengine.scheduler import Chunk, Scheduler
 from guardengine.state import StreamState, Wanted
 from guardengine.step_times import StepTimes
@@ -84,9 +85,7 @@ class Pipeline:
         """Wait for the oldest step. When it raises, every step in flight is given up and nothing was computed."""
         step = self._in_flight[0]
         try:
-            scores = step.launched.wait()
-            logits = scores.logits
-            probs = self._readout.probabilities(logits) if scores.probs is None else scores.probs
+            finished = self._read(step, step.launched.wait())
         except BaseException as error:
             self._abandon()
             self._blame(step.chunks, error)
@@ -99,17 +98,19 @@ class Pipeline:
         began = step.began if self.last_end is None else max(step.began, self.last_end)
         self._step_times.observe(num_tokens, now - began)
         self.last_end = now
+        return finished
+
+    def _read(self, step: _Step, scores: Scores) -> list[Finished]:
+        logits = scores.logits
+        probs = self._readout.probabilities(logits) if scores.probs is None else scores.probs
+        readings = [
+            Reading(row, stream.stream_id, role, position, stream.token_ids[position])
+            for (stream, _, _), rows in zip(step.chunks, step.wanted, strict=True)
+            for row, (position, role) in rows
+        ]
+        labels = iter(self._readout.labels(readings, logits, probs))
         return [
-            Finished(
-                stream,
-                num_tokens,
-                [
-                    self._readout.label(
-                        stream.stream_id, role, position, stream.token_ids[position], logits[row], probs[row]
-                    )
-                    for row, (position, role) in rows
-                ],
-            )
+            Finished(stream, num_tokens, list(islice(labels, len(rows))))
             for (stream, _, num_tokens), rows in zip(step.chunks, step.wanted, strict=True)
         ]
 
@@ -119,9 +120,11 @@ class Pipeline:
     def _abandon(self) -> None:
         while self._in_flight:
             step = self._in_flight.pop()
-            with contextlib.suppress(Exception):
-                step.launched.wait()  # until it no longer touches the cache
-            self._scheduler.requeue(step.chunks)
+            try:
+                with contextlib.suppress(Exception):
+                    step.launched.wait()  # until it no longer touches the cache
+            finally:
+                self._scheduler.requeue(step.chunks)
 
     def _blame(self, chunks: list[Chunk], error: BaseException) -> None:
         self.last_error, self.suspects = error, [chunk.stream for chunk in chunks]

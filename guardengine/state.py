@@ -75,16 +75,18 @@ class StreamState:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens to compute, those of dropped blocks included."""
-        return 0 if self.is_idle else len(self.token_ids) - self.num_computed_tokens
+        num_tokens = len(self.token_ids)
+        return 0 if self.num_seen_tokens == num_tokens else num_tokens - self.num_computed_tokens
 
     @property
     def num_unscheduled_tokens(self) -> int:
         """Pending tokens that no step has been given yet."""
-        return 0 if self.is_idle else len(self.token_ids) - self.num_scheduled_tokens
+        num_tokens = len(self.token_ids)
+        return 0 if self.num_seen_tokens == num_tokens else num_tokens - self.num_scheduled_tokens
 
     @property
-    def num_response_tokens(self) -> int:
-        """Tokens of the assistant's that have a label or wait for one."""
+    def num_assistant_tokens(self) -> int:
+        """Tokens that have an assistant's label, or will."""
         return len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted[:])
 
     @property
@@ -118,7 +120,7 @@ class StreamState:
     def fail(self, failure: Failure) -> None:
         """Record that accepted tokens went unjudged; what that means is the policy's choice."""
         position, state = self.policy_states[-1]
-        self.policy_states.append((position, self.policy.fail(state, failure, self.num_response_tokens)))
+        self.policy_states.append((position, self.policy.fail(state, failure, self.num_assistant_tokens)))
 
     def drop_blocks(self) -> None:
         """Forget that anything is in the cache; ids, labels and what was seen stay."""
@@ -135,6 +137,10 @@ class StreamState:
             del labels[bisect_left(labels, num_tokens, key=_position_of_label) :]
         del self.policy_states[bisect_left(self.policy_states, num_tokens, key=lambda entry: entry[0]) :]
         del self.wanted[bisect_left(self.wanted, num_tokens, key=_position) :]
+        # A failure that was let pass cleared tokens before they were computed: not those that come in their place.
+        position, state = self.policy_states[-1]
+        cleared = min(state.cleared, self.num_assistant_tokens)
+        self.policy_states[-1] = (position, state._replace(cleared=cleared))
 
     def copy(self, stream_id: str) -> StreamState:
         """A branch with the same history, without a block table and with nothing computed."""

@@ -108,11 +108,11 @@ async def failures(engine: AsyncEngine) -> dict[str, int]:
 
 def lenient(**options: Any) -> Policy:
     """A policy that lets whatever random weights say pass."""
-    return Policy.strict(debounce=1000, risk_thresholds={"Unsafe": 1.0, "Controversial": 1.0}, **options: Any)
+    return Policy.strict(debounce=1000, risk_thresholds={"Unsafe": 1.0, "Controversial": 1.0}, **options)
 
 
 async def opened(engine: AsyncEngine, count: int, **options: Any) -> list[AsyncStream]:
-    streams = [await engine.open(token_ids=[1, 2 + i], **options: Any) for i in range(count)]
+    streams = [await engine.open(token_ids=[1, 2 + i], **options) for i in range(count)]
     for stream in streams:
         await stream.prompt()
     return streams
