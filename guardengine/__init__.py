@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from guardengine._version import __version__
 
 if TYPE_CHECKING:
+    from guardengine.async_engine import AsyncEngine
+    from guardengine.async_stream import AsyncStream
     from guardengine.compat import AutoGuard
     from guardengine.config import EngineConfig, ModelConfig
     from guardengine.engine import Engine
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
         Overloaded,
         StreamClosed,
         StreamTooLong,
+        WrongLoop,
         WrongThread,
     )
     from guardengine.labels import Label, Moderation, Verdict
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from guardengine.stream import Stream
 
 _HOME = {
+    "AsyncEngine": "async_engine",
+    "AsyncStream": "async_stream",
     "AutoGuard": "compat",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -49,10 +54,13 @@ _HOME = {
     "StreamClosed": "errors",
     "StreamTooLong": "errors",
     "Verdict": "labels",
+    "WrongLoop": "errors",
     "WrongThread": "errors",
 }
 
 __all__ = [
+    "AsyncEngine",
+    "AsyncStream",
     "AutoGuard",
     "CheckpointError",
     "ConfigError",
@@ -71,6 +79,7 @@ __all__ = [
     "StreamClosed",
     "StreamTooLong",
     "Verdict",
+    "WrongLoop",
     "WrongThread",
     "__version__",
 ]

@@ -61,10 +61,8 @@ class EngineCore:
         self._reserve_blocks = int(options.kv_reserve * pool.num_blocks)
         self.residency = Residency(pool, self._reserve_blocks, lambda *blocks: runner.copy_block(*blocks))
         self._vocab_size = config.vocab_size
-        self._scheduler = Scheduler(options.max_num_batched_tokens)
-        self._pipeline = Pipeline(
-            runner, readout, self._scheduler, pool.block_size, options.max_step_ms, clock
-        )
+        self.scheduler = Scheduler(options.max_num_batched_tokens)
+        self.pipeline = Pipeline(runner, readout, self.scheduler, pool.block_size, options.max_step_ms, clock)
         self._deadlines = Deadlines()
         self._names = itertools.count()
         self._found: dict[str, Found] = {}  # by stream: counts as computed with the next `step`
@@ -77,7 +75,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to deliver."""
-        return bool(self._undelivered or self._found or len(self._scheduler))
+        return bool(self._undelivered or self._found or len(self.scheduler))
 
     def step(self) -> list[Label]:
         """Run one batched forward over streams with pending tokens; returns the labels that came with it.
@@ -120,8 +118,8 @@ class EngineCore:
         self._forget_labels_of(states)
 
     def _step(self) -> list[Label]:
-        self._pipeline.fill()
-        finished = self._pipeline.finish_oldest() if len(self._pipeline) else []
+        self.pipeline.fill()
+        finished = self.pipeline.finish_oldest() if len(self.pipeline) else []
         self.counters["steps"] += bool(finished)
         self.counters["tokens_computed"] += sum(chunk.num_tokens for chunk in finished)
         return self._record(finished)
@@ -144,14 +142,14 @@ class EngineCore:
         self.counters["labels"] += len(emitted)
         return emitted
 
-    def _land(self) -> None:
+    def land(self) -> None:
         """Finish steps in flight, so that books and blocks may be changed; their labels come with the next `step`.
 
         A failure is left to the next `step`, which runs the same tokens again.
         """
-        while len(self._pipeline):
+        while len(self.pipeline):
             with contextlib.suppress(Exception):
-                self._undelivered += self._record(self._pipeline.finish_oldest())
+                self._undelivered += self._record(self.pipeline.finish_oldest())
 
     # -- streams -------------------------------------------------------------------------------------------
 
@@ -208,7 +206,7 @@ class EngineCore:
     def fork(self, parent: StreamState, stream_id: str | None = None) -> StreamState:
         """Branch off a stream that shares the parent's computed blocks. Raises as `open` does."""
         self.check_open(parent)
-        self._land()
+        self.land()
         ticket = Ticket(parent.policy, stream_id, parent.tenant, None, parent.priority)
         branch = parent.copy(self._admit(ticket))
         shared = parent.block_table[: self.pool.blocks_for(parent.num_scheduled_tokens)]
@@ -247,7 +245,7 @@ class EngineCore:
         turns = state.turns
         if turns is not None:
             turns, remaining = cut_turns(turns, remaining)
-        self._land()
+        self.land()
         state.turns = turns
         state.truncate(remaining, self.pool.block_size)
         if found := self._found.pop(state.stream_id, None):
@@ -267,10 +265,10 @@ class EngineCore:
         if state.is_closed:
             return
         self._check_own(state)
-        self._land()
+        self.land()
         state.is_closed = True
         self._found.pop(state.stream_id, None)
-        self._scheduler.discard(state)
+        self.scheduler.discard(state)
         self.residency.idle.discard(state)
         self.pool.shrink(state, 0)
         self._forget_undelivered(state, 0)
@@ -341,7 +339,7 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless block tables, reference counts, free list and queue agree."""
         self.pool.check_integrity(self.streams.values())
-        self._scheduler.check_integrity(self.streams.values())
+        self.scheduler.check_integrity(self.streams.values())
         self.admission.check_integrity(self.streams.values())
         self.residency.idle.check_integrity(self.streams.values())
 
@@ -375,7 +373,7 @@ class EngineCore:
     def _settle_books(self, state: StreamState, now: float) -> None:
         """Put a stream where it belongs by now: into the queue or among the idle ones."""
         self.admission.update(state)
-        self._scheduler.update(state)
+        self.scheduler.update(state)
         if state.is_idle:
             self.residency.idle.add(state, now)
         else:

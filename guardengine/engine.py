@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from guardengine._version import __version__
-from guardengine.admission import Ticket
+from guardengine.admission import Ticket, check_timeout
 from guardengine.chat import ChatTemplate
 from guardengine.config import EngineConfig, GuardHeadsConfig
 from guardengine.conversation import Feed, feed_ids, feed_messages
 from guardengine.core import EngineCore
 from guardengine.errors import ConfigError, InvalidText
+from guardengine.health import Canary, check_health
 from guardengine.hub import resolve_checkpoint
 from guardengine.kernels import backend_of
 from guardengine.labels import Label, Moderation, Role
 from guardengine.loading import choose_backend, load_engine
 from guardengine.policy import Policy
 from guardengine.stream import Stream
-from guardengine.whole_streams import run_feeds
+from guardengine.whole_streams import moderation, run_feeds
 
 logger = logging.getLogger("guardengine")
 
@@ -38,6 +39,7 @@ class Engine:
 
     def __init__(self, core: EngineCore, chat: ChatTemplate | None, heads: GuardHeadsConfig) -> None:
         self.core = core
+        self.canary = Canary(core)
         self._chat, self._heads = chat, heads
         self._default_policy = Policy.strict()
         self._checked_policies: dict[
@@ -151,16 +153,15 @@ class Engine:
         """
         with self.core.gate:
             self.core.check_engine_open()
-            policy = self._checked(policy)
-            states = run_feeds(self.core, self._feed_conversations(conversations), policy)
-        return [
-            Moderation(
-                prompt=state.prompt_labels[-1],
-                response=policy.judge(state.labels) if state.labels else None,
-                labels=state.labels,
-            )
-            for state in states
-        ]
+            checked, feeds = self.prepare_conversations(conversations, policy)
+            states = run_feeds(self.core, feeds, checked)
+        return [moderation(state, checked) for state in states]
+
+    def prepare_conversations(
+        self, conversations: Sequence[Messages], policy: Policy | None
+    ) -> tuple[Policy, list[Feed]]:
+        """What `moderate_many` runs. For any thread; raises as it does, before anything is computed."""
+        return self._checked(policy), self._feed_conversations(conversations)
 
     # -- the engine itself ---------------------------------------------------------------------------------
 
@@ -170,6 +171,21 @@ class Engine:
             self.core.check_engine_open()
             self.core.sweep()
             return self._stats()
+
+    def health(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """Run one token through the model, beside all streams, and report as a plain dict.
+
+        status: "ok"; "failing", when that raised, was not finite or, on the cpu backend, differs in a bit from the
+        first time; "stalled", when it took longer than `timeout_s`. note: why, in words. canary_ms: how long it took.
+        last_error: the newest step's, None when that went well. last_step_age_s: since the newest step that went well.
+
+        Where no KV block is free nothing is run, the note says so, and the newest step decides. Raises StreamClosed.
+        """
+        with self.core.gate:
+            self.core.check_engine_open()
+            if timeout_s is not None:
+                check_timeout(timeout_s)
+            return check_health(self.core, self.canary, timeout_s)
 
     def _stats(self) -> dict[str, Any]:
         core, runner = self.core, self.core.runner
@@ -255,6 +271,4 @@ class Engine:
                 "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "
                 "add Qwen3's tokenizer.json to it, or pass token ids"
             )
-        return feed_messages(
-            self._chat, messages, is_complete=is_complete, max_tokens=self.core.max_model_len
-        )
+        return feed_messages(self._chat, messages, is_complete=is_complete, max_tokens=self.core.max_model_len)

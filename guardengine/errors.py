@@ -41,6 +41,10 @@ class WrongThread(GuardEngineError):
     """A call from a thread that does not own the engine, or from inside another call of the engine."""
 
 
+class WrongLoop(GuardEngineError):
+    """A call from another event loop than the one that used the AsyncEngine first."""
+
+
 class IntegrityError(GuardEngineError):
     """The engine's books contradict each other: a bug in guardengine. Raised by `check_integrity` only."""
 

@@ -87,7 +87,7 @@ class StreamState:
     @property
     def num_assistant_tokens(self) -> int:
         """Tokens that have an assistant's label, or will."""
-        return len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted)
+        return len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted[:])
 
     @property
     def verdict(self) -> Verdict:

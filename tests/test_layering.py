@@ -22,6 +22,7 @@ MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 TORCH_FREE = (
     "admission",
     "block_pool",
+    "calls",
     "config",
     "conversation",
     "deadlines",
@@ -54,15 +55,17 @@ LAYERS = (
         "step_times",
         "accelerator",
     ),
-    ("weights", "chat", "batch", "block_pool", "admission"),
+    ("weights", "chat", "batch", "block_pool", "admission", "calls"),
     ("step_inputs", "tuned"),
     ("model", "conversation", "machine", "residency", "gpu_limits"),
     ("runner", "readout", "small_steps"),
     ("pipeline", "cpu_runner", "gpu_runner"),
     ("core",),
-    ("stream", "loading", "whole_streams"),
-    ("engine",),
-    ("compat",),
+    ("stream", "loading", "whole_streams", "health"),
+    ("engine", "isolation"),
+    ("compat", "engine_thread"),
+    ("async_stream",),
+    ("async_engine",),
 )
 
 
