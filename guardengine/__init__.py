@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from guardengine.config import EngineConfig, ModelConfig
     from guardengine.engine import Engine
     from guardengine.errors import (
+        AuditError,
         CheckpointError,
         ConfigError,
         GuardEngineError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from guardengine.stream import Stream
 
 _HOME = {
+    "AuditError": "errors",
     "AutoGuard": "compat",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -53,6 +55,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AuditError",
     "AutoGuard",
     "CheckpointError",
     "ConfigError",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from guardengine.audit import AuditedCore
 from guardengine.block_pool import BlockPool
 from guardengine.chat import ChatTemplate
 from guardengine.checkpoint import open_checkpoint
@@ -19,6 +20,7 @@ from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
 from guardengine.core import EngineCore
 from guardengine.cpu_runner import CpuRunner
 from guardengine.errors import CheckpointError, ConfigError
+from guardengine.fingerprint import Fingerprint, Numerics
 from guardengine.kernels import BACKENDS, load, native
 from guardengine.kernels.quantization import SCHEMES
 from guardengine.machine import memory_bytes
@@ -72,6 +74,10 @@ def load_engine(
         model_dtype = _DTYPES[chosen if dtype == "auto" else dtype]
         kv_dtype = model_dtype if options.kv_dtype == "auto" else _KV_DTYPES[options.kv_dtype]
         max_model_len = _max_model_len(options, config)
+        fingerprint = Fingerprint(
+            (folder / "config.json", *checkpoint.files),
+            Numerics(_name(model_dtype), quantization, _name(kv_dtype)),
+        )
         cache = CacheShape(
             num_blocks=_num_blocks(options, config, max_model_len, kv_dtype),
             block_size=options.block_size,
@@ -104,7 +110,7 @@ def load_engine(
             if options.num_threads is not None:
                 torch.set_num_threads(options.num_threads)
             runner = TorchRunner(load(backend), config, weights, cache, max_model_len)
-    core = EngineCore(
+    parts = (
         config,
         runner,
         Readout(config.heads),
@@ -115,8 +121,11 @@ def load_engine(
         ),
         options,
         max_model_len,
+        fingerprint,
     )
-    return LoadedEngine(core, _load_chat(folder, config), config.heads)
+    chat = _load_chat(folder, config)
+    core = EngineCore(*parts) if options.audit_log is None else AuditedCore(*parts)
+    return LoadedEngine(core, chat, config.heads)
 
 
 def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
@@ -141,6 +150,10 @@ def _num_blocks(options: EngineConfig, config: ModelConfig, max_model_len: int, 
             f"kv_cache_bytes={options.kv_cache_bytes}: one block of {options.block_size} tokens takes {size} bytes"
         )
     return options.kv_cache_bytes // size
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _load_chat(folder: Path, config: ModelConfig) -> ChatTemplate | None:
