@@ -42,6 +42,7 @@ from guardengine.errors import AuditError, ConfigError
 from guardengine.labels import Label
 from guardengine.pipeline import Finished
 from guardengine.policy import Failure
+from guardengine.readout import Readout
 from guardengine.records import logits_record, policy_record, verdict_record, wanted_record
 from guardengine.snapshot import take_snapshot
 from guardengine.state import StreamState
@@ -122,10 +123,7 @@ class AuditedCore(EngineCore):
             numerics=self.fingerprint.numerics._asdict(),
             block_size=self.pool.block_size,
             token_ids=options.audit_token_ids,
-            classes={
-                role: {"risks": columns.risks, "categories": columns.categories}
-                for role, columns in self.readout.columns.items()
-            },
+            classes=classes_record(self.readout),
         )
         self._log.flush()
 
@@ -264,6 +262,14 @@ class AuditedCore(EngineCore):
         digest = self._digests[state.stream_id] = hashlib.sha256() if digest is None else digest
         digest.update(state.token_ids[0 if is_new else start :].tobytes())  # 4 bytes each, little-endian
         return {"num_ids": state.num_tokens - start, "sha256": digest.hexdigest()}
+
+
+def classes_record(readout: Readout) -> dict[str, Any]:
+    """What the logits of each role stand for, in order."""
+    return {
+        role: {"risks": list(columns.risks), "categories": list(columns.categories)}
+        for role, columns in readout.columns.items()
+    }
 
 
 def _open_private(path: str, flags: int) -> int:

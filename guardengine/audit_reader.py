@@ -96,7 +96,7 @@ class AuditReader:
         self.num_streams = self.num_labels = self.num_unchecked = (
             0  # unchecked: labels whose ids are not on record
         )
-        self.has_ended = False
+        self._has_ended = False
         self._readout, self._fingerprint, self._vocab_size = readout, fingerprint, vocab_size
         self._report = report
         self._streams: dict[str, _Followed] = {}
@@ -116,17 +116,18 @@ class AuditReader:
                 )
             self._next_number = number + 1
             event = read_text(record.get("event"), "event")
-            follow = getattr(self, f"_{event}", None) if event in _EVENTS else None
-            if follow is None:
+            if event not in _EVENTS:
                 raise ConfigError(f"event={event[:80]!r}: no such event")
+            if self._has_ended:
+                raise ConfigError(f"event={event!r}: the engine was closed before it")
             if event == "end":
-                self.has_ended = True
+                self._has_ended = True
                 return []
             if not name:
                 raise ConfigError("stream: a name is needed")
             if event not in ("open", "restore", "fork") and name not in self._streams:
                 raise ConfigError("stream: it was never opened")
-            reruns: list[Rerun] = follow(name, record)
+            reruns: list[Rerun] = getattr(self, f"_{event}")(name, record)
             return reruns
         except (GuardEngineError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             what = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
@@ -257,9 +258,6 @@ class AuditReader:
         del self._streams[name]
         return stream.rerun()
 
-    def _end(self, name: str, record: dict[str, Any]) -> list[Rerun]:
-        return []
-
     # -- internals -----------------------------------------------------------------------------------------
 
     def _differs(self, stream: str, position: int | None, what: str, logged: str, replayed: str) -> None:
@@ -324,6 +322,8 @@ def check_start(record: dict[str, Any], line: int) -> dict[str, Any]:
         numerics = record["numerics"]
         for name in ("dtype", "kv_dtype"):
             read_text(numerics[name], name)
+        if numerics["quantization"] is not None:
+            read_text(numerics["quantization"], "quantization")
         read_count(record["block_size"], "block_size", 2**20, 1)
     except ConfigError as error:
         raise ConfigError(f"line {line}: {error}") from None

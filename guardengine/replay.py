@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from guardengine.audit import classes_record
 from guardengine.audit_reader import AuditReader, Difference, Rerun, check_start, parse_line
 from guardengine.conversation import Feed
 from guardengine.engine import Engine
@@ -180,6 +181,11 @@ class _Replayer:
             raise CheckpointError(
                 f"line {line}: they were written with the weights {start['weights'][:80]}, and {self._checkpoint} "
                 f"has {own}; give that checkpoint, and split a log of several before their start lines"
+            )
+        classes = classes_record(engine.core.readout)
+        if start.get("classes") != classes:
+            self._report.add(
+                Difference(line, "", None, "classes", str(start.get("classes"))[:300], str(classes)[:300])
             )
         isa = engine.stats()["isa"]
         is_exact = options["backend"] == start["backend"] == "cpu" and isa == start.get("isa")
