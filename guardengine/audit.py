@@ -8,7 +8,7 @@
     failure  stream, failure, num_tokens: tokens went unjudged
     rollback stream, tokens: how many stayed
     fork     stream, parent
-    close    stream, tokens, computed, labels: how many there were
+    close    stream, tokens, computed, labels: how many there were; the verdict
     end      the engine was closed
 
 Every line has `n`, which counts from 0 at "start", and `time`, in seconds since 1970. After labels, failures and
@@ -183,6 +183,7 @@ class AuditedCore(EngineCore):
             computed=state.num_seen_tokens,
             labels=len(state.prompt_labels) + len(state.labels),
             cleared=state.verdict.cleared,
+            verdict=verdict_record(state.verdict),
         )
         self._digests.pop(state.stream_id, None)
         self._verdicts.pop(state.stream_id, None)

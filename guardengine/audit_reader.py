@@ -251,10 +251,10 @@ class AuditReader:
         for what, is_now in (
             ("tokens", state.num_tokens),
             ("labels", len(state.prompt_labels) + len(state.labels)),
-            ("cleared", state.verdict.cleared),
         ):
             if record[what] != is_now:
                 self._differs(name, None, f"{what} at close", repr(record[what])[:80], str(is_now))
+        self._check_outcome(stream, record)
         del self._streams[name]
         return stream.rerun()
 
