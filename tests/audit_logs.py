@@ -11,6 +11,7 @@ import numpy as np
 
 from guardengine import Engine, Policy
 
+SMALL: dict[str, Any] = {"kv_cache_bytes": 2**22, "max_model_len": 256, "block_size": 4, "backend": "cpu"}
 Lines = list[dict[str, Any]]
 
 

@@ -16,8 +16,6 @@ from guardengine import CheckpointError, ConfigError, GuardEngineError
 from guardengine.cli import main
 from guardengine.replay import Report, replay
 
-SMALL: dict[str, Any] = {"kv_cache_bytes": 2**22, "max_model_len": 256, "block_size": 4}
-
 
 @pytest.fixture(scope="module")
 def true_lines(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
