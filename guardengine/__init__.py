@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from guardengine.config import EngineConfig, ModelConfig
     from guardengine.engine import Engine
     from guardengine.errors import (
+        AuditError,
         CheckpointError,
         ConfigError,
         GuardEngineError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AsyncEngine": "async_engine",
     "AsyncStream": "async_stream",
+    "AuditError": "errors",
     "AutoGuard": "compat",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -61,6 +63,7 @@ _HOME = {
 __all__ = [
     "AsyncEngine",
     "AsyncStream",
+    "AuditError",
     "AutoGuard",
     "CheckpointError",
     "ConfigError",

@@ -20,6 +20,7 @@ from guardengine.kernels import backend_of
 from guardengine.labels import Label, Moderation, Role
 from guardengine.loading import choose_backend, load_engine
 from guardengine.policy import Policy
+from guardengine.snapshot import read_snapshot
 from guardengine.stream import Stream
 from guardengine.whole_streams import moderation, run_feeds
 
@@ -120,6 +121,34 @@ class Engine:
             ticket = Ticket(self._checked(policy), stream_id, tenant, cache_salt, priority)
             return Stream(core, self._chat, core.open(feed, ticket, timeout_s))
 
+    def restore(self, snapshot: Mapping[str, Any], stream_id: str | None = None) -> Stream:
+        """Go on with a stream of which `Stream.snapshot` was taken, by another engine or this one.
+
+        Labels, verdict and turns are what they were. Nothing is computed before the next `append`, which computes
+        the whole stream again; labels that were owed, or that no `step` had returned, come with the next `step`, and
+        none comes twice. stream_id: another one than the snapshot's; labels that were returned keep the old one.
+        `cache_salt`, `tenant` and `priority` are the snapshot's. Deadlines (`timeout_s`) are not part of it.
+
+        Raises CheckpointError for a snapshot of other weights, ConfigError for one of another dtype or quantization,
+        from a version that this one does not read, or that is damaged; and, as `open` does, ConfigError (a stream_id
+        in use), StreamTooLong, Overloaded or StreamClosed. Nothing is opened then.
+        """
+        core = self.core
+        with core.gate:
+            core.check_engine_open()
+            state, undelivered = read_snapshot(
+                snapshot,
+                readout=core.readout,
+                fingerprint=core.fingerprint,
+                vocab_size=core.vocab_size,
+                chat=self._chat,
+                stream_id=stream_id,
+            )
+            self._checked(state.policy)
+            ticket = Ticket(state.policy, state.stream_id, state.tenant, None, state.priority)
+            core.restore(state, ticket, undelivered)
+            return Stream(core, self._chat, state)
+
     def step(self) -> list[Label]:
         """Run one batched forward over all streams with pending tokens and return the labels that it completed.
 
@@ -218,6 +247,15 @@ class Engine:
             "version": __version__,
         }
 
+    def weights_digest(self) -> str:
+        """sha256 over the checkpoint's config.json and safetensors files, as `sha256sum config.json
+        model*.safetensors | sha256sum` prints it in its folder. Reads all of them at the first call.
+
+        Raises CheckpointError when they have changed since they were loaded.
+        """
+        with self.core.gate:
+            return self.core.fingerprint.weights()
+
     def check_integrity(self) -> None:
         """Raise IntegrityError if the engine's books contradict each other. For tests and debugging."""
         with self.core.gate:
@@ -271,4 +309,6 @@ class Engine:
                 "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "
                 "add Qwen3's tokenizer.json to it, or pass token ids"
             )
-        return feed_messages(self._chat, messages, is_complete=is_complete, max_tokens=self.core.max_model_len)
+        return feed_messages(
+            self._chat, messages, is_complete=is_complete, max_tokens=self.core.max_model_len
+        )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from guardengine import accelerator
+from guardengine.audit import AuditedCore
 from guardengine.block_pool import BlockPool
 from guardengine.chat import ChatTemplate
 from guardengine.checkpoint import open_checkpoint
@@ -20,6 +21,7 @@ from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
 from guardengine.core import EngineCore
 from guardengine.cpu_runner import CpuRunner
 from guardengine.errors import CheckpointError, ConfigError
+from guardengine.fingerprint import Fingerprint, Numerics
 from guardengine.gpu_limits import DeviceMemory, check_bfloat16, check_shapes
 from guardengine.gpu_runner import GpuRunner
 from guardengine.kernels import BACKENDS, load, native
@@ -112,6 +114,10 @@ def load_engine(
         device_memory = None
         if placement.device.type == "cuda":
             device_memory = DeviceMemory.of(placement.device, options, config, model_dtype, max_model_len)
+        fingerprint = Fingerprint(
+            (folder / "config.json", *checkpoint.files),
+            Numerics(_name(model_dtype), quantization, _name(kv_dtype)),
+        )
         cache = CacheShape(
             num_blocks=_num_blocks(options, config, max_model_len, kv_dtype, device_memory),
             block_size=options.block_size,
@@ -155,7 +161,7 @@ def load_engine(
                 if options.num_threads is not None:
                     torch.set_num_threads(options.num_threads)
                 runner = TorchRunner(ops, config, weights, cache, max_model_len)
-    core = EngineCore(
+    parts = (
         config,
         runner,
         Readout(config.heads),
@@ -166,8 +172,11 @@ def load_engine(
         ),
         options,
         max_model_len,
+        fingerprint,
     )
-    return LoadedEngine(core, _load_chat(folder, config), config.heads)
+    chat = _load_chat(folder, config)
+    core = EngineCore(*parts) if options.audit_log is None else AuditedCore(*parts)
+    return LoadedEngine(core, chat, config.heads)
 
 
 def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
@@ -202,6 +211,10 @@ def _num_blocks(
             f"kv_cache_bytes={options.kv_cache_bytes}: one block of {options.block_size} tokens takes {size} bytes"
         )
     return options.kv_cache_bytes // size
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _load_chat(folder: Path, config: ModelConfig) -> ChatTemplate | None:

@@ -9,6 +9,7 @@ from guardengine.chat import ChatTemplate
 from guardengine.conversation import feed_more
 from guardengine.core import EngineCore
 from guardengine.labels import Label, Role, Verdict
+from guardengine.snapshot import take_snapshot
 from guardengine.state import StreamState
 
 
@@ -113,6 +114,19 @@ class Stream(StreamView):
         """
         with self._core.gate:
             self._core.rollback(self._state, num_tokens)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The stream as a small JSON value with which `Engine.restore` goes on, in this process or another.
+
+        It holds ids, labels and what is owed; no keys and values, and no deadlines. The first snapshot of an engine
+        reads the checkpoint's files once for their digest, a second for each GB or less (`Engine.weights_digest`).
+
+        Raises StreamClosed, or CheckpointError when the files have changed since they were loaded.
+        """
+        core, state = self._core, self._state
+        with core.gate:
+            core.check_open(state)
+            return take_snapshot(state, core.fingerprint, core.num_undelivered(state))
 
     def close(self) -> None:
         """Free the stream's KV blocks and its place in the engine. Closing twice is fine."""
