@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
+# Two processes: the tests are small, and most of them use one core.
+PYTEST := $(BIN)/python -P -m pytest -q -n 2
 
 .PHONY: help install bench test test-emulated test-gpu-interpreted test-gpu-compiled gpu-kernels gpu-check test-asan wheel lint types \
   format clean
@@ -41,7 +43,7 @@ types: install
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -P -m pytest
+	$(PYTEST)
 	$(MAKE) test-emulated
 	$(MAKE) test-gpu-interpreted test-gpu-compiled
 
@@ -52,12 +54,12 @@ NATIVE_TESTS := tests/test_cpu_ops.py tests/test_cpu_engine.py tests/test_quanti
 test-emulated: install
 	$(NATIVE) emulated check-intrinsics
 	for isa in avx512 avx512bf16; do \
-	  $(BIN)/python -P -m pytest -q --native-library build/native/emulated.so --isa $$isa $(NATIVE_TESTS) || exit 1; \
+	  $(PYTEST) --native-library build/native/emulated.so --isa $$isa $(NATIVE_TESTS) || exit 1; \
 	done
 
 # Triton decides as it is imported whether it interprets or compiles: a process for each, and neither with the rest.
 test-gpu-interpreted: install
-	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -q tests/gpu
+	TRITON_INTERPRET=1 $(PYTEST) tests/gpu
 
 test-gpu-compiled: install
 	$(BIN)/python -P -m pytest -q tests/aot

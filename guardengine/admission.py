@@ -62,6 +62,10 @@ class Admission:
 
     def __init__(self, limits: EngineConfig) -> None:
         self._limits = limits
+        self._limits_pending = (limits.max_pending_tokens, limits.max_pending_tokens_per_tenant) != (
+            None,
+            None,
+        )
         self.total = Usage()
         self._tenants: dict[str, Usage] = {}
         self._pending: dict[str, int] = {}  # what is counted of each open stream
@@ -81,6 +85,8 @@ class Admission:
 
     def check_pending(self, tenant: str, num_tokens: int) -> None:
         """Raise Overloaded unless `num_tokens` more tokens may wait, or StreamTooLong where they never may."""
+        if not self._limits_pending:
+            return
         for usage, option, whose in (
             (self.total, "max_pending_tokens", "in all"),
             (self._usage(tenant), "max_pending_tokens_per_tenant", f"of tenant {tenant!r}"),
@@ -105,11 +111,11 @@ class Admission:
 
     def update(self, stream: StreamState) -> None:
         """Count what is pending of a stream by now."""
-        more = stream.num_pending_tokens - self._pending[stream.stream_id]
-        if more:
-            for usage in (self.total, self._tenants[stream.tenant]):
-                usage.num_pending_tokens += more
-            self._pending[stream.stream_id] += more
+        num_pending = stream.num_pending_tokens
+        if more := num_pending - self._pending[stream.stream_id]:
+            self.total.num_pending_tokens += more
+            self._tenants[stream.tenant].num_pending_tokens += more
+            self._pending[stream.stream_id] = num_pending
 
     def leave(self, stream: StreamState) -> None:
         """A stream was closed."""

@@ -49,6 +49,14 @@ class BlockPool:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def has_room(self, stream: StreamState) -> bool:
+        """Whether the stream's own blocks have room for all of its tokens, so that `grow` has nothing to do."""
+        table = stream.block_table
+        if not table or len(stream.token_ids) > len(table) * self.block_size:
+            return False
+        block = table[min(stream.num_scheduled_tokens // self.block_size, len(table) - 1)]
+        return self._num_holders[block] == 1 and (self.cache is None or block not in self.cache)
+
     def blocks_to_grow(self, stream: StreamState, num_tokens: int) -> int:
         """Blocks that `grow` will take."""
         return self.blocks_for(num_tokens) - len(stream.block_table) + self._writes_shared(stream)
@@ -61,14 +69,15 @@ class BlockPool:
         nothing is changed either when the copy fails.
         """
         table = stream.block_table
-        needed = self.blocks_to_grow(stream, num_tokens)
-        if needed > self.num_free:
+        writes_shared = self._writes_shared(stream)
+        num_missing = self.blocks_for(num_tokens) - len(table)
+        if (needed := num_missing + writes_shared) > self.num_free:
             raise Overloaded(
                 f"{needed} KV cache blocks of {self.block_size} tokens are needed and "
                 f"{self.num_free} of {self.num_blocks} are free; close streams or raise kv_cache_bytes"
             )
         first_written = stream.num_scheduled_tokens // self.block_size
-        if self._writes_shared(stream):
+        if writes_shared:
             source, destination = table[first_written], self._take()
             try:
                 copy_block(source, destination)
@@ -79,7 +88,8 @@ class BlockPool:
             self._release(source)
         elif self.cache is not None and first_written < len(table):
             self.cache.forget(table[first_written])  # about to be written by its only holder
-        table.extend(self._take() for _ in range(self.blocks_for(num_tokens) - len(table)))
+        if num_missing > 0:
+            table.extend(self._take() for _ in range(num_missing))
 
     def share(self, table: Iterable[int]) -> None:
         """Add one holder to each block, which others hold or the prefix cache knows."""

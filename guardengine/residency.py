@@ -53,6 +53,8 @@ class Residency:
         to those that are open. Raises Overloaded, with nothing changed, when there is no room.
         """
         pool, cache = self.pool, self.pool.cache
+        if pool.has_room(stream):  # of most appends: a few tokens in the last block
+            return None
         labels: list[Label] = []
         is_found = cache is not None and not stream.block_table
         if cache is not None and is_found:

@@ -109,28 +109,35 @@ class Scheduler:
         """
         budget = self.token_budget if token_budget is None else min(token_budget, self.token_budget)
         largest = budget if len(self._waiting) == 1 else max(1, budget // 2)
-        chosen: list[tuple[_Place, int]] = []
+        chosen: list[
+            tuple[_Place, int, int]
+        ] = []  # with its tokens of this step, and those that it would leave
         while budget and self._heap:
             place = heapq.heappop(self._heap)
             stream = place.stream
             if self._waiting.get(stream.stream_id) is not place:
                 continue
             del self._waiting[stream.stream_id]
-            num_tokens = min(stream.num_unscheduled_tokens, budget, largest)
+            num_unscheduled = stream.num_unscheduled_tokens
+            num_tokens = min(num_unscheduled, budget, largest)
             budget -= num_tokens
-            chosen.append((place, num_tokens))
+            chosen.append((place, num_tokens, num_unscheduled - num_tokens))
         chunks: list[Chunk] = []
-        for place, num_tokens in chosen:
+        unfinished: list[StreamState] = []
+        for place, num_tokens, num_left in chosen:
             stream = place.stream
-            more = min(stream.num_unscheduled_tokens - num_tokens, budget)  # nobody else wants it
-            budget -= more
-            chunks.append(Chunk(stream, stream.num_scheduled_tokens, num_tokens + more))
-            stream.num_scheduled_tokens += num_tokens + more
+            if num_left:
+                more = min(num_left, budget)  # nobody else wants it
+                budget -= more
+                num_tokens += more
+                if num_left > more:
+                    unfinished.append(stream)
+            chunks.append(Chunk(stream, stream.num_scheduled_tokens, num_tokens))
+            stream.num_scheduled_tokens += num_tokens
             self._running.setdefault(stream.stream_id, []).append(place)
         self._num_steps += bool(chunks)
-        for stream, _, _ in chunks:
-            if stream.num_unscheduled_tokens:
-                self.add(stream)
+        for stream in unfinished:
+            self.add(stream)
         return chunks
 
     def finish(self, chunks: list[Chunk]) -> None:

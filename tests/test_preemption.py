@@ -279,6 +279,19 @@ def test_the_reserve_is_kept_for_those_that_are_open(make) -> None:
     assert len(engine.run()) == 10
 
 
+def test_what_is_found_is_taken_from_the_reserve_no_more_than_what_is_computed(loaded: Engine) -> None:
+    engine = engine_over(loaded, num_blocks=10, kv_reserve=0.2)
+    with engine.open(token_ids=ids(8), role="assistant"):
+        engine.run()
+    busy = [engine.open(token_ids=ids(4, seed)) for seed in range(1, 8)]
+    with pytest.raises(Overloaded, match="kv_reserve"):
+        engine.open(token_ids=ids(8), role="assistant")  # nothing to compute, but two blocks to hold
+    engine.check_integrity()
+    busy.pop().close()
+    engine.open(token_ids=ids(8), role="assistant")
+    engine.check_integrity()
+
+
 def test_a_long_conversation_is_not_locked_out_by_limits_on_pending_tokens(make) -> None:
     """Its tokens were accepted long ago: losing their keys and values is not its doing."""
     engine = make(8, max_pending_tokens=10, max_pending_tokens_per_tenant=10)
