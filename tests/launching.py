@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fakes import bits
+
 from guardengine import AsyncEngine, AsyncStream, Engine, Label, Policy
 from guardengine.batch import Batch
 
@@ -130,17 +132,4 @@ async def settled(engine: AsyncEngine) -> None:
 
 def same(labels: list[Label], others: list[Label]) -> bool:
     """Whether labels are the same to the last bit."""
-    return [_bits(label) for label in labels] == [_bits(label) for label in others]
-
-
-def _bits(label: Label) -> tuple[Any, ...]:
-    return (
-        label.role,
-        label.position,
-        label.token_id,
-        label.risk,
-        label.category,
-        label.risk_logits.tobytes(),
-        label.category_logits.tobytes(),
-        label.risk_probs,
-    )
+    return [bits(label) for label in labels] == [bits(label) for label in others]
