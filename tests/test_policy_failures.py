@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardengine import ConfigError, Label, Policy, Verdict
@@ -104,6 +104,7 @@ def test_bad_options_are_named(option: str, value: Any) -> None:
         Policy.strict(**{option: value})
 
 
+@settings(deadline=None)
 @given(
     events=st.lists(
         st.one_of(

@@ -2,7 +2,7 @@
 
 import pytest
 from fakes import state_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardengine import IntegrityError
@@ -71,6 +71,7 @@ def test_chunks_that_were_not_computed_come_up_again_in_their_places() -> None:
     assert scheduler.schedule() == chunks
 
 
+@settings(deadline=None)
 @given(
     pending=st.lists(st.integers(1, 50), min_size=1, max_size=20),
     budget=st.integers(1, 64),
@@ -114,6 +115,7 @@ ARRIVALS = st.lists(  # for each step, who comes: (tokens, priority)
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(arrivals=ARRIVALS, budget=st.integers(1, 64), limit=st.one_of(st.none(), st.integers(1, 20)))
 def test_whatever_comes_later_passes_a_waiting_stream_for_so_many_steps_only(
     arrivals: list[list[tuple[int, int]]], budget: int, limit: int | None

@@ -274,6 +274,7 @@ class Machine(RuleBasedStateMachine):
             stream.close()
         self.closed.append(stream)
         assert stream.token_ids == model.ids
+        self.forget_expired()
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 20.0]))
     def pass_time(self, seconds: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from fakes import Clock, engine_over, ids
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardengine import Engine
@@ -80,6 +80,7 @@ def test_a_clock_that_stands_still_is_borne() -> None:
     assert times.tokens_within(1e-3) == 128
 
 
+@settings(deadline=None)
 @given(
     steps=st.lists(st.tuples(st.integers(1, 4096), st.floats(0, 10)), max_size=300),
     limit_s=st.floats(1e-6, 10),
