@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from guardengine.config import EngineConfig
-from guardengine.errors import ConfigError, IntegrityError, Overloaded
+from guardengine.errors import ConfigError, IntegrityError, Overloaded, StreamTooLong
 from guardengine.policy import Policy
 from guardengine.scheduler import MAX_PRIORITY
 from guardengine.state import StreamState
@@ -27,7 +27,10 @@ class Ticket(NamedTuple):
         stream_id, priority = self.stream_id, self.priority
         if stream_id is not None and (not isinstance(stream_id, str) or not stream_id):
             raise ConfigError(f"stream_id={stream_id!r}: a non-empty string is needed")
-        for name, value in (("tenant", self.tenant), ("cache_salt", self.cache_salt or "")):
+        for name, value in (
+            ("tenant", self.tenant),
+            ("cache_salt", "" if self.cache_salt is None else self.cache_salt),
+        ):
             if not isinstance(value, str):
                 raise ConfigError(f"{name}={value!r}: a string is needed")
         is_int = isinstance(priority, int) and not isinstance(priority, bool)
@@ -77,21 +80,21 @@ class Admission:
             )
 
     def check_pending(self, tenant: str, num_tokens: int) -> None:
-        """Raise Overloaded unless `num_tokens` more tokens may wait."""
+        """Raise Overloaded unless `num_tokens` more tokens may wait, or StreamTooLong where they never may."""
         for usage, option, whose in (
             (self.total, "max_pending_tokens", "in all"),
             (self._usage(tenant), "max_pending_tokens_per_tenant", f"of tenant {tenant!r}"),
         ):
             most = getattr(self._limits, option)
+            if most is not None and num_tokens > most:
+                raise StreamTooLong(
+                    f"{num_tokens} tokens at once exceed {option}={most}; append fewer at a time or raise it"
+                )
             if most is not None and usage.num_pending_tokens + num_tokens > most:
                 raise Overloaded(
                     f"{usage.num_pending_tokens} tokens are pending {whose} and {num_tokens} more would pass "
                     f"{option}={most}; retry when some are done"
                 )
-
-    def pending_of(self, stream: StreamState) -> int:
-        """Tokens that are counted as pending of an open stream."""
-        return self._pending[stream.stream_id]
 
     def enter(self, stream: StreamState) -> None:
         """Count a stream that was opened."""

@@ -6,7 +6,9 @@ each stream's begin. Shapes follow the dimension key of guardengine.kernels.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -62,15 +64,18 @@ def build_batch(chunks: list[Chunk], block_size: int) -> tuple[Batch, list[list[
     starts = np.array([chunk.start for chunk in chunks])
     lengths = np.array([chunk.num_tokens for chunk in chunks])
     cu_seqlens = _cumulative(lengths)
-    positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-    input_ids = np.concatenate(
-        [np.asarray(c.stream.token_ids[s : s + n]) for c, s, n in zip(chunks, starts, lengths, strict=True)]
-    )
+    positions = np.arange(cu_seqlens[-1]) + np.repeat(starts - cu_seqlens[:-1], lengths)
+    ids = array("i")
+    for stream, start, num_tokens in chunks:
+        ids += stream.token_ids[start : start + num_tokens]
+    input_ids = np.frombuffer(ids, dtype=np.intc)
 
     tables = [chunk.stream.block_table for chunk in chunks]
-    block_tables = np.full((len(chunks), max(map(len, tables))), -1, dtype=np.int32)
-    for row, table in enumerate(tables):
-        block_tables[row, : len(table)] = table
+    table_lengths = np.array([len(table) for table in tables])
+    block_tables = np.full((len(chunks), table_lengths.max()), -1, dtype=np.int32)
+    block_tables[np.arange(block_tables.shape[1]) < table_lengths[:, None]] = np.fromiter(
+        chain.from_iterable(tables), dtype=np.int32, count=table_lengths.sum()
+    )
     owner = np.repeat(np.arange(len(chunks)), lengths)
     slots = (
         block_tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size

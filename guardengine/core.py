@@ -32,7 +32,7 @@ from guardengine.state import StreamState
 from guardengine.token_ids import check_token_ids
 
 _COUNTERS = (
-    *("steps", "tokens_computed", "labels"),
+    *("steps", "tokens_computed", "tokens_recomputed", "labels"),
     *("streams_opened", "streams_restored", "forks", "rollbacks", "refused", "expired"),
 )
 
@@ -86,6 +86,7 @@ class EngineCore:
         exception from the model changes nothing: the same tokens are pending still.
         """
         self.check_engine_open()
+        self.sweep()  # may land steps and drop labels, so before undelivered ones are taken
         labels, self._undelivered = self._undelivered, []
         try:
             return labels + self._step()
@@ -114,11 +115,11 @@ class EngineCore:
 
     def step_for(self, states: Sequence[StreamState]) -> None:
         """One step whose labels of other streams are kept for the next `step`."""
+        self.sweep()
         self._undelivered += self._step()
         self._forget_labels_of(states)
 
     def _step(self) -> list[Label]:
-        self.sweep()
         self._pipeline.fill()
         finished = self._pipeline.finish_oldest() if len(self._pipeline) else []
         self.counters["steps"] += bool(finished)
@@ -128,11 +129,17 @@ class EngineCore:
     def _record(self, finished: list[Finished]) -> list[Label]:
         """Count tokens as computed or found, and return the labels that came with them."""
         now = self.clock()
-        self._expire_deadlines(now)  # before these labels count: they came too late for what was due by now
+        while missed := self._deadlines.take_missed(
+            now
+        ):  # these labels came too late for what was due by now
+            self.fail(missed, "timeout")
         found, self._found = self._found, {}
         emitted: list[Label] = []
-        for stream, num_tokens, labels in (*found.values(), *finished):
+        for index, (stream, num_tokens, labels) in enumerate((*found.values(), *finished)):
             num_computed = stream.num_computed_tokens
+            if index >= len(found) and stream.num_seen_tokens > num_computed:
+                again = min(num_tokens, stream.num_seen_tokens - num_computed)
+                self.counters["tokens_recomputed"] += again
             stream.advance(num_tokens, labels)
             self.residency.publish(stream, num_computed)
             self._settle_books(stream, now)
@@ -182,23 +189,24 @@ class EngineCore:
         was_idle = state in self.residency.idle
         self.residency.idle.discard(state)
         try:
-            more = state.num_pending_tokens - (0 if is_new else self.admission.pending_of(state))
-            self.admission.check_pending(state.tenant, more)
+            # Not what is to be computed again: losing its blocks must not lock a stream out.
+            self.admission.check_pending(state.tenant, len(feed.token_ids))
             found = self.residency.take(state, is_new=is_new)
         except BaseException as error:
             del state.token_ids[num_tokens:], state.wanted[num_wanted:]
             del state.block_digests[num_tokens // self.pool.block_size :]
             if was_idle:
                 self.residency.idle.add(state, self.clock())
-            self.counters["refused"] += isinstance(error, Overloaded)
+            self.counters["refused"] += isinstance(error, Overloaded | StreamTooLong)
             raise
         state.turns = feed.turns
         if is_new:
-            self._register(state)
+            self.streams[state.stream_id] = state
+            self.admission.enter(state)
         if found:
             self._found[state.stream_id] = found
         if deadline is not None:
-            self._deadlines.add(state, state.num_tokens, deadline)
+            self._deadlines.add(state, num_tokens, state.num_tokens, deadline)
         self._settle_books(state, self.clock())
 
     def fork(self, parent: StreamState, stream_id: str | None = None) -> StreamState:
@@ -214,6 +222,7 @@ class EngineCore:
         branch.num_scheduled_tokens = parent.num_scheduled_tokens
         found = self._found.get(parent.stream_id)
         self._enter(branch, found and found.of(branch))
+        self._deadlines.inherit(branch, parent)
         self.counters["forks"] += 1
         return branch
 
@@ -235,9 +244,13 @@ class EngineCore:
         turns, remaining = cut(state, num_tokens)
         self._land()
         state.turns = turns
-        if found := self._found.pop(state.stream_id, None):
-            self._found[state.stream_id] = found.cut(remaining)
         state.truncate(remaining, self.pool.block_size)
+        if found := self._found.pop(state.stream_id, None):
+            found = found.cut(remaining)
+            if state.is_idle:  # it was preempted, and no label of what is left is to come
+                state.advance(found.num_tokens, [])
+            else:
+                self._found[state.stream_id] = found
         self.pool.shrink(state, remaining)
         self._forget_undelivered(state, remaining)
         self._deadlines.drop(state, remaining)
@@ -342,40 +355,30 @@ class EngineCore:
             raise
         return stream_id
 
-    def _expire_deadlines(self, now: float) -> None:
-        """Count tokens that are overdue as unjudged."""
-        while stream := self._deadlines.take_missed(now):
-            self.fail(stream, "timeout")
-
     def _enter(self, state: StreamState, found: Found | None) -> None:
         """Let a stream with a history in, with blocks for what it has pending. Raises Overloaded."""
         try:
-            self.admission.check_pending(state.tenant, state.num_pending_tokens)
+            self.admission.check_pending(state.tenant, state.num_tokens - state.num_seen_tokens)
             if state.num_pending_tokens:
                 found = self.residency.take(state, is_new=True) or found
         except BaseException as error:
             self.pool.shrink(state, 0)
             self.counters["refused"] += isinstance(error, Overloaded)
             raise
-        self._register(state)
+        self.streams[state.stream_id] = state
+        self.admission.enter(state)
         if found:
             self._found[state.stream_id] = found
         self._settle_books(state, self.clock())
 
-    def _register(self, state: StreamState) -> None:
-        self.streams[state.stream_id] = state
-        self.admission.enter(state)
-
     def _settle_books(self, state: StreamState, now: float) -> None:
         """Put a stream where it belongs by now: into the queue or among the idle ones."""
         self.admission.update(state)
+        self._scheduler.update(state)
         if state.is_idle:
-            self._scheduler.discard(state)
             self.residency.idle.add(state, now)
         else:
             self.residency.idle.discard(state)
-            if state.num_unscheduled_tokens:
-                self._scheduler.add(state)
 
     def _check_own(self, state: StreamState) -> None:
         if self.streams.get(state.stream_id) is not state:

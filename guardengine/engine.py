@@ -15,6 +15,7 @@ from guardengine.conversation import Feed, feed_ids, feed_messages
 from guardengine.core import EngineCore
 from guardengine.errors import ConfigError, InvalidText
 from guardengine.hub import resolve_checkpoint
+from guardengine.kernels import backend_of
 from guardengine.labels import Label, Moderation, Role
 from guardengine.loading import choose_backend, load_engine
 from guardengine.policy import Policy
@@ -23,6 +24,8 @@ from guardengine.stream import Stream
 from guardengine.whole_streams import run_feeds
 
 logger = logging.getLogger("guardengine")
+
+_MAX_CHECKED = 64  # policies that are remembered
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -37,6 +40,10 @@ class Engine:
     def __init__(self, core: EngineCore, chat: ChatTemplate | None, heads: GuardHeadsConfig) -> None:
         self.core = core
         self._chat, self._heads = chat, heads
+        self._default_policy = Policy.strict()
+        self._checked_policies: dict[
+            int, Policy
+        ] = {}  # by id: policies do not change, checks need not be repeated
 
     @staticmethod
     def from_pretrained(
@@ -67,7 +74,7 @@ class Engine:
             progress=progress,
         )
         engine = Engine(*loaded)
-        logger.info("loaded %s: %s", path_or_id, engine.stats())
+        logger.info("loaded %s: %s", path_or_id, engine._stats())  # not a first use: no owner yet
         return engine
 
     # -- streams -------------------------------------------------------------------------------------------
@@ -214,7 +221,7 @@ class Engine:
             "block_size": pool.block_size,
             "max_model_len": core.max_model_len,
             "max_num_streams": core.options.max_num_streams,
-            "backend": runner.ops.__name__.rpartition(".")[2],
+            "backend": backend_of(runner.ops),
             "device": str(runner.device),
             "isa": runner.isa,
             "dtype": str(runner.dtype).removeprefix("torch."),
@@ -252,7 +259,9 @@ class Engine:
     # -- internals -----------------------------------------------------------------------------------------
 
     def _checked(self, policy: Policy | None) -> Policy:
-        policy = Policy.strict() if policy is None else policy
+        policy = self._default_policy if policy is None else policy
+        if self._checked_policies.get(id(policy)) is policy:
+            return policy
         if not isinstance(policy, Policy):
             raise ConfigError(f"policy={policy!r}: a Policy is needed, such as Policy.strict()")
         heads = self._heads
@@ -260,6 +269,9 @@ class Engine:
             tuple(dict.fromkeys(heads.response_risks + heads.query_risks)),
             tuple(dict.fromkeys(heads.response_categories + heads.query_categories)),
         )
+        if len(self._checked_policies) >= _MAX_CHECKED:
+            self._checked_policies.clear()
+        self._checked_policies[id(policy)] = policy
         return policy
 
     def _feed_conversations(self, conversations: Sequence[Messages]) -> list[Feed]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 from guardengine.batch import build_batch
 from guardengine.labels import Label
-from guardengine.readout import Readout
-from guardengine.runner import Launched, Runner
+from guardengine.readout import Reading, Readout
+from guardengine.runner import Launched, Runner, Scores
 from guardengine.scheduler import Chunk, Scheduler
 from guardengine.state import StreamState, Wanted
 from guardengine.step_times import StepTimes
@@ -82,9 +83,7 @@ class Pipeline:
         """Wait for the oldest step. When it raises, every step in flight is given up and nothing was computed."""
         step = self._in_flight[0]
         try:
-            scores = step.launched.wait()
-            logits = scores.logits
-            probs = self._readout.probabilities(logits) if scores.probs is None else scores.probs
+            finished = self._read(step, step.launched.wait())
         except BaseException as error:
             self.last_error = error
             self._abandon()
@@ -96,17 +95,19 @@ class Pipeline:
         num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
         self._step_times.observe(num_tokens, now - max(step.began, self._last_end))
         self._last_end = now
+        return finished
+
+    def _read(self, step: _Step, scores: Scores) -> list[Finished]:
+        logits = scores.logits
+        probs = self._readout.probabilities(logits) if scores.probs is None else scores.probs
+        readings = [
+            Reading(row, stream.stream_id, role, position, stream.token_ids[position])
+            for (stream, _, _), rows in zip(step.chunks, step.wanted, strict=True)
+            for row, (position, role) in rows
+        ]
+        labels = iter(self._readout.labels(readings, logits, probs))
         return [
-            Finished(
-                stream,
-                num_tokens,
-                [
-                    self._readout.label(
-                        stream.stream_id, role, position, stream.token_ids[position], logits[row], probs[row]
-                    )
-                    for row, (position, role) in rows
-                ],
-            )
+            Finished(stream, num_tokens, list(islice(labels, len(rows))))
             for (stream, _, num_tokens), rows in zip(step.chunks, step.wanted, strict=True)
         ]
 
@@ -120,4 +121,5 @@ class Pipeline:
                 step.launched.wait()  # until it no longer touches the cache
             except Exception as error:
                 self.last_error = error
-            self._scheduler.requeue(step.chunks)
+            finally:
+                self._scheduler.requeue(step.chunks)

@@ -280,7 +280,7 @@ class Policy:
         if risk is not None:
             action = self.actions.get(risk, self.action)
             decision = self._later(decision, Decision(action, risk, label.category, label.position, "prompt"))
-        cleared = state.cleared if blocked else state.num_labels
+        cleared = state.cleared if blocked else max(state.cleared, state.num_labels)
         return PolicyState(state.num_labels, 0, 0, None, cleared, decision, state.failed_open)
 
     def _later(self, old: Decision | None, new: Decision) -> Decision:

@@ -37,7 +37,7 @@ class _Entry:
 
 def salt_digest(salt: str) -> bytes:
     """Where the chain of digests of a tenant's blocks begins."""
-    return blake2b(salt.encode(), digest_size=_DIGEST_BYTES).digest()
+    return blake2b(salt.encode(errors="surrogatepass"), digest_size=_DIGEST_BYTES).digest()
 
 
 def extend_digests(digests: list[bytes], salt: bytes, token_ids: array[int], block_size: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,16 @@ class _Columns(NamedTuple):
     category: slice
     risks: tuple[str, ...]
     categories: tuple[str, ...]
+
+
+class Reading(NamedTuple):
+    """Which row of a step's logits is to be read, and for what."""
+
+    row: int
+    stream_id: str
+    role: Role
+    position: int
+    token_id: int
 
 
 class Readout:
@@ -47,35 +57,46 @@ class Readout:
                 probs[:, part] = scores / scores.sum(axis=1, keepdims=True)
         return probs
 
-    def label(
-        self,
-        stream_id: str,
-        role: Role,
-        position: int,
-        token_id: int,
-        logits: Floats,
-        probs: npt.NDArray[np.float64] | Floats,
-    ) -> Label:
-        """Name one row's classes.  Shapes: logits, probs [C]."""
-        columns = self.columns[role]
-        # Copies: a view would keep the whole step's logits alive for as long as one label is held.
-        risk_logits, category_logits = logits[columns.risk].copy(), logits[columns.category].copy()
-        risk_logits.setflags(write=False)
-        category_logits.setflags(write=False)
+    def labels(
+        self, readings: list[Reading], logits: Floats, probs: npt.NDArray[np.float64] | Floats
+    ) -> list[Label]:
+        """Name the classes of these rows.  Shapes: logits, probs [W, C]."""
+        winners = {role: self._winners(columns, logits) for role, columns in self.columns.items()}
+        all_probs = probs.tolist()
+        labels = []
+        for row, stream_id, role, position, token_id in readings:
+            columns, (risks, categories) = self.columns[role], winners[role]
+            # A copy: a view would keep the whole step's logits alive for as long as one label is held.
+            own = logits[row].copy()
+            own.setflags(write=False)
+            row_probs = all_probs[row]
+            labels.append(
+                Label(
+                    stream_id,
+                    role,
+                    position,
+                    token_id,
+                    risks[row],
+                    categories[row],
+                    dict(zip(columns.risks, row_probs[columns.risk], strict=True)),
+                    dict(zip(columns.categories, row_probs[columns.category], strict=True)),
+                    own[columns.risk],
+                    own[columns.category],
+                )
+            )
+        return labels
+
+    def _winners(self, columns: _Columns, logits: Floats) -> tuple[list[str], list[str]]:
+        """Each row's likeliest risk and category."""
+        risk_logits = logits[:, columns.risk]
         # argmax over NaN would name class 0, which is "Safe": broken numbers must not read as harmless.
-        is_finite = bool(np.isfinite(risk_logits).all())
-        return Label(
-            stream_id=stream_id,
-            role=role,
-            position=position,
-            token_id=token_id,
-            risk=columns.risks[int(risk_logits.argmax())] if is_finite else _worst(columns.risks),
-            category=columns.categories[int(category_logits.argmax())],
-            risk_probs=dict(zip(columns.risks, probs[columns.risk].tolist(), strict=True)),
-            category_probs=dict(zip(columns.categories, probs[columns.category].tolist(), strict=True)),
-            risk_logits=risk_logits,
-            category_logits=category_logits,
-        )
+        is_finite: Any = np.isfinite(risk_logits).all(axis=1).tolist()
+        worst = _worst(columns.risks)
+        risks = [
+            columns.risks[index] if finite else worst
+            for index, finite in zip(risk_logits.argmax(axis=1).tolist(), is_finite, strict=True)
+        ]
+        return risks, [columns.categories[i] for i in logits[:, columns.category].argmax(axis=1).tolist()]
 
 
 def _worst(risks: tuple[str, ...]) -> str:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from guardengine.errors import ConfigError
 from guardengine.labels import Label, Role, Verdict
 from guardengine.policy import Policy
-from guardengine.readout import Readout
+from guardengine.readout import Reading, Readout
 from guardengine.state import Wanted
 
 ROLES = ("user", "assistant")
@@ -171,11 +171,11 @@ def make_labels(logged: Sequence[LoggedLabel], token_ids: Sequence[int], readout
     for row, (_, role, text, _) in zip(logits, logged, strict=True):
         columns = readout.columns[role]
         row[columns.risk.start : columns.category.stop] = read_logits(text)
-    probs = readout.probabilities(logits)
-    return [
-        readout.label(label.stream_id, label.role, label.position, token_ids[label.position], row, row_probs)
-        for label, row, row_probs in zip(logged, logits, probs, strict=True)
+    readings = [
+        Reading(row, label.stream_id, label.role, label.position, token_ids[label.position])
+        for row, label in enumerate(logged)
     ]
+    return readout.labels(readings, logits, readout.probabilities(logits))
 
 
 def read_verdict(value: Any, name: str) -> Mapping[str, Any]:

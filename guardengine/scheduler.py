@@ -66,6 +66,13 @@ class Scheduler:
             rank = self._num_steps + wait - PRIORITY_STEPS * stream.priority
             self._push(_Place(rank, next(self._numbers), stream))
 
+    def update(self, stream: StreamState) -> None:
+        """Queue the stream or take it off the queue, as it has unscheduled tokens or not."""
+        if stream.num_unscheduled_tokens:
+            self.add(stream)
+        else:
+            self._waiting.pop(stream.stream_id, None)
+
     def discard(self, stream: StreamState) -> None:
         """Take a stream off the queue."""
         self._waiting.pop(stream.stream_id, None)

@@ -85,12 +85,19 @@ class StreamState:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens to compute, those of dropped blocks included."""
-        return 0 if self.is_idle else len(self.token_ids) - self.num_computed_tokens
+        num_tokens = len(self.token_ids)
+        return 0 if self.num_seen_tokens == num_tokens else num_tokens - self.num_computed_tokens
 
     @property
     def num_unscheduled_tokens(self) -> int:
         """Pending tokens that no step has been given yet."""
-        return 0 if self.is_idle else len(self.token_ids) - self.num_scheduled_tokens
+        num_tokens = len(self.token_ids)
+        return 0 if self.num_seen_tokens == num_tokens else num_tokens - self.num_scheduled_tokens
+
+    @property
+    def num_assistant_tokens(self) -> int:
+        """Tokens that have an assistant's label, or will."""
+        return len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted)
 
     @property
     def verdict(self) -> Verdict:
@@ -126,8 +133,7 @@ class StreamState:
 
     def fail(self, failure: Failure) -> None:
         """Record that accepted tokens went unjudged; what that means is the policy's choice."""
-        num_tokens = len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted)
-        self.record_failure(Failed(self.policy_states[-1][0], failure, num_tokens))
+        self.record_failure(Failed(self.policy_states[-1][0], failure, self.num_assistant_tokens))
 
     def record_failure(self, failed: Failed) -> None:
         """Keep a failure, and what the policy makes of it."""
@@ -152,6 +158,10 @@ class StreamState:
             del labels[bisect_left(labels, num_tokens, key=_position_of_label) :]
         del self.policy_states[bisect_left(self.policy_states, num_tokens, key=lambda entry: entry[0]) :]
         del self.wanted[bisect_left(self.wanted, num_tokens, key=_position) :]
+        # A failure that was let pass cleared tokens before they were computed: not those that come in their place.
+        position, state = self.policy_states[-1]
+        cleared = min(state.cleared, self.num_assistant_tokens)
+        self.policy_states[-1] = (position, state._replace(cleared=cleared))
 
     def copy(self, stream_id: str) -> StreamState:
         """A branch with the same history, without a block table and with nothing computed."""

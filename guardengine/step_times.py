@@ -7,6 +7,9 @@ from statistics import median
 
 _REMEMBERED = 8  # steps of a size: enough that one hiccup is not the median
 _LEAST = 16  # tokens that a step may always have: what a CPU or GPU computes at nearly the cost of one
+_FORGET_EVERY = (
+    64  # steps: what larger ones took is forgotten bit by bit, or one hiccup would rule them out for ever
+)
 _GROWTH = 2  # steps larger than any that ran grow by this much at a time
 
 
@@ -15,10 +18,17 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._steps: dict[int, deque[tuple[int, float]]] = {}
+        self._num_steps = 0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         steps = self._steps.setdefault(num_tokens.bit_length(), deque(maxlen=_REMEMBERED))
         steps.append((num_tokens, seconds))
+        self._num_steps += 1
+        if self._num_steps % _FORGET_EVERY == 0:
+            for size in [size for size in self._steps if size > num_tokens.bit_length()]:
+                self._steps[size].popleft()
+                if not self._steps[size]:
+                    del self._steps[size]
 
     def tokens_within(self, seconds: float) -> int:
         """The largest step that is expected to take no longer; at least 16 tokens.
@@ -38,4 +48,5 @@ class StepTimes:
             below = (tokens, took)
         if below is None:
             return _LEAST
-        return max(_LEAST, int(below[0] * min(_GROWTH, seconds / below[1])))
+        tokens, took = below
+        return max(_LEAST, int(tokens * min(_GROWTH, seconds / took if took else _GROWTH)))

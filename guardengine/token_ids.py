@@ -9,9 +9,16 @@ import numpy as np
 
 from guardengine.errors import InvalidTokens
 
+_FEW = (
+    16  # what an LLM appends: up to here Python is faster than numpy, whose calls take longer than the work
+)
+
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> list[int]:
     """The ids as a list of Python ints. Raises InvalidTokens unless they are 1-D, not empty and in range."""
+    is_short = type(token_ids) is list and 0 < len(token_ids) <= _FEW
+    if is_short and all(type(token_id) is int and 0 <= token_id < vocab_size for token_id in token_ids):
+        return list(token_ids)
     if isinstance(token_ids, str | bytes | bytearray | memoryview):
         raise InvalidTokens(f"token ids are needed, not text or bytes: {token_ids[:40]!r}")
     try:

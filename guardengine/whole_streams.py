@@ -25,18 +25,30 @@ def run_feeds(core: EngineCore, feeds: Sequence[Feed], policy: Policy) -> list[S
     running: list[StreamState] = []
     try:
         for feed in feeds:
-            while running and not _has_room(core, len(feed.token_ids)):
+            while (state := _open(core, feed, policy, must=not running)) is None:
                 # First in, first done: the oldest is waited for, the others advance in the same steps.
                 while running[0].num_pending_tokens:
                     core.step_for(running)
                 core.close_stream(running[0])
                 done.append(running.pop(0))
-            running.append(core.open(feed, Ticket(policy)))
+            running.append(state)
         core.run_until_computed(running)
     finally:
         for state in running:
             core.close_stream(state)
     return done + running
+
+
+def _open(core: EngineCore, feed: Feed, policy: Policy, *, must: bool) -> StreamState | None:
+    """A stream, or None where there is no room for it. Raises Overloaded then if it `must` be opened."""
+    if not must and not _has_room(core, len(feed.token_ids)):
+        return None
+    try:
+        return core.open(feed, Ticket(policy))
+    except Overloaded:  # also where there seemed to be room: idle streams share blocks with others
+        if must:
+            raise
+        return None
 
 
 def _has_room(core: EngineCore, num_tokens: int) -> bool:
