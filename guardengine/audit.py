@@ -39,6 +39,7 @@ from guardengine.admission import Ticket
 from guardengine.conversation import Feed
 from guardengine.core import EngineCore
 from guardengine.errors import AuditError, ConfigError
+from guardengine.kernels import backend_of
 from guardengine.labels import Label
 from guardengine.pipeline import Finished
 from guardengine.policy import Failure
@@ -118,7 +119,7 @@ class AuditedCore(EngineCore):
             version=VERSION,
             guardengine=__version__,
             weights=weights,
-            backend=runner.ops.__name__.rpartition(".")[2],
+            backend=backend_of(runner.ops),
             isa=runner.isa,
             numerics=self.fingerprint.numerics._asdict(),
             block_size=self.pool.block_size,

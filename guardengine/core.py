@@ -127,7 +127,10 @@ class EngineCore:
     def _record(self, finished: list[Finished]) -> list[Label]:
         """Count tokens as computed or found, and return the labels that came with them."""
         now = self.clock()
-        self._expire_deadlines(now)  # before these labels count: they came too late for what was due by now
+        while missed := self._deadlines.take_missed(
+            now
+        ):  # these labels came too late for what was due by now
+            self.fail(missed, "timeout")
         found, self._found = self._found, {}
         emitted: list[Label] = []
         for index, (stream, num_tokens, labels) in enumerate((*found.values(), *finished)):
@@ -196,7 +199,8 @@ class EngineCore:
             raise
         state.turns = feed.turns
         if is_new:
-            self._register(state)
+            self.streams[state.stream_id] = state
+            self.admission.enter(state)
         if found:
             self._found[state.stream_id] = found
         if deadline is not None:
@@ -347,11 +351,6 @@ class EngineCore:
             raise
         return stream_id
 
-    def _expire_deadlines(self, now: float) -> None:
-        """Count tokens that are overdue as unjudged."""
-        while stream := self._deadlines.take_missed(now):
-            self.fail(stream, "timeout")
-
     def _enter(self, state: StreamState, found: Found | None) -> None:
         """Let a stream with a history in, with blocks for what is pending. Raises Overloaded."""
         try:
@@ -362,14 +361,11 @@ class EngineCore:
             self.pool.shrink(state, 0)
             self.counters["refused"] += isinstance(error, Overloaded)
             raise
-        self._register(state)
+        self.streams[state.stream_id] = state
+        self.admission.enter(state)
         if found:
             self._found[state.stream_id] = found
         self._settle_books(state, self.clock())
-
-    def _register(self, state: StreamState) -> None:
-        self.streams[state.stream_id] = state
-        self.admission.enter(state)
 
     def _settle_books(self, state: StreamState, now: float) -> None:
         """Put a stream where it belongs by now: into the queue or among the idle ones."""
