@@ -139,7 +139,7 @@ class Machine(RuleBasedStateMachine):
             room = self.engine.core.pool.num_blocks - len(held.union(own))
             needed = -(-length // BLOCK) - len(own) + bool(own)  # perhaps a copy
             needed += 0 if stream else self.reserve
-            pending = self.engine.stats()["tokens_pending"]
+            pending = self.engine.core.admission.total.num_pending_tokens
             assert (
                 (stream is None and len(self.live) == MAX_STREAMS)
                 or (stream is None and len(of_tenant) == MAX_STREAMS_OF_TENANT)
