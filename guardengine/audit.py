@@ -26,6 +26,7 @@ it can be guessed. Whoever must not see texts should not see logits either: they
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -128,6 +129,11 @@ class AuditedCore(EngineCore):
         )
         self._log.flush()
 
+    @property
+    def is_held(self) -> bool:  # type: ignore[override]
+        """Whether labels wait until the log can be written."""
+        return self._log.has_failed
+
     # -- what changes streams ------------------------------------------------------------------------------
 
     def accept(
@@ -176,6 +182,10 @@ class AuditedCore(EngineCore):
     def close_stream(self, state: StreamState) -> None:
         if state.is_closed:
             return
+        with contextlib.suppress(
+            AuditError
+        ):  # what was in flight is buffered; closing frees memory, and must work
+            self.land()
         super().close_stream(state)
         self._write(
             "close",
@@ -203,6 +213,11 @@ class AuditedCore(EngineCore):
         self._log.close()
 
     # -- the step ------------------------------------------------------------------------------------------
+
+    def land(self) -> None:
+        if len(self.pipeline):
+            super().land()
+            self._log.flush()
 
     def _step(self) -> list[Label]:
         self._log.flush()  # before the model runs: should it take the process down, what did is on record

@@ -40,6 +40,8 @@ _COUNTERS = (
 class EngineCore:
     """Streams, their KV blocks and the queue of pending tokens around one Runner."""
 
+    is_held = False  # labels wait for something else than the model, see AuditedCore
+
     def __init__(
         self,
         config: ModelConfig,

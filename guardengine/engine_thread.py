@@ -18,13 +18,14 @@ from guardengine.calls import Append, Call, Calls, Close, Message, Missed, Resul
 from guardengine.conversation import feed_more
 from guardengine.core import EngineCore
 from guardengine.engine import Engine
-from guardengine.errors import Overloaded, StreamClosed
+from guardengine.errors import AuditError, Overloaded, StreamClosed
 from guardengine.isolation import step_apart
 from guardengine.state import StreamState
 
 logger = logging.getLogger("guardengine")
 
 _LEAST_NAP_S, _LONGEST_NAP_S = 0.01, 60.0
+_HELD_NAP_S = 0.2  # between attempts to write the audit log
 
 
 class EngineThread:
@@ -100,6 +101,9 @@ class EngineThread:
             try:
                 if self.engine is not None:
                     self.engine.close()
+            except AuditError as error:
+                self.error = error
+                logger.error("closed with an unfinished audit log: %s", error)
             finally:
                 self.calls.end(reason)
 
@@ -107,25 +111,36 @@ class EngineThread:
         core, calls = self.core, self.calls
         while not self._is_aborted:
             num_in_flight = len(core.pipeline)
-            for message in calls.take(0 if core.has_work or self._is_stopping else self._nap_s()):
+            for message in calls.take(self._nap_s()):
                 self._receive(message)
             core.sweep()
             self._retry()
-            if len(core.pipeline) < num_in_flight:  # a call has landed them
+            if len(core.pipeline) < num_in_flight and not core.is_held:  # a call has landed them
                 self._resolve(list(self._accepted))
             self._hand_over()
             if core.has_work and not self._is_aborted:
                 self._step(engine)
                 self._retry()  # before sleep: what was computed has made room
                 self._hand_over()
+                if core.is_held and self._is_stopping:
+                    return
             elif self._is_stopping and calls.is_quiet:
                 return
 
     def _step(self, engine: Engine) -> None:
         self.step_began = time.monotonic()
-        with engine.core.gate:
-            labels, given_up = step_apart(engine.core, engine.canary)
-        self.step_began = None
+        try:
+            with engine.core.gate:
+                labels, given_up = step_apart(engine.core, engine.canary)
+        except (
+            AuditError
+        ) as error:  # tried again after a nap; until then nobody is told what is not on record
+            for appends in self._accepted.values():
+                self._results += [(append.future, None, error) for append in appends]
+            self._accepted.clear()
+            return
+        finally:
+            self.step_began = None
         streams = engine.core.streams
         names = dict.fromkeys(label.stream_id for label in labels)  # the last token of an append has a label
         self._resolve([streams[name] for name in names if name in streams])
@@ -157,7 +172,12 @@ class EngineThread:
             self._is_aborted = True
 
     def _nap_s(self) -> float | None:
-        """How long to sleep at most, so that idle streams are closed at about their time."""
+        """How long to sleep at most: not while there is work, and so that idle streams are closed at about their
+        time."""
+        if self.core.is_held:
+            return _HELD_NAP_S
+        if self.core.has_work or self._is_stopping:
+            return 0
         ttl = self.core.options.idle_ttl_s
         if ttl is None or not len(self.core.residency.idle):
             return None

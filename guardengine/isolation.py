@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from guardengine.core import EngineCore
+from guardengine.errors import AuditError
 from guardengine.health import Canary, describe
 from guardengine.labels import Label
 from guardengine.state import StreamState
@@ -19,11 +20,13 @@ def step_apart(core: EngineCore, canary: Canary) -> tuple[list[Label], list[Stre
 
     A stream is given up when its pending tokens fail without company, and so is a whole batch when the canary fails
     too: then no stream is to blame, and none can be helped. Their policies are told ("error") and they are parked:
-    left out of all steps until more is appended. Raises what went wrong outside of a batch.
+    left out of all steps until more is appended. Raises what went wrong outside of a batch, and AuditError.
     """
     for _ in range(2):
         try:
             return core.step(), []
+        except AuditError:  # no stream's fault
+            raise
         except Exception as error:
             last_error = error
             if not core.pipeline.suspects:  # not the model: the books cannot be trusted any more
@@ -68,6 +71,8 @@ def _bisect(core: EngineCore, suspects: Sequence[StreamState]) -> tuple[list[Lab
                 continue
             try:
                 labels += _step_only(core, half)
+            except AuditError:
+                raise
             except Exception:
                 groups.append(half)
     return labels, [stream for stream in culprits if not stream.is_closed]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guardengine import AuditError, ConfigError, Engine, Label, Policy, StreamClosed
+from guardengine import AsyncEngine, AuditError, ConfigError, Engine, Label, Policy, StreamClosed
 from guardengine.core import EngineCore
 
 SMALL: dict[str, Any] = {"kv_cache_bytes": 2**22, "max_model_len": 256, "block_size": 4, "backend": "cpu"}
@@ -65,7 +67,8 @@ class BrokenDisk:
         self.file.close()
 
 
-def break_disk(engine: Engine, room: int = 0) -> BrokenDisk:
+def break_disk(engine: Engine | None, room: int = 0) -> BrokenDisk:
+    assert engine is not None
     engine.core._log._file = disk = BrokenDisk(engine.core._log._file, room)  # type: ignore[attr-defined]
     return disk
 
@@ -230,6 +233,44 @@ def test_nothing_is_handed_out_that_is_not_on_record(audited: Engine, log: Path)
     assert [line["n"] for line in records(log)] == list(range(len(records(log))))
 
 
+def test_an_async_engine_fails_appends_until_the_log_can_be_written(tiny: Path, log: Path) -> None:
+    async def run() -> None:
+        async with AsyncEngine.from_pretrained(tiny, **SMALL, audit_log=log) as engine:
+            stream = await engine.open(token_ids=[1, 2, 3], stream_id="a")
+            assert len(await stream.append([4, 5])) == 2
+            disk = break_disk(engine.thread.engine)
+            for _ in range(2):
+                with pytest.raises(AuditError):
+                    await asyncio.wait_for(stream.append([6], timeout_s=20), 10)
+            other = asyncio.create_task(stream.append([7]))
+            disk.room = 10**6
+            with contextlib.suppress(AuditError):
+                await other
+            while engine.thread.core.is_held:
+                await asyncio.sleep(0.01)
+            assert len(await stream.append([8])) == 1
+            assert (await engine.health())["status"] == "ok"
+            labels = stream.labels
+        assert [as_logged(label) for label in labels] == [
+            row for row in labels_in(log) if row[2] == "assistant"
+        ]
+        assert records(log)[-1]["event"] == "end"
+
+    asyncio.run(run())
+
+
+def test_an_async_engine_closes_with_the_disk_full(tiny: Path, log: Path) -> None:
+    async def run() -> None:
+        async with AsyncEngine.from_pretrained(tiny, **SMALL, audit_log=log) as engine:
+            stream = await engine.open(token_ids=[1, 2, 3])
+            break_disk(engine.thread.engine)
+            with pytest.raises(AuditError):
+                await stream.append([4])
+        assert isinstance(engine.thread.error, AuditError)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_streams_can_be_closed_while_the_disk_is_full(audited: Engine, log: Path) -> None:
     stream = audited.open(token_ids=[1, 2, 3])
     disk = break_disk(audited)
@@ -315,11 +356,13 @@ def test_ids_can_be_kept_out(tiny: Path, log: Path) -> None:
         branch.rollback(2)
         branch.append([407])
         engine.restore(stream.snapshot(), "c")
+        stream.rollback(3)
+        stream.append([408])
         engine.run()
     assert not any("ids" in line for line in records(log))
     assert "401,402" not in log.read_text()
     so_far = [(3, [401, 402, 403]), (1, [401, 402, 403, 404]), (2, [401, 402, 403, 404, 405, 406])]
-    expected = [*so_far, (1, [401, 402, 403, 404, 407])]
+    expected = [*so_far, (1, [401, 402, 403, 404, 407]), (1, [401, 402, 403, 408])]
     digest = lambda ids: hashlib.sha256(array("i", ids).tobytes()).hexdigest()  # noqa: E731
     assert [(line["num_ids"], line["sha256"]) for line in records(log, "tokens")] == [
         (count, digest(ids)) for count, ids in expected

@@ -262,6 +262,14 @@ def test_a_line_out_of_the_middle_is_missed(tiny: Path, true_lines: Lines, tmp_p
         assert "line number" in [difference.what for difference in check(tiny, path).differences]
 
 
+def test_a_label_missing_from_the_last_line_is_missed(tiny: Path, true_lines: Lines, tmp_path: Path) -> None:
+    lines = json.loads(json.dumps(true_lines))
+    index = next(i for i, line in enumerate(lines) if line["event"] == "labels" and len(line["labels"]) > 2)
+    missed = lines[index]["labels"].pop()
+    found = check(tiny, write(tmp_path / "log", lines[: index + 1])).differences
+    assert [(d.line, d.position) for d in found if d.what == "label"] == [(index + 1, missed[0])]
+
+
 def test_differences_are_printed_and_exit_with_1(
     tiny: Path, true_lines: Lines, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
