@@ -5,13 +5,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
+# Two processes: the tests are small, and most of them use one core.
+PYTEST := $(BIN)/python -P -m pytest -q -n 2
 
-.PHONY: help install bench test test-emulated test-asan wheel lint types format clean
+.PHONY: help install bench test test-emulated test-gpu-interpreted test-gpu-compiled gpu-kernels gpu-check test-asan wheel lint types \
+  format clean
 
 help:
 	@echo "make bench    install, build, and run the throughput benchmark (random weights, under 3 minutes)"
 	@echo "make test     install, build, then lint, type checks and tests"
 	@echo "make test-emulated  the kernels for AVX-512 on a CPU without it, as AVX2 code (a part of make test)"
+	@echo "make test-gpu-interpreted  the Triton kernels in Triton's interpreter, without a GPU (a part of make test)"
+	@echo "make test-gpu-compiled     the Triton kernels compiled for GPUs that are not here (a part of make test)"
+	@echo "make gpu-kernels           record what they compile to: docs/GPU_KERNELS.md"
+	@echo "make gpu-check  on a machine with a GPU: the Triton backend against the reference, and its speed (under 10 minutes)"
 	@echo "make test-asan      the native code under AddressSanitizer and UndefinedBehaviorSanitizer, its threads under TSan"
 	@echo "make wheel    dist/: a wheel for this platform, tried in an environment without a compiler"
 	@echo "make format   rewrite the sources in the project's format"
@@ -36,8 +43,9 @@ types: install
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -P -m pytest
+	$(PYTEST)
 	$(MAKE) test-emulated
+	$(MAKE) test-gpu-interpreted test-gpu-compiled
 
 # The kernels that this CPU may lack the instructions for, compiled to others: same tests.
 NATIVE := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile PYTHON=$(BIN)/python
@@ -46,8 +54,21 @@ NATIVE_TESTS := tests/test_cpu_ops.py tests/test_cpu_engine.py tests/test_quanti
 test-emulated: install
 	$(NATIVE) emulated check-intrinsics
 	for isa in avx512 avx512bf16; do \
-	  $(BIN)/python -P -m pytest -q --native-library build/native/emulated.so --isa $$isa $(NATIVE_TESTS) || exit 1; \
+	  $(PYTEST) --native-library build/native/emulated.so --isa $$isa $(NATIVE_TESTS) || exit 1; \
 	done
+
+# Triton decides as it is imported whether it interprets or compiles: a process for each, and neither with the rest.
+test-gpu-interpreted: install
+	TRITON_INTERPRET=1 $(PYTEST) tests/gpu
+
+test-gpu-compiled: install
+	$(BIN)/python -P -m pytest -q tests/aot
+
+gpu-kernels: install
+	$(BIN)/python -P -m pytest -q tests/aot/test_kernels.py --record
+
+gpu-check: install
+	$(BIN)/python -P -m guardengine.bench.gpu_check --json gpu-check.json --markdown gpu-check.md
 
 # Both runtimes come first into python, and reports go past pytest. Python itself does not free all it takes.
 ASAN = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \

@@ -183,13 +183,13 @@ def bench_host(rounds: int) -> dict[str, float]:
 
     watch, core = Stopwatch(), engine.core
     for name in ("schedule", "finish", "update"):
-        watch.wrap(core._scheduler, name, "scheduler")
+        watch.wrap(core.scheduler, name, "scheduler")
     for name in ("take", "publish"):
         watch.wrap(core.residency, name, "block pool and prefix cache")
     for name in ("check_pending", "update"):
         watch.wrap(core.admission, name, "admission")
     for name in ("probabilities", "labels"):
-        watch.wrap(core._pipeline._readout, name, "readout")
+        watch.wrap(core.pipeline._readout, name, "readout")
     watch.wrap(core, "check_token_ids", "token ids")
     plain = pipeline.build_batch
     watch.wrap(pipeline, "build_batch", "batch")

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from guardengine._version import __version__
 
 if TYPE_CHECKING:
+    from guardengine.async_engine import AsyncEngine
+    from guardengine.async_stream import AsyncStream
     from guardengine.compat import AutoGuard
     from guardengine.config import EngineConfig, ModelConfig
     from guardengine.engine import Engine
     from guardengine.errors import (
+        AuditError,
         CheckpointError,
         ConfigError,
         GuardEngineError,
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
         Overloaded,
         StreamClosed,
         StreamTooLong,
+        WrongLoop,
         WrongThread,
     )
     from guardengine.labels import Label, Moderation, Verdict
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
     from guardengine.stream import Stream
 
 _HOME = {
+    "AsyncEngine": "async_engine",
+    "AsyncStream": "async_stream",
+    "AuditError": "errors",
     "AutoGuard": "compat",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -49,10 +56,14 @@ _HOME = {
     "StreamClosed": "errors",
     "StreamTooLong": "errors",
     "Verdict": "labels",
+    "WrongLoop": "errors",
     "WrongThread": "errors",
 }
 
 __all__ = [
+    "AsyncEngine",
+    "AsyncStream",
+    "AuditError",
     "AutoGuard",
     "CheckpointError",
     "ConfigError",
@@ -71,6 +82,7 @@ __all__ = [
     "StreamClosed",
     "StreamTooLong",
     "Verdict",
+    "WrongLoop",
     "WrongThread",
     "__version__",
 ]

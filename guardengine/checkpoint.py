@@ -69,6 +69,11 @@ class Checkpoint:
         """The names of all stored tensors, in file order."""
         return tuple(self._entries)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files."""
+        return tuple(self._maps)
+
     def entry(self, name: str) -> TensorEntry:
         """Look one tensor up. Raises CheckpointError when it is not stored."""
         entry = self._entries.get(name)

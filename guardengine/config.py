@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from os import PathLike
 from typing import Any, Literal
 
 from guardengine.errors import CheckpointError, ConfigError
@@ -247,6 +248,10 @@ class EngineConfig:
     idle_ttl_s: float | None = None  # streams that were idle for so long are closed
     num_threads: int | None = None  # None: one for each core (the reference backend: torch's choice)
     pin_threads: bool = False  # keep the cpu backend's threads on a core each
+    audit_log: str | PathLike[str] | None = (
+        None  # a file that every decision is appended to, see guardengine.audit
+    )
+    audit_token_ids: bool = True  # with the ids, which `guardengine replay` needs; False: with their digest
 
     @staticmethod
     def from_options(options: Mapping[str, Any]) -> EngineConfig:
@@ -276,7 +281,9 @@ class EngineConfig:
             raise ConfigError(
                 f"kv_dtype={config.kv_dtype!r}: 'auto', 'float32', 'bfloat16' or 'int8' is needed"
             )
-        for name in ("pin_threads", "prefix_caching"):
+        if config.audit_log is not None and not isinstance(config.audit_log, str | PathLike):
+            raise ConfigError(f"audit_log={config.audit_log!r}: a file's path is needed, or None")
+        for name in ("pin_threads", "prefix_caching", "audit_token_ids"):
             if not isinstance(getattr(config, name), bool):
                 raise ConfigError(f"{name}={getattr(config, name)!r}: True or False is needed")
         return config

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from guardengine.chat import ChatTemplate
 from guardengine.errors import ConfigError, InvalidText, InvalidTokens
 from guardengine.labels import Role
@@ -98,6 +100,21 @@ def feed_more(chat: ChatTemplate | None, stream: StreamState, content: list[int]
         [Wanted(position, "assistant") for position in range(start, end)],
         (*turns, Turn("assistant", first, end, closes)),
     )
+
+
+def cut(stream: StreamState, num_tokens: int) -> tuple[tuple[Turn, ...] | None, int]:
+    """The turns of a stream whose last `num_tokens` tokens are dropped, and how many tokens stay.
+
+    Raises InvalidTokens where there are fewer or the template would break.
+    """
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int | np.integer):
+        raise InvalidTokens(f"rollback of {num_tokens!r} tokens: a whole number is needed")
+    remaining = stream.num_tokens - int(num_tokens)
+    if not 0 <= remaining <= stream.num_tokens:
+        raise InvalidTokens(
+            f"{stream.stream_id}: cannot roll back {num_tokens} of {stream.num_tokens} tokens"
+        )
+    return (None, remaining) if stream.turns is None else cut_turns(stream.turns, remaining)
 
 
 def cut_turns(turns: tuple[Turn, ...], num_tokens: int) -> tuple[tuple[Turn, ...], int]:

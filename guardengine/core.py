@@ -12,14 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from guardengine.admission import Admission, Ticket, check_timeout
 from guardengine.block_pool import BlockPool
 from guardengine.config import EngineConfig, ModelConfig
-from guardengine.conversation import Feed, cut_turns
+from guardengine.conversation import Feed, cut
 from guardengine.deadlines import Deadlines
-from guardengine.errors import ConfigError, InvalidTokens, Overloaded, StreamClosed, StreamTooLong
+from guardengine.errors import ConfigError, Overloaded, StreamClosed, StreamTooLong
+from guardengine.fingerprint import Fingerprint
 from guardengine.gate import Gate
 from guardengine.labels import Label
 from guardengine.pipeline import Finished, Pipeline
@@ -31,6 +30,11 @@ from guardengine.runner import Runner
 from guardengine.scheduler import Scheduler
 from guardengine.state import StreamState
 from guardengine.token_ids import check_token_ids
+
+_COUNTERS = (
+    *("steps", "tokens_computed", "tokens_recomputed", "labels"),
+    *("streams_opened", "streams_restored", "forks", "rollbacks", "refused", "expired"),
+)
 
 
 class EngineCore:
@@ -44,23 +48,21 @@ class EngineCore:
         pool: BlockPool,
         options: EngineConfig,
         max_model_len: int,
+        fingerprint: Fingerprint,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner, self.pool, self.options, self.clock = runner, pool, options, clock
-        self.max_model_len = max_model_len
+        self.max_model_len, self.fingerprint, self.readout = max_model_len, fingerprint, readout
         self.streams: dict[str, StreamState] = {}
-        counters = "steps tokens_computed labels streams_opened forks rollbacks refused expired"
-        self.counters = dict.fromkeys(counters.split(), 0)
+        self.counters = dict.fromkeys(_COUNTERS, 0)
         self.failures: dict[str, int] = {}  # "timeout-closed": streams that failed so, by kind and policy
         self.admission = Admission(options)
         self.gate = Gate()
-        self._reserve_blocks = int(options.kv_reserve * pool.num_blocks)
-        self.residency = Residency(pool, self._reserve_blocks, lambda *blocks: runner.copy_block(*blocks))
-        self._vocab_size = config.vocab_size
-        self._scheduler = Scheduler(options.max_num_batched_tokens)
-        self._pipeline = Pipeline(
-            runner, readout, self._scheduler, pool.block_size, options.max_step_ms, clock
-        )
+        reserve = int(options.kv_reserve * pool.num_blocks)
+        self.residency = Residency(pool, reserve, lambda *blocks: runner.copy_block(*blocks))
+        self.vocab_size = config.vocab_size
+        self.scheduler = Scheduler(options.max_num_batched_tokens)
+        self.pipeline = Pipeline(runner, readout, self.scheduler, pool.block_size, options.max_step_ms, clock)
         self._deadlines = Deadlines()
         self._names = itertools.count()
         self._found: dict[str, Found] = {}  # by stream: counts as computed with the next `step`
@@ -73,7 +75,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to deliver."""
-        return bool(self._undelivered or self._found or len(self._scheduler))
+        return bool(self._undelivered or self._found or len(self.scheduler))
 
     def step(self) -> list[Label]:
         """Run one batched forward over streams with pending tokens; returns the labels that came with it.
@@ -116,8 +118,8 @@ class EngineCore:
         self._forget_labels_of(states)
 
     def _step(self) -> list[Label]:
-        self._pipeline.fill()
-        finished = self._pipeline.finish_oldest() if len(self._pipeline) else []
+        self.pipeline.fill()
+        finished = self.pipeline.finish_oldest() if len(self.pipeline) else []
         self.counters["steps"] += bool(finished)
         self.counters["tokens_computed"] += sum(chunk.num_tokens for chunk in finished)
         return self._record(finished)
@@ -125,11 +127,17 @@ class EngineCore:
     def _record(self, finished: list[Finished]) -> list[Label]:
         """Count tokens as computed or found, and return the labels that came with them."""
         now = self.clock()
-        self._expire_deadlines(now)  # before these labels count: they came too late for what was due by now
+        while missed := self._deadlines.take_missed(
+            now
+        ):  # these labels came too late for what was due by now
+            self.fail(missed, "timeout")
         found, self._found = self._found, {}
         emitted: list[Label] = []
-        for stream, num_tokens, labels in (*found.values(), *finished):
+        for index, (stream, num_tokens, labels) in enumerate((*found.values(), *finished)):
             num_computed = stream.num_computed_tokens
+            if index >= len(found) and stream.num_seen_tokens > num_computed:
+                again = min(num_tokens, stream.num_seen_tokens - num_computed)
+                self.counters["tokens_recomputed"] += again
             stream.advance(num_tokens, labels)
             self.residency.publish(stream, num_computed)
             self._settle_books(stream, now)
@@ -137,14 +145,14 @@ class EngineCore:
         self.counters["labels"] += len(emitted)
         return emitted
 
-    def _land(self) -> None:
+    def land(self) -> None:
         """Finish steps in flight, so that books and blocks may be changed; their labels come with the next `step`.
 
         A failure is left to the next `step`, which runs the same tokens again.
         """
-        while len(self._pipeline):
+        while len(self.pipeline):
             with contextlib.suppress(Exception):
-                self._undelivered += self._record(self._pipeline.finish_oldest())
+                self._undelivered += self._record(self.pipeline.finish_oldest())
 
     # -- streams -------------------------------------------------------------------------------------------
 
@@ -191,7 +199,8 @@ class EngineCore:
             raise
         state.turns = feed.turns
         if is_new:
-            self._register(state)
+            self.streams[state.stream_id] = state
+            self.admission.enter(state)
         if found:
             self._found[state.stream_id] = found
         if deadline is not None:
@@ -201,7 +210,7 @@ class EngineCore:
     def fork(self, parent: StreamState, stream_id: str | None = None) -> StreamState:
         """Branch off a stream that shares the parent's computed blocks. Raises as `open` does."""
         self.check_open(parent)
-        self._land()
+        self.land()
         ticket = Ticket(parent.policy, stream_id, parent.tenant, None, parent.priority)
         branch = parent.copy(self._admit(ticket))
         shared = parent.block_table[: self.pool.blocks_for(parent.num_scheduled_tokens)]
@@ -210,41 +219,36 @@ class EngineCore:
         branch.num_computed_tokens = parent.num_computed_tokens
         branch.num_scheduled_tokens = parent.num_scheduled_tokens
         found = self._found.get(parent.stream_id)
-        found = found and found.of(branch)
-        try:
-            self.admission.check_pending(branch.tenant, branch.num_tokens - branch.num_seen_tokens)
-            if branch.num_pending_tokens:
-                found = self.residency.take(branch, is_new=True) or found
-        except BaseException as error:
-            self.pool.shrink(branch, 0)
-            self.counters["refused"] += isinstance(error, Overloaded)
-            raise
-        self._register(branch)
-        if found:
-            self._found[branch.stream_id] = found
+        self._enter(branch, found and found.of(branch))
         self._deadlines.inherit(branch, parent)
-        self._settle_books(branch, self.clock())
         self.counters["forks"] += 1
         return branch
+
+    def restore(self, state: StreamState, ticket: Ticket, undelivered: list[Label]) -> None:
+        """Admit a stream that another engine had, with nothing of it in the cache. Raises as `open` does.
+
+        The `undelivered` ones of its labels come with the next `step`.
+        """
+        self.sweep()
+        state.stream_id = self._admit(ticket)
+        self.check_length(state.num_tokens, is_new=True)
+        self._enter(state, None)
+        self._undelivered += undelivered
+        self.counters["streams_restored"] += 1
 
     def rollback(self, state: StreamState, num_tokens: int) -> None:
         """Drop the last `num_tokens` tokens. Raises InvalidTokens where there are fewer or the template would break."""
         self.check_open(state)
-        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int | np.integer):
-            raise InvalidTokens(f"rollback of {num_tokens!r} tokens: a whole number is needed")
-        remaining = state.num_tokens - int(num_tokens)
-        if not 0 <= remaining <= state.num_tokens:
-            raise InvalidTokens(
-                f"{state.stream_id}: cannot roll back {num_tokens} of {state.num_tokens} tokens"
-            )
-        turns = state.turns
-        if turns is not None:
-            turns, remaining = cut_turns(turns, remaining)
-        self._land()
+        turns, remaining = cut(state, num_tokens)
+        self.land()
         state.turns = turns
-        if found := self._found.pop(state.stream_id, None):
-            self._found[state.stream_id] = found.cut(remaining)
         state.truncate(remaining, self.pool.block_size)
+        if found := self._found.pop(state.stream_id, None):
+            found = found.cut(remaining)
+            if state.is_idle:  # it was preempted, and no label of what is left is to come
+                state.advance(found.num_tokens, [])
+            else:
+                self._found[state.stream_id] = found
         self.pool.shrink(state, remaining)
         self._forget_undelivered(state, remaining)
         self._deadlines.drop(state, remaining)
@@ -256,10 +260,10 @@ class EngineCore:
         if state.is_closed:
             return
         self._check_own(state)
-        self._land()
+        self.land()
         state.is_closed = True
         self._found.pop(state.stream_id, None)
-        self._scheduler.discard(state)
+        self.scheduler.discard(state)
         self.residency.idle.discard(state)
         self.pool.shrink(state, 0)
         self._forget_undelivered(state, 0)
@@ -293,6 +297,10 @@ class EngineCore:
             self.close_stream(stream)
             self.counters["expired"] += 1
 
+    def num_undelivered(self, state: StreamState) -> int:
+        """How many of a stream's labels come with the next `step`: its newest ones."""
+        return sum(label.stream_id == state.stream_id for label in self._undelivered)
+
     # -- checks --------------------------------------------------------------------------------------------
 
     def check_engine_open(self) -> None:
@@ -310,29 +318,20 @@ class EngineCore:
 
     def check_token_ids(self, token_ids: Sequence[int]) -> list[int]:
         """The ids as a list of Python ints. Raises InvalidTokens unless they are 1-D, not empty and in range."""
-        return check_token_ids(token_ids, self._vocab_size)
+        return check_token_ids(token_ids, self.vocab_size)
 
     def check_length(self, num_tokens: int, *, is_new: bool = False) -> None:
         """Raise StreamTooLong for a stream of `num_tokens` tokens that could never be computed."""
-        num_blocks = self.pool.num_blocks - (self._reserve_blocks if is_new else 0)
-        limit = min(self.max_model_len, num_blocks * self.pool.block_size)
-        if num_tokens > limit:
+        try:
+            self.residency.check_length(num_tokens, self.max_model_len, is_new=is_new)
+        except StreamTooLong:
             self.counters["refused"] += 1
-            reason = (
-                f"max_model_len={limit}"
-                if limit == self.max_model_len
-                else f"the {limit} tokens of the whole KV cache (raise kv_cache_bytes)"
-            )
-            raise StreamTooLong(
-                f"a stream of {num_tokens} tokens exceeds {reason}; shorten the conversation or open a new stream"
-            )
+            raise
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless block tables, reference counts, free list and queue agree."""
-        self.pool.check_integrity(self.streams.values())
-        self._scheduler.check_integrity(self.streams.values())
-        self.admission.check_integrity(self.streams.values())
-        self.residency.idle.check_integrity(self.streams.values())
+        for books in (self.pool, self.scheduler, self.admission, self.residency.idle):
+            books.check_integrity(self.streams.values())
 
     # -- internals -----------------------------------------------------------------------------------------
 
@@ -352,19 +351,26 @@ class EngineCore:
             raise
         return stream_id
 
-    def _expire_deadlines(self, now: float) -> None:
-        """Count tokens that are overdue as unjudged."""
-        while stream := self._deadlines.take_missed(now):
-            self.fail(stream, "timeout")
-
-    def _register(self, state: StreamState) -> None:
+    def _enter(self, state: StreamState, found: Found | None) -> None:
+        """Let a stream with a history in, with blocks for what is pending. Raises Overloaded."""
+        try:
+            self.admission.check_pending(state.tenant, state.num_tokens - state.num_seen_tokens)
+            if state.num_pending_tokens:
+                found = self.residency.take(state, is_new=True) or found
+        except BaseException as error:
+            self.pool.shrink(state, 0)
+            self.counters["refused"] += isinstance(error, Overloaded)
+            raise
         self.streams[state.stream_id] = state
         self.admission.enter(state)
+        if found:
+            self._found[state.stream_id] = found
+        self._settle_books(state, self.clock())
 
     def _settle_books(self, state: StreamState, now: float) -> None:
         """Put a stream where it belongs by now: into the queue or among the idle ones."""
         self.admission.update(state)
-        self._scheduler.update(state)
+        self.scheduler.update(state)
         if state.is_idle:
             self.residency.idle.add(state, now)
         else:

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from guardengine._version import __version__
-from guardengine.admission import Ticket
+from guardengine.admission import Ticket, check_timeout
 from guardengine.chat import ChatTemplate
 from guardengine.config import EngineConfig, GuardHeadsConfig
 from guardengine.conversation import Feed, feed_ids, feed_messages
 from guardengine.core import EngineCore
 from guardengine.errors import ConfigError, InvalidText
+from guardengine.health import Canary, check_health
 from guardengine.hub import resolve_checkpoint
+from guardengine.kernels import backend_of
 from guardengine.labels import Label, Moderation, Role
 from guardengine.loading import choose_backend, load_engine
 from guardengine.policy import Policy
+from guardengine.snapshot import read_snapshot
 from guardengine.stream import Stream
-from guardengine.whole_streams import run_feeds
+from guardengine.whole_streams import moderation, run_feeds
 
 logger = logging.getLogger("guardengine")
 
@@ -37,6 +40,7 @@ class Engine:
 
     def __init__(self, core: EngineCore, chat: ChatTemplate | None, heads: GuardHeadsConfig) -> None:
         self.core = core
+        self.canary = Canary(core)
         self._chat, self._heads = chat, heads
         self._default_policy = Policy.strict()
         self._checked_policies: dict[
@@ -117,6 +121,34 @@ class Engine:
             ticket = Ticket(self._checked(policy), stream_id, tenant, cache_salt, priority)
             return Stream(core, self._chat, core.open(feed, ticket, timeout_s))
 
+    def restore(self, snapshot: Mapping[str, Any], stream_id: str | None = None) -> Stream:
+        """Go on with a stream of which `Stream.snapshot` was taken, by another engine or this one.
+
+        Labels, verdict and turns are what they were. Nothing is computed before the next `append`, which computes
+        the whole stream again; labels that were owed, or that no `step` had returned, come with the next `step`, and
+        none comes twice. stream_id: another one than the snapshot's; labels that were returned keep the old one.
+        `cache_salt`, `tenant` and `priority` are the snapshot's. Deadlines (`timeout_s`) are not part of it.
+
+        Raises CheckpointError for a snapshot of other weights, ConfigError for one of another dtype or quantization,
+        from a version that this one does not read, or that is damaged; and, as `open` does, ConfigError (a stream_id
+        in use), StreamTooLong, Overloaded or StreamClosed. Nothing is opened then.
+        """
+        core = self.core
+        with core.gate:
+            core.check_engine_open()
+            state, undelivered = read_snapshot(
+                snapshot,
+                readout=core.readout,
+                fingerprint=core.fingerprint,
+                vocab_size=core.vocab_size,
+                chat=self._chat,
+                stream_id=stream_id,
+            )
+            self._checked(state.policy)
+            ticket = Ticket(state.policy, state.stream_id, state.tenant, None, state.priority)
+            core.restore(state, ticket, undelivered)
+            return Stream(core, self._chat, state)
+
     def step(self) -> list[Label]:
         """Run one batched forward over all streams with pending tokens and return the labels that it completed.
 
@@ -150,16 +182,15 @@ class Engine:
         """
         with self.core.gate:
             self.core.check_engine_open()
-            policy = self._checked(policy)
-            states = run_feeds(self.core, self._feed_conversations(conversations), policy)
-        return [
-            Moderation(
-                prompt=state.prompt_labels[-1],
-                response=policy.judge(state.labels) if state.labels else None,
-                labels=state.labels,
-            )
-            for state in states
-        ]
+            checked, feeds = self.prepare_conversations(conversations, policy)
+            states = run_feeds(self.core, feeds, checked)
+        return [moderation(state, checked) for state in states]
+
+    def prepare_conversations(
+        self, conversations: Sequence[Messages], policy: Policy | None
+    ) -> tuple[Policy, list[Feed]]:
+        """What `moderate_many` runs. For any thread; raises as it does, before anything is computed."""
+        return self._checked(policy), self._feed_conversations(conversations)
 
     # -- the engine itself ---------------------------------------------------------------------------------
 
@@ -169,6 +200,21 @@ class Engine:
             self.core.check_engine_open()
             self.core.sweep()
             return self._stats()
+
+    def health(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """Run one token through the model, beside all streams, and report as a plain dict.
+
+        status: "ok"; "failing", when that raised, was not finite or, on the cpu backend, differs in a bit from the
+        first time; "stalled", when it took longer than `timeout_s`. note: why, in words. canary_ms: how long it took.
+        last_error: the newest step's, None when that went well. last_step_age_s: since the newest step that went well.
+
+        Where no KV block is free nothing is run, the note says so, and the newest step decides. Raises StreamClosed.
+        """
+        with self.core.gate:
+            self.core.check_engine_open()
+            if timeout_s is not None:
+                check_timeout(timeout_s)
+            return check_health(self.core, self.canary, timeout_s)
 
     def _stats(self) -> dict[str, Any]:
         core, runner = self.core, self.core.runner
@@ -191,7 +237,7 @@ class Engine:
             "block_size": pool.block_size,
             "max_model_len": core.max_model_len,
             "max_num_streams": core.options.max_num_streams,
-            "backend": runner.ops.__name__.rpartition(".")[2],
+            "backend": backend_of(runner.ops),
             "device": str(runner.device),
             "isa": runner.isa,
             "dtype": str(runner.dtype).removeprefix("torch."),
@@ -200,6 +246,15 @@ class Engine:
             "num_threads": runner.num_threads,
             "version": __version__,
         }
+
+    def weights_digest(self) -> str:
+        """sha256 over the checkpoint's config.json and safetensors files, as `sha256sum config.json
+        model*.safetensors | sha256sum` prints it in its folder. Reads all of them at the first call.
+
+        Raises CheckpointError when they have changed since they were loaded.
+        """
+        with self.core.gate:
+            return self.core.fingerprint.weights()
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if the engine's books contradict each other. For tests and debugging."""

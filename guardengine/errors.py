@@ -37,8 +37,16 @@ class Overloaded(GuardEngineError):
     """No room now: streams, KV cache blocks or pending tokens are at their limit. Retry later, or elsewhere."""
 
 
+class AuditError(GuardEngineError):
+    """The audit log cannot be written. Labels that are not in it are not handed out: they come once it can be."""
+
+
 class WrongThread(GuardEngineError):
     """A call from a thread that does not own the engine, or from inside another call of the engine."""
+
+
+class WrongLoop(GuardEngineError):
+    """A call from another event loop than the one that used the AsyncEngine first."""
 
 
 class IntegrityError(GuardEngineError):

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from guardengine import accelerator
+from guardengine.audit import AuditedCore
 from guardengine.block_pool import BlockPool
 from guardengine.chat import ChatTemplate
 from guardengine.checkpoint import open_checkpoint
@@ -19,6 +21,9 @@ from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
 from guardengine.core import EngineCore
 from guardengine.cpu_runner import CpuRunner
 from guardengine.errors import CheckpointError, ConfigError
+from guardengine.fingerprint import Fingerprint, Numerics
+from guardengine.gpu_limits import DeviceMemory, check_bfloat16, check_shapes
+from guardengine.gpu_runner import GpuRunner
 from guardengine.kernels import BACKENDS, load, native
 from guardengine.kernels.quantization import SCHEMES
 from guardengine.machine import memory_bytes
@@ -33,6 +38,9 @@ logger = logging.getLogger("guardengine")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _KV_DTYPES = {**_DTYPES, "int8": torch.int8}
 _DEFAULT_KV_CACHE_BYTES = 4 * 2**30
+_DEFAULT_KV_CACHE_SHARE = (
+    0.5  # of a GPU's memory that weights and work leave: the guarded LLM may live there too
+)
 
 
 class LoadedEngine(NamedTuple):
@@ -43,20 +51,51 @@ class LoadedEngine(NamedTuple):
     heads: GuardHeadsConfig
 
 
-def choose_backend(backend: str, device: str, quantization: str | None) -> str:
-    """The backend's name. Raises ConfigError, naming what there is."""
+class Placement(NamedTuple):
+    """What runs the model, and where."""
+
+    backend: str
+    device: torch.device
+
+
+def choose_backend(backend: str, device: str, quantization: str | None) -> Placement:
+    """The backend's name and the device. Raises ConfigError, naming what there is.
+
+    "auto" takes the GPU and its kernels where there is one that they run on, unless weights are to be quantized,
+    which the cpu backend alone does.
+    """
     if quantization is not None and quantization not in SCHEMES:
         raise ConfigError(f"quantization={quantization!r}: choose None or one of {', '.join(SCHEMES)}")
-    name = "cpu" if backend == "auto" else backend
-    if name not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise ConfigError(f"backend={backend!r}: choose 'auto' or one of {', '.join(BACKENDS)}")
-    if device not in ("auto", "cpu"):
-        raise ConfigError(f"device={device!r}: this version runs on 'cpu' (or 'auto') only")
-    return name
+    if device == "auto":
+        needs_cpu = backend in ("cpu", "reference") or (backend == "auto" and quantization is not None)
+        chosen = torch.device("cpu") if needs_cpu else accelerator.default_device()
+    else:
+        chosen = accelerator.parse_device(device)
+    name = ("triton" if chosen.type == "cuda" else "cpu") if backend == "auto" else backend
+    if name == "cpu" and chosen.type != "cpu":
+        raise ConfigError(
+            f"backend='cpu' with device={device!r}: pass device='cpu', or backend='triton' for the GPU"
+        )
+    if name == "triton":
+        if quantization is not None:
+            raise ConfigError(
+                f"quantization={quantization!r}: the triton backend runs weights in the model's dtype only; "
+                "use backend='cpu', or quantization=None"
+            )
+        accelerator.check_triton()
+    return Placement(name, chosen)
 
 
 def load_engine(
-    folder: Path, options: EngineConfig, backend: str, dtype: str, quantization: str | None, *, progress: bool
+    folder: Path,
+    options: EngineConfig,
+    placement: Placement,
+    dtype: str,
+    quantization: str | None,
+    *,
+    progress: bool,
 ) -> LoadedEngine:
     """Load a Stream checkpoint. Raises CheckpointError and ConfigError."""
     if dtype not in ("auto", *_DTYPES):
@@ -72,14 +111,22 @@ def load_engine(
         model_dtype = _DTYPES[chosen if dtype == "auto" else dtype]
         kv_dtype = model_dtype if options.kv_dtype == "auto" else _KV_DTYPES[options.kv_dtype]
         max_model_len = _max_model_len(options, config)
+        device_memory = None
+        if placement.device.type == "cuda":
+            device_memory = DeviceMemory.of(placement.device, options, config, model_dtype, max_model_len)
+        fingerprint = Fingerprint(
+            (folder / "config.json", *checkpoint.files),
+            Numerics(_name(model_dtype), quantization, _name(kv_dtype)),
+        )
         cache = CacheShape(
-            num_blocks=_num_blocks(options, config, max_model_len, kv_dtype),
+            num_blocks=_num_blocks(options, config, max_model_len, kv_dtype, device_memory),
             block_size=options.block_size,
             dtype=kv_dtype,
         )
+        if device_memory is not None:
+            device_memory.check(cache.num_bytes(config))
         runner: Runner
-        if backend == "cpu":
-            threads = options.num_threads
+        if placement.backend == "cpu":
             if options.block_size % native.KEY_GROUP:
                 logger.warning(
                     "block_size=%d is not a multiple of %d: attention copies keys and values before it multiplies",
@@ -93,18 +140,28 @@ def load_engine(
                 model_dtype,
                 max_model_len,
                 quantization=quantization,
-                num_threads=threads,
+                num_threads=options.num_threads,
                 pin_threads=options.pin_threads,
                 progress=progress,
             )
         else:
+            target = None
+            if placement.backend == "triton":
+                check_shapes(config)
+                target = accelerator.choose_accelerator(placement.device)
+            ops = load(placement.backend)
+            if target is not None:
+                check_bfloat16(ops, model_dtype, target)
             weights = load_weights(
-                checkpoint, model_dtype, torch.device("cpu"), quantization=quantization, progress=progress
+                checkpoint, model_dtype, placement.device, quantization=quantization, progress=progress
             )
-            if options.num_threads is not None:
-                torch.set_num_threads(options.num_threads)
-            runner = TorchRunner(load(backend), config, weights, cache, max_model_len)
-    core = EngineCore(
+            if target is not None:
+                runner = GpuRunner(ops, config, weights, cache, max_model_len, target)
+            else:
+                if options.num_threads is not None:
+                    torch.set_num_threads(options.num_threads)
+                runner = TorchRunner(ops, config, weights, cache, max_model_len)
+    parts = (
         config,
         runner,
         Readout(config.heads),
@@ -115,8 +172,11 @@ def load_engine(
         ),
         options,
         max_model_len,
+        fingerprint,
     )
-    return LoadedEngine(core, _load_chat(folder, config), config.heads)
+    chat = _load_chat(folder, config)
+    core = EngineCore(*parts) if options.audit_log is None else AuditedCore(*parts)
+    return LoadedEngine(core, chat, config.heads)
 
 
 def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
@@ -130,17 +190,31 @@ def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
     return options.max_model_len
 
 
-def _num_blocks(options: EngineConfig, config: ModelConfig, max_model_len: int, kv_dtype: torch.dtype) -> int:
+def _num_blocks(
+    options: EngineConfig,
+    config: ModelConfig,
+    max_model_len: int,
+    kv_dtype: torch.dtype,
+    device_memory: DeviceMemory | None,
+) -> int:
     """KV blocks that `kv_cache_bytes` buys; without it, what all streams could use, up to a default's worth."""
     size = CacheShape(1, options.block_size, kv_dtype).num_bytes(config)
     if options.kv_cache_bytes is None:
         usable = options.max_num_streams * -(-max_model_len // options.block_size)
-        return max(1, min(usable, min(_DEFAULT_KV_CACHE_BYTES, memory_bytes("MemAvailable") // 2) // size))
+        if device_memory is None:
+            budget = min(_DEFAULT_KV_CACHE_BYTES, memory_bytes("MemAvailable") // 2)
+        else:
+            budget = int(device_memory.left * _DEFAULT_KV_CACHE_SHARE)
+        return max(1, min(usable, budget // size))
     if options.kv_cache_bytes < size:
         raise ConfigError(
             f"kv_cache_bytes={options.kv_cache_bytes}: one block of {options.block_size} tokens takes {size} bytes"
         )
     return options.kv_cache_bytes // size
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _load_chat(folder: Path, config: ModelConfig) -> ChatTemplate | None:

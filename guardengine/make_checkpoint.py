@@ -151,6 +151,11 @@ def make_checkpoint(
     return Path(directory)
 
 
+def preset_config(preset: str) -> ModelConfig:
+    """What `make_checkpoint` of a preset would be read as. Raises ConfigError for an unknown name."""
+    return ModelConfig.from_dict(_config_json(preset, {}), f"preset {preset}")
+
+
 def _config_json(preset: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Build config.json, in the published form, from a preset and overrides."""
     if preset not in PRESETS:

@@ -7,12 +7,22 @@ follow the dimension key there.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from guardengine.batch import Batch
 from guardengine.config import ModelConfig
+from guardengine.step_inputs import SmallStep
 from guardengine.weights import HeadWeights, LayerWeights, Weights
+
+
+class StepScratch(NamedTuple):
+    """Memory that fused operators share between launches, in the backend's own form."""
+
+    workspace: Any  # of matrix products
+    attention: Any
 
 
 def forward(
@@ -23,6 +33,7 @@ def forward(
     kv_cache: Tensor,
     kv_scales: Tensor | None,
     batch: Batch,
+    plans: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Run one ragged batch: store its keys and values, return the last layer's output where a label is wanted.
 
@@ -30,10 +41,12 @@ def forward(
             place; cos_sin [positions, D] -> [W, E], not normed.
 
     Past the last layer's KV store only the W wanted rows are computed: a prompt chunk that wants none ends there.
+    `plans`: of attention, for all rows and for the wanted ones, where the backend takes plans that were made before.
     """
     eps = config.rms_norm_eps
     softmax_scale = config.head_dim**-0.5
     rows = batch.rows
+    plan = None if plans is None else plans[0]
     residual = weights.embed[batch.input_ids]
     x = ops.rms_norm(residual, weights.layers[0].input_norm, eps)
     for index, layer in enumerate(weights.layers):
@@ -56,22 +69,91 @@ def forward(
         )
         if index == config.num_layers - 1:
             rows = batch.label_rows
+            plan = None if plans is None else plans[1]
             q, residual = q[batch.label_index], residual[batch.label_index]
-        attended = ops.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            batch.block_tables,
-            rows.cu_seqlens_q,
-            rows.positions,
-            softmax_scale,
-            k_scales,
-            v_scales,
-        )
+        attention = (softmax_scale, k_scales, v_scales)
+        if plan is None:
+            attended = ops.paged_attention(
+                q, k_cache, v_cache, batch.block_tables, rows.cu_seqlens_q, rows.positions, *attention
+            )
+        else:
+            attended = ops.planned_attention(
+                q, k_cache, v_cache, plan, rows.positions, *attention, scratch=None
+            )
         x = ops.linear(attended.flatten(1), layer.o)
         x, residual = ops.fused_add_rms_norm(x, residual, layer.post_norm, eps)
         x = _mlp(ops, layer, x)
     return x + residual  # type: ignore[no-any-return]
+
+
+def fused_forward(
+    ops: ModuleType,
+    config: ModelConfig,
+    weights: Weights,
+    heads: HeadWeights,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    kv_scales: Tensor | None,
+    step: SmallStep,
+    scratch: StepScratch,
+    sizes: Any,
+    scores: Tensor,
+) -> None:
+    """Run a small step with a backend's fused operators: `forward` and `guard_logits` in 6 launches a layer and 2.
+
+    Shapes: scores [64, 2C + 4] float32, written in its first `num_labels` rows: logits, each classifier's softmax,
+            the classes chosen. `sizes`: classes of each classifier, in the backend's own form.
+
+    Everything that differs between steps is read on the device, so what this launches can be captured in a graph.
+    """
+    eps = config.rms_norm_eps
+    softmax_scale = config.head_dim**-0.5
+    workspace, attention = scratch
+    residual = torch.index_select(weights.embed, 0, step.input_ids)
+    for index, layer in enumerate(weights.layers):
+        k_cache, v_cache = kv_cache[index]
+        k_scales, v_scales = (None, None) if kv_scales is None else kv_scales[index]
+        q = ops.qk_norm_rope_store_kv(
+            ops.norm_linear(residual, layer.input_norm, eps, layer.qkv, workspace=workspace),
+            layer.q_norm,
+            layer.k_norm,
+            cos_sin,
+            step.positions,
+            step.slot_mapping,
+            k_cache,
+            v_cache,
+            eps,
+            k_scales,
+            v_scales,
+        )
+        attended = ops.planned_attention(
+            q,
+            k_cache,
+            v_cache,
+            step.plan,
+            step.positions,
+            softmax_scale,
+            k_scales,
+            v_scales,
+            scratch=attention,
+        )
+        ops.linear_add(attended.flatten(1), layer.o, residual, workspace=workspace)
+        hidden = ops.norm_gate_up(residual, layer.post_norm, eps, layer.gate_up, workspace=workspace)
+        ops.linear_add(hidden, layer.down, residual, workspace=workspace)
+    ops.guard_scores(
+        residual,
+        step.label_index,
+        step.num_labels,
+        weights.norm,
+        heads.pre,
+        heads.norm,
+        heads.response,
+        heads.query,
+        eps,
+        sizes,
+        out=scores[: len(step.label_index)],
+        workspace=workspace,
+    )
 
 
 def guard_logits(

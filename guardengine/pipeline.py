@@ -7,6 +7,7 @@ record.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -52,11 +53,12 @@ class Pipeline:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.last_error: BaseException | None = None  # of the newest step; None when it went well
+        self.suspects: list[StreamState] = []  # whose tokens were in the batch that failed
+        self.last_end: float | None = None  # when the newest step that went well was done
         self._runner, self._readout, self._scheduler = runner, readout, scheduler
         self._block_size, self._max_step_ms, self._clock = block_size, max_step_ms, clock
         self._step_times = StepTimes()
         self._in_flight: deque[_Step] = deque()
-        self._last_end = 0.0
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -74,7 +76,7 @@ class Pipeline:
                 self._in_flight.append(_Step(chunks, wanted, self._runner.launch(batch), began))
             except BaseException as error:
                 self._scheduler.requeue(chunks)
-                self.last_error = error
+                self._blame(chunks, error)
                 if self._in_flight and isinstance(error, Exception):
                     return
                 raise
@@ -85,16 +87,17 @@ class Pipeline:
         try:
             finished = self._read(step, step.launched.wait())
         except BaseException as error:
-            self.last_error = error
             self._abandon()
+            self._blame(step.chunks, error)
             raise
         self._in_flight.popleft()
         self._scheduler.finish(step.chunks)
-        self.last_error = None
+        self.last_error, self.suspects = None, []
         now = self._clock()
         num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
-        self._step_times.observe(num_tokens, now - max(step.began, self._last_end))
-        self._last_end = now
+        began = step.began if self.last_end is None else max(step.began, self.last_end)
+        self._step_times.observe(num_tokens, now - began)
+        self.last_end = now
         return finished
 
     def _read(self, step: _Step, scores: Scores) -> list[Finished]:
@@ -118,8 +121,10 @@ class Pipeline:
         while self._in_flight:
             step = self._in_flight.pop()
             try:
-                step.launched.wait()  # until it no longer touches the cache
-            except Exception as error:
-                self.last_error = error
+                with contextlib.suppress(Exception):
+                    step.launched.wait()  # until it no longer touches the cache
             finally:
                 self._scheduler.requeue(step.chunks)
+
+    def _blame(self, chunks: list[Chunk], error: BaseException) -> None:
+        self.last_error, self.suspects = error, [chunk.stream for chunk in chunks]

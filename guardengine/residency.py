@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from guardengine.block_pool import BlockPool
-from guardengine.errors import Overloaded
+from guardengine.errors import Overloaded, StreamTooLong
 from guardengine.idle_streams import IdleStreams
 from guardengine.labels import Label
 from guardengine.state import StreamState
@@ -79,6 +79,20 @@ class Residency:
         """Whether a new stream of `num_tokens` tokens would be given blocks."""
         needed = self.pool.blocks_for(num_tokens) + self._reserve_blocks
         return self.pool.num_free >= needed or self.pool.num_free + self.idle.num_blocks() >= needed
+
+    def check_length(self, num_tokens: int, max_model_len: int, *, is_new: bool = False) -> None:
+        """Raise StreamTooLong for a stream of `num_tokens` tokens that could never be computed."""
+        num_blocks = self.pool.num_blocks - (self._reserve_blocks if is_new else 0)
+        limit = min(max_model_len, num_blocks * self.pool.block_size)
+        if num_tokens > limit:
+            reason = (
+                f"max_model_len={limit}"
+                if limit == max_model_len
+                else f"the {limit} tokens of the whole KV cache (raise kv_cache_bytes)"
+            )
+            raise StreamTooLong(
+                f"a stream of {num_tokens} tokens exceeds {reason}; shorten the conversation or open a new stream"
+            )
 
     def publish(self, stream: StreamState, num_computed_before: int) -> None:
         """Make the blocks known that were filled since `num_computed_before` tokens were computed."""

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from guardengine.errors import IntegrityError
@@ -55,13 +56,16 @@ class Scheduler:
         self._heap: list[_Place] = []  # also holds places that were given up
         self._waiting: dict[str, _Place] = {}
         self._running: dict[str, list[_Place]] = {}  # the places that chunks in flight had, oldest first
+        self._parked: dict[str, _Place] = {}  # places of streams that are left out
 
     def __len__(self) -> int:
         return len(self._waiting.keys() | self._running.keys())
 
     def add(self, stream: StreamState) -> None:
-        """Queue a stream that has unscheduled tokens; one that waits already keeps its place."""
-        if stream.stream_id not in self._waiting:
+        """Queue a stream that has unscheduled tokens; one that waits already, or is parked, keeps its place."""
+        if place := self._parked.pop(stream.stream_id, None):
+            self._push(place)
+        elif stream.stream_id not in self._waiting:
             wait = LONG_WAIT if stream.num_unscheduled_tokens > SHORT else 0
             rank = self._num_steps + wait - PRIORITY_STEPS * stream.priority
             self._push(_Place(rank, next(self._numbers), stream))
@@ -72,11 +76,30 @@ class Scheduler:
             self.add(stream)
         else:
             self._waiting.pop(stream.stream_id, None)
+            self._parked.pop(stream.stream_id, None)
 
     def discard(self, stream: StreamState) -> None:
         """Take a stream off the queue."""
-        self._waiting.pop(stream.stream_id, None)
-        self._running.pop(stream.stream_id, None)
+        for places in (self._waiting, self._running, self._parked):
+            places.pop(stream.stream_id, None)
+
+    def park(self, stream: StreamState) -> None:
+        """Leave a stream that waits out of all steps, until it is added again: when more is appended, for one."""
+        self._parked[stream.stream_id] = self._waiting.pop(stream.stream_id)
+
+    @contextmanager
+    def only(self, streams: Iterable[StreamState]) -> Iterator[None]:
+        """Leave all streams but these out of the steps that run within this context."""
+        wanted = {stream.stream_id for stream in streams}
+        others = [place.stream for name, place in self._waiting.items() if name not in wanted]
+        for stream in others:
+            self.park(stream)
+        try:
+            yield
+        finally:
+            for stream in others:
+                if stream.stream_id in self._parked:  # it was not closed
+                    self.add(stream)
 
     def schedule(self, token_budget: int | None = None) -> list[Chunk]:
         """Choose the next step's chunks, at most `token_budget` tokens in all, and count them as scheduled.
@@ -140,10 +163,11 @@ class Scheduler:
         heapq.heappush(self._heap, place)
 
     def check_integrity(self, streams: Iterable[StreamState]) -> None:
-        """Raise IntegrityError unless exactly the open streams with unscheduled tokens wait."""
+        """Raise IntegrityError unless exactly the open streams with unscheduled tokens wait or are parked."""
         unscheduled = {stream.stream_id for stream in streams if stream.num_unscheduled_tokens}
-        if unscheduled != self._waiting.keys():
-            raise IntegrityError(f"queued: {sorted(self._waiting)}; pending: {sorted(unscheduled)}")
+        queued = [*self._waiting, *self._parked]
+        if unscheduled != set(queued) or len(queued) != len(unscheduled):
+            raise IntegrityError(f"queued: {sorted(queued)}; pending: {sorted(unscheduled)}")
         for stream_id, place in self._waiting.items():
             if place not in self._heap:
                 raise IntegrityError(f"{stream_id} waits without a place in the heap")

@@ -30,6 +30,15 @@ class Wanted(NamedTuple):
     role: Role
 
 
+class Failed(NamedTuple):
+    """Tokens that went unjudged: after the label at `position` (-1: before any), the stream's assistant tokens being
+    `num_tokens` by then."""
+
+    position: int
+    failure: Failure
+    num_tokens: int
+
+
 class Turn(NamedTuple):
     """The content of one message, tokens start..end-1, in a stream whose template the engine feeds."""
 
@@ -61,6 +70,7 @@ class StreamState:
     wanted: list[Wanted] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)  # role "assistant"
     prompt_labels: list[Label] = field(default_factory=list)  # role "user"
+    failures: list[Failed] = field(default_factory=list)
     is_closed: bool = False
 
     @property
@@ -87,7 +97,7 @@ class StreamState:
     @property
     def num_assistant_tokens(self) -> int:
         """Tokens that have an assistant's label, or will."""
-        return len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted)
+        return len(self.labels) + sum(wanted.role == "assistant" for wanted in self.wanted[:])
 
     @property
     def verdict(self) -> Verdict:
@@ -112,15 +122,25 @@ class StreamState:
         self.num_scheduled_tokens = max(self.num_scheduled_tokens, self.num_computed_tokens)
         self.num_seen_tokens = max(self.num_seen_tokens, self.num_computed_tokens)
         for label in labels:
-            (self.labels if label.role == "assistant" else self.prompt_labels).append(label)
-            state = self.policy.advance(self.policy_states[-1][1], label)
-            self.policy_states.append((label.position, state))
+            self.record(label)
         del self.wanted[: len(labels)]
+
+    def record(self, label: Label) -> None:
+        """Keep a label, and what the policy makes of it."""
+        (self.labels if label.role == "assistant" else self.prompt_labels).append(label)
+        state = self.policy.advance(self.policy_states[-1][1], label)
+        self.policy_states.append((label.position, state))
 
     def fail(self, failure: Failure) -> None:
         """Record that accepted tokens went unjudged; what that means is the policy's choice."""
-        position, state = self.policy_states[-1]
-        self.policy_states.append((position, self.policy.fail(state, failure, self.num_assistant_tokens)))
+        self.record_failure(Failed(self.policy_states[-1][0], failure, self.num_assistant_tokens))
+
+    def record_failure(self, failed: Failed) -> None:
+        """Keep a failure, and what the policy makes of it."""
+        position, failure, num_tokens = failed
+        state = self.policy.fail(self.policy_states[-1][1], failure, num_tokens)
+        self.policy_states.append((position, state))
+        self.failures.append(failed)
 
     def drop_blocks(self) -> None:
         """Forget that anything is in the cache; ids, labels and what was seen stay."""
@@ -133,6 +153,7 @@ class StreamState:
         self.num_scheduled_tokens = min(self.num_scheduled_tokens, num_tokens)
         self.num_seen_tokens = min(self.num_seen_tokens, num_tokens)
         del self.block_digests[num_tokens // block_size :]
+        del self.failures[bisect_left(self.failures, num_tokens, key=lambda failed: failed.position) :]
         for labels in (self.labels, self.prompt_labels):
             del labels[bisect_left(labels, num_tokens, key=_position_of_label) :]
         del self.policy_states[bisect_left(self.policy_states, num_tokens, key=lambda entry: entry[0]) :]
@@ -158,6 +179,7 @@ class StreamState:
             wanted=self.wanted[:],
             labels=self.labels[:],
             prompt_labels=self.prompt_labels[:],
+            failures=self.failures[:],
         )
 
 

@@ -9,10 +9,60 @@ from guardengine.chat import ChatTemplate
 from guardengine.conversation import feed_more
 from guardengine.core import EngineCore
 from guardengine.labels import Label, Role, Verdict
+from guardengine.snapshot import take_snapshot
 from guardengine.state import StreamState
 
 
-class Stream:
+class StreamView:
+    """What can be read of a stream, from any thread and after close."""
+
+    def __init__(self, state: StreamState) -> None:
+        self._state = state
+
+    @property
+    def stream_id(self) -> str:
+        return self._state.stream_id
+
+    @property
+    def is_closed(self) -> bool:
+        return self._state.is_closed
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All ids fed so far, the template's included."""
+        return self._state.token_ids.tolist()
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens accepted and not yet computed."""
+        return self._state.num_pending_tokens
+
+    @property
+    def prompt_label(self) -> Label | None:
+        """The label of the latest user turn, read at its end; None while it is pending."""
+        state = self._state
+        # Copied first: the engine's thread may be at work on it.
+        if any(wanted.role == "user" for wanted in state.wanted[:]) or not state.prompt_labels:
+            return None
+        return state.prompt_labels[-1]
+
+    @property
+    def labels(self) -> list[Label]:
+        """The labels of the assistant tokens so far, in order."""
+        return self._state.labels[:]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the stream's policy makes of the labels so far."""
+        return self._state.verdict
+
+    def __repr__(self) -> str:
+        state = self._state
+        status = "closed" if state.is_closed else f"{state.num_pending_tokens} pending"
+        return f"<{type(self).__name__} {state.stream_id}: {state.num_tokens} tokens, {status}>"
+
+
+class Stream(StreamView):
     """A handle on one conversation in an engine. Made by `Engine.open` and `Stream.fork`.
 
     Also a context manager that closes it. Methods are for the engine's thread; properties may be read from any, and
@@ -20,7 +70,8 @@ class Stream:
     """
 
     def __init__(self, core: EngineCore, chat: ChatTemplate | None, state: StreamState) -> None:
-        self._core, self._chat, self._state = core, chat, state
+        super().__init__(state)
+        self._core, self._chat = core, chat
 
     def append(
         self, token_ids: Sequence[int], role: Role = "assistant", *, timeout_s: float | None = None
@@ -64,54 +115,26 @@ class Stream:
         with self._core.gate:
             self._core.rollback(self._state, num_tokens)
 
+    def snapshot(self) -> dict[str, Any]:
+        """The stream as a small JSON value with which `Engine.restore` goes on, in this process or another.
+
+        It holds ids, labels and what is owed; no keys and values, and no deadlines. The first snapshot of an engine
+        reads the checkpoint's files once for their digest, a second for each GB or less (`Engine.weights_digest`).
+
+        Raises StreamClosed, or CheckpointError when the files have changed since they were loaded.
+        """
+        core, state = self._core, self._state
+        with core.gate:
+            core.check_open(state)
+            return take_snapshot(state, core.fingerprint, core.num_undelivered(state))
+
     def close(self) -> None:
         """Free the stream's KV blocks and its place in the engine. Closing twice is fine."""
         with self._core.gate:
             self._core.close_stream(self._state)
-
-    @property
-    def stream_id(self) -> str:
-        return self._state.stream_id
-
-    @property
-    def is_closed(self) -> bool:
-        return self._state.is_closed
-
-    @property
-    def token_ids(self) -> list[int]:
-        """All ids fed so far, the template's included."""
-        return self._state.token_ids.tolist()
-
-    @property
-    def num_pending_tokens(self) -> int:
-        """Tokens accepted and not yet computed."""
-        return self._state.num_pending_tokens
-
-    @property
-    def prompt_label(self) -> Label | None:
-        """The label of the latest user turn, read at its end; None while it is pending."""
-        state = self._state
-        if not state.prompt_labels or any(wanted.role == "user" for wanted in state.wanted):
-            return None
-        return state.prompt_labels[-1]
-
-    @property
-    def labels(self) -> list[Label]:
-        """The labels of the assistant tokens so far, in order."""
-        return self._state.labels[:]
-
-    @property
-    def verdict(self) -> Verdict:
-        """What the stream's policy makes of the labels so far."""
-        return self._state.verdict
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        state = self._state
-        status = "closed" if state.is_closed else f"{state.num_pending_tokens} pending"
-        return f"<Stream {state.stream_id}: {state.num_tokens} tokens, {status}>"

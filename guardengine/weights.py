@@ -6,6 +6,7 @@ place, so loading costs the weights' own memory and little more.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -115,6 +116,11 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     elif not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def num_weights(config: ModelConfig) -> int:
+    """How many numbers `load_weights` keeps."""
+    return sum(math.prod(shape) for shape in tensor_shapes(config).values())
 
 
 def load_weights(

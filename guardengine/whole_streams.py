@@ -1,4 +1,4 @@
-"""run_feeds(): moderate whole streams, as many at a time as there is room for."""
+"""run_feeds(): moderate whole streams, as many at a time as there is room for. moderation(): what came of one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from guardengine.admission import Ticket
 from guardengine.conversation import Feed
 from guardengine.core import EngineCore
 from guardengine.errors import Overloaded
+from guardengine.labels import Moderation
 from guardengine.policy import Policy
 from guardengine.state import StreamState
 
@@ -25,7 +26,7 @@ def run_feeds(core: EngineCore, feeds: Sequence[Feed], policy: Policy) -> list[S
     running: list[StreamState] = []
     try:
         for feed in feeds:
-            while (state := _open(core, feed, policy, must=not running)) is None:
+            while (state := open_feed(core, feed, policy, must=not running)) is None:
                 # First in, first done: the oldest is waited for, the others advance in the same steps.
                 while running[0].num_pending_tokens:
                     core.step_for(running)
@@ -39,7 +40,7 @@ def run_feeds(core: EngineCore, feeds: Sequence[Feed], policy: Policy) -> list[S
     return done + running
 
 
-def _open(core: EngineCore, feed: Feed, policy: Policy, *, must: bool) -> StreamState | None:
+def open_feed(core: EngineCore, feed: Feed, policy: Policy, *, must: bool) -> StreamState | None:
     """A stream, or None where there is no room for it. Raises Overloaded then if it `must` be opened."""
     if not must and not _has_room(core, len(feed.token_ids)):
         return None
@@ -58,3 +59,14 @@ def _has_room(core: EngineCore, num_tokens: int) -> bool:
     except Overloaded:
         return False
     return core.residency.has_room(num_tokens)
+
+
+def moderation(state: StreamState, policy: Policy) -> Moderation:
+    """What came of a whole conversation. The response is judged alone; where the model has failed, the verdict on that
+    failure stands for it."""
+    response = policy.judge(state.labels) if state.labels else None
+    return Moderation(
+        prompt=state.prompt_labels[-1] if state.prompt_labels else None,
+        response=response if state.is_idle else state.verdict,
+        labels=state.labels,
+    )

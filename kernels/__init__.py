@@ -17,7 +17,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-BACKENDS = ("reference", "cpu")
+# Names of backends and their modules here. A folder called `triton` could be taken for the package.
+_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "gpu"}
+BACKENDS = tuple(_MODULES)
 OPERATORS = (
     "fused_add_rms_norm",
     "guard_heads",
@@ -33,6 +35,10 @@ OPERATORS = (
 
 def load(backend: str) -> ModuleType:
     """Import one backend's operators. Raises KeyError for a name that is not in `BACKENDS`."""
-    if backend not in BACKENDS:
-        raise KeyError(backend)
-    return importlib.import_module(f"{__name__}.{backend}")
+    return importlib.import_module(f"{__name__}.{_MODULES[backend]}")
+
+
+def backend_of(ops: ModuleType) -> str:
+    """The name of the backend whose operators these are."""
+    module = ops.__name__.rpartition(".")[2]
+    return next(name for name, of_backend in _MODULES.items() if of_backend == module)

@@ -7,6 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from guardengine.kernels import BACKENDS
+
+HOST_BACKENDS = tuple(name for name in BACKENDS if name != "triton")  # those that run without a GPU
+
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + math.prod(shape))

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from feeding import ids
+from native_ops import HOST_BACKENDS
 
 from guardengine import Engine, Label, Stream
-from guardengine.kernels import BACKENDS
 
 
 def assert_same(actual: list[Label], expected: list[Label]) -> None:
@@ -25,7 +25,7 @@ def assert_same(actual: list[Label], expected: list[Label]) -> None:
         assert (a.risk, a.category) == (e.risk, e.category)
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=HOST_BACKENDS)
 def make_engine(request: pytest.FixtureRequest, tiny: Path):
     def make(**limits) -> Engine:
         limits = {"kv_cache_bytes": 2**23, "max_model_len": 512, "block_size": 4} | limits

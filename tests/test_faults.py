@@ -127,7 +127,7 @@ def test_labels_that_cannot_be_read_come_with_the_next_step(
     make, undisturbed, monkeypatch: pytest.MonkeyPatch, part: str, max_in_flight: int
 ) -> None:
     engine = make(max_in_flight=max_in_flight)
-    readout = engine.core._pipeline._readout
+    readout = engine.core.pipeline._readout
     original, calls = getattr(readout, part), iter(range(10**6))
 
     def fail(*args: Any) -> Any:
@@ -188,9 +188,9 @@ def test_changes_while_steps_are_in_flight(make, max_in_flight: int) -> None:
     parent = engine.open(token_ids=ids(40), role="assistant")
     other = engine.open(token_ids=ids(25, 1), role="assistant")
     labels = engine.step()
-    assert len(engine.core._pipeline) == max_in_flight - 1
+    assert len(engine.core.pipeline) == max_in_flight - 1
     branch = parent.fork()
-    assert len(engine.core._pipeline) == 0
+    assert len(engine.core.pipeline) == 0
     branch.append([1, 2])
     labels += engine.step()
     parent.rollback(35)
@@ -269,7 +269,7 @@ def test_a_slow_step_costs_those_that_were_in_a_hurry_and_nobody_else(make, undi
         (lambda core, a, b: a.block_table.pop(), "on the books|blocks for"),
         (lambda core, a, b: core.pool._free.append(a.block_table[0]), "free list"),
         (lambda core, a, b: core.pool._free.pop(), "free list"),
-        (lambda core, a, b: core._scheduler.discard(b), "pending"),
+        (lambda core, a, b: core.scheduler.discard(b), "pending"),
         (lambda core, a, b: setattr(a, "num_computed_tokens", 3), None),
         (lambda core, a, b: core.admission._pending.__setitem__(b.stream_id, 0), "pending tokens"),
         (lambda core, a, b: core.residency.idle.discard(a), "idle on the books"),

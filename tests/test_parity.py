@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_ops import HOST_BACKENDS
 
 from guardengine import AutoGuard
 from guardengine.bench.hf import HFGuard
-from guardengine.kernels import BACKENDS
 
 SHAPES = {
     "gqa2-d64-tied": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
@@ -52,7 +52,7 @@ def shaped(request: pytest.FixtureRequest, checkpoints) -> Path:
     return checkpoints(vocab_size=VOCAB, dtype="float32", num_hidden_layers=3, **SHAPES[request.param])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 def test_fp32_matches_transformers_at_every_position(shaped: Path, backend: str) -> None:
     hf = HFGuard(shaped, dtype=torch.float32)
     # A small token budget: long conversations run in chunks.
@@ -64,7 +64,7 @@ def test_fp32_matches_transformers_at_every_position(shaped: Path, backend: str)
             assert torch.equal(a.argmax(-1), b.argmax(-1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 def test_bf16_error_is_at_most_twice_transformers(shaped: Path, backend: str) -> None:
     exact_model = HFGuard(shaped, dtype=torch.float32)
     hf = HFGuard(shaped, dtype=torch.bfloat16)
@@ -91,7 +91,7 @@ def test_ragged_batch_matches_right_padded_transformers_batch(shaped: Path) -> N
 
 @pytest.mark.skipif(not REAL, reason="GUARDENGINE_CHECKPOINT names no real checkpoint")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 def test_real_checkpoint(dtype: str, backend: str) -> None:
     exact = HFGuard(Path(str(REAL)), dtype=torch.float32)
     plain = HFGuard(Path(str(REAL)), dtype=getattr(torch, dtype))

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from guardengine import machine
-from guardengine.bench import compare, plot, report, throughput
+from guardengine.bench import compare, plot, predict, report, soak, throughput
 from guardengine.bench.check import check_labels
 from guardengine.bench.checkpoints import STREAM_PRESETS, cache_folder, cached_checkpoint
 from guardengine.bench.floor import CostModel
@@ -57,6 +57,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m guardengine.bench",
         description="Measure the engine on this machine. Without options: random stream-0.6b weights, made once in "
         f"{cache_folder()} ($GUARDENGINE_CACHE), and a set of points that takes under 3 minutes on 2 cores.",
+        epilog="--predict GPU, with options of its own (--predict GPU --help), tells what a GPU that is not here "
+        "should take: a prediction, no measurement.",
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -190,6 +192,9 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 2 for options that cannot be run; 1 where the labels are wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for option, other_main in (("--predict", predict.main), ("--soak", soak.main)):
+        if any(argument.partition("=")[0] == option for argument in arguments):
+            return other_main(arguments)
     options = parse(arguments)
     try:
         record = run(options, arguments)

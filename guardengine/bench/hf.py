@@ -45,7 +45,7 @@ class GuardOutput:
 
 
 class HFGuard:
-    """A Stream checkpoint on transformers. Everything runs on the CPU without gradients."""
+    """A Stream checkpoint on transformers. Everything runs on one device, without gradients."""
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class HFGuard:
         *,
         dtype: torch.dtype = torch.float32,
         attn_implementation: AttnImplementation = "sdpa",
+        device: str | torch.device = "cpu",
     ) -> None:
         """Load the folder `path`. Raises CheckpointError, and ConfigError without transformers."""
         qwen3 = import_transformers()
@@ -77,7 +78,8 @@ class HFGuard:
         except RuntimeError as error:
             raise CheckpointError(f"{folder}: config.json and the tensors disagree: {error}") from error
         model.rotary_emb = qwen3.Qwen3RotaryEmbedding(self.config)  # its tables are computed, not stored
-        self.model, self.heads = model.eval(), heads.eval()
+        self.device = torch.device(device)
+        self.model, self.heads = model.to(self.device).eval(), heads.to(self.device).eval()
         self.label_maps = {
             key: {int(index): str(name) for index, name in raw.get(key, {}).items()}
             for key in (
@@ -112,7 +114,7 @@ class HFGuard:
         logits [B, logits_to_keep, classes], of all T positions where logits_to_keep is 0.
         """
         output = self.model(
-            input_ids=input_ids,
+            input_ids=input_ids.to(self.device),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

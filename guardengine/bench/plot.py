@@ -77,6 +77,44 @@ def save_plot(record: Mapping[str, Any], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     _draw(left, latency_curves(record), "context, tokens", "time per token, ms", "Latency, one stream")
     _draw(right, curves, "streams", "tokens per second", f"Throughput, {context}")
+    _save(pyplot, figure, record, path)
+
+
+def save_soak_plot(record: Mapping[str, Any], path: Path) -> None:
+    """Write a soak's course: latency, what waits and what is open, memory. Raises ConfigError."""
+    pyplot = import_pyplot()
+    figure, (top, middle, bottom) = pyplot.subplots(3, 1, figsize=(10, 9), sharex=True, layout="constrained")
+    seconds = [row["s"] for row in record["latencies"]]
+    for name, color in (("p50", "#1b6ca8"), ("p99", "#d9822b")):
+        top.plot(seconds, [1e3 * row[name] for row in record["latencies"]], label=name, color=color, lw=0.8)
+    top.set_yscale("log")
+    top.set_ylabel("label latency, ms")
+    samples = record["samples"]
+    times = [row["s"] for row in samples]
+    for name, label, color in (
+        ("streams_open", "open streams", "#1b6ca8"),
+        ("tokens_waiting", "tokens waiting", "#d9822b"),
+    ):
+        middle.plot(times, [row[name] for row in samples], label=label, color=color, lw=0.8)
+    for name, label, color in (
+        ("preemptions", "idle streams preempted", "#b3282d"),
+        ("kv_blocks_evicted", "cached blocks evicted", "#777777"),
+    ):
+        bottom.plot(times, [row[name] for row in samples], label=label, color=color, lw=0.8)
+    bottom.set_ylabel("since the start")
+    memory = bottom.twinx()
+    memory.plot(times, [row["rss_mb"] for row in samples], label="resident memory", color="#2e7d32", lw=1.2)
+    memory.set_ylabel("resident memory, MiB")
+    memory.set_ylim(bottom=0)
+    memory.legend(fontsize=9, loc="lower right")
+    bottom.set_xlabel("seconds")
+    for axes in (top, middle, bottom):
+        axes.legend(fontsize=9, loc="upper left")
+        axes.grid(visible=True, alpha=0.3)
+    _save(pyplot, figure, record, path)
+
+
+def _save(pyplot: Any, figure: Any, record: Mapping[str, Any], path: Path) -> None:
     model, here = record["model"], record["machine"]
     figure.suptitle(
         f"{model['name']}, {model['dtype']}, {here['cpu']}, {model['num_threads']} threads", fontsize=11

@@ -1,0 +1,257 @@
+"""EngineThread: the one thread that uses an engine. Takes calls, runs them, steps while there is work, and sleeps.
+
+    take messages -> run calls, accept appends -> hand over -> one step -> hand over -> ...
+
+Appends that find no room wait here, in order of arrival within a tenant, and what follows them on their streams waits
+behind them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from guardengine.calls import Append, Call, Calls, Close, Message, Missed, Result
+from guardengine.conversation import feed_more
+from guardengine.core import EngineCore
+from guardengine.engine import Engine
+from guardengine.errors import Overloaded, StreamClosed
+from guardengine.isolation import step_apart
+from guardengine.state import StreamState
+
+logger = logging.getLogger("guardengine")
+
+_LEAST_NAP_S, _LONGEST_NAP_S = 0.01, 60.0
+
+
+class EngineThread:
+    """Starts with `load` and ends after `stop` or `abort`; the engine is closed then."""
+
+    def __init__(self, load: Callable[[], Engine], calls: Calls) -> None:
+        self.core: EngineCore  # once the engine is loaded
+        self.engine: Engine | None = None  # None: being loaded
+        self.step_began: float | None = None  # time.monotonic() at the start of the step under way
+        self.error: BaseException | None = None  # that ended it
+        self.has_engine = threading.Event()  # or has failed to load it
+        self.calls, self._load = calls, load
+        self._is_stopping = self._is_aborted = False
+        self._results: list[Result] = []
+        self._accepted: dict[StreamState, list[Append]] = {}  # whose labels are to come
+        self._room: dict[
+            str, deque[Append | Call]
+        ] = {}  # by tenant: what waits for room, and what follows it
+        threading.Thread(target=self._run, name="guardengine", daemon=True).start()
+
+    # -- any thread's --------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End when everything that is pending is computed."""
+        self._is_stopping = True
+        self.calls.wake()
+
+    def abort(self) -> None:
+        """End after the step under way."""
+        self._is_aborted = True
+        self.calls.wake()
+
+    # -- for calls that run here ---------------------------------------------------------------------------
+
+    def is_full(self, tenant: str) -> bool:
+        """Whether appends of the tenant wait for room."""
+        return tenant in self._room
+
+    def expect(self, append: Append) -> None:
+        """Resolve an append, whose tokens are accepted, when its labels are there."""
+        if append.is_computed:
+            self._results.append((append.future, append.labels(), None))
+        else:
+            self._accepted.setdefault(append.state, []).append(append)
+
+    def rollback(self, state: StreamState, num_tokens: int) -> None:
+        """Drop tokens. Appends end with the labels that they keep."""
+        self.core.rollback(state, num_tokens)
+        for append in self._accepted.get(state, ()):
+            append.end = min(append.end or 0, state.num_tokens)
+        self._resolve([state])
+
+    # -- the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        reason: Exception = StreamClosed("the engine has been closed; make a new one")
+        try:
+            engine = self._load()
+            self.core, self._chat = engine.core, engine._chat
+            with engine.core.gate:  # from now on no other thread gets in
+                self.engine = engine
+                self.has_engine.set()
+            self._serve(engine)
+        except BaseException as error:
+            self.error = error
+            if self.engine is None and isinstance(error, Exception):
+                reason = error
+            else:
+                logger.exception("the engine's thread failed")
+                reason = StreamClosed(f"the engine's thread failed ({error!r}); make a new engine")
+        finally:
+            self.has_engine.set()
+            try:
+                if self.engine is not None:
+                    self.engine.close()
+            finally:
+                self.calls.end(reason)
+
+    def _serve(self, engine: Engine) -> None:
+        core, calls = self.core, self.calls
+        while not self._is_aborted:
+            num_in_flight = len(core.pipeline)
+            for message in calls.take(0 if core.has_work or self._is_stopping else self._nap_s()):
+                self._receive(message)
+            core.sweep()
+            self._retry()
+            if len(core.pipeline) < num_in_flight:  # a call has landed them
+                self._resolve(list(self._accepted))
+            self._hand_over()
+            if core.has_work and not self._is_aborted:
+                self._step(engine)
+                self._retry()  # before sleep: what was computed has made room
+                self._hand_over()
+            elif self._is_stopping and calls.is_quiet:
+                return
+
+    def _step(self, engine: Engine) -> None:
+        self.step_began = time.monotonic()
+        with engine.core.gate:
+            labels, given_up = step_apart(engine.core, engine.canary)
+        self.step_began = None
+        streams = engine.core.streams
+        names = dict.fromkeys(label.stream_id for label in labels)  # the last token of an append has a label
+        self._resolve([streams[name] for name in names if name in streams])
+        for state in given_up:
+            for append in self._accepted.pop(state, ()):
+                self._results.append((append.future, append.labels(), None))
+
+    def _resolve(self, states: Iterable[StreamState]) -> None:
+        """Put the labels of appends that are computed by now among the results."""
+        for state in states:
+            appends = self._accepted.get(state)
+            if not appends:
+                continue
+            left = [append for append in appends if not append.is_computed]
+            if len(left) == len(appends):
+                continue
+            self._results += [
+                (append.future, append.labels(), None) for append in appends if append.is_computed
+            ]
+            if left:
+                self._accepted[state] = left
+            else:
+                del self._accepted[state]
+
+    def _hand_over(self) -> None:
+        results, self._results = self._results, []
+        if not self.calls.post(results):
+            logger.error("the event loop was closed before its AsyncEngine; closing the engine")
+            self._is_aborted = True
+
+    def _nap_s(self) -> float | None:
+        """How long to sleep at most, so that idle streams are closed at about their time."""
+        ttl = self.core.options.idle_ttl_s
+        if ttl is None or not len(self.core.residency.idle):
+            return None
+        return min(max(ttl / 4, _LEAST_NAP_S), _LONGEST_NAP_S)
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case Append():
+                waiting = self._room.get(message.state.tenant)
+                if waiting:
+                    waiting.append(message)
+                elif not self._accept(message):
+                    self._room[message.state.tenant] = deque([message])
+            case Call(state=state):
+                waiting = None if state is None else self._room.get(state.tenant)
+                if waiting and any(other.state is state for other in waiting):
+                    waiting.append(message)
+                else:
+                    self._call(message)
+            case Close():
+                self._close(message)
+            case Missed():
+                self._record(message.append)
+
+    def _retry(self) -> None:
+        """Accept what waits for room, as far as there is some by now."""
+        for tenant, waiting in list(self._room.items()):
+            while waiting:
+                first = waiting[0]
+                if isinstance(first, Append):
+                    if not self._accept(first):
+                        break
+                else:
+                    self._call(first)
+                waiting.popleft()
+            if not waiting:
+                del self._room[tenant]
+
+    def _accept(self, append: Append) -> bool:
+        """Feed an append's tokens; False: there is no room for them now."""
+        if not self.calls.claim(append):
+            return True  # it was withdrawn
+        core, state = self.core, append.state
+        start, num_refused = state.num_tokens, core.counters["refused"]
+        try:
+            core.check_open(state)
+            core.accept(state, feed_more(self._chat, state, append.token_ids, append.role))
+        except Overloaded:
+            if append.is_refused:
+                core.counters["refused"] = num_refused  # counts once
+            append.is_refused = True
+            if append.failure is not None:  # its deadline came while nobody had time for it
+                append.failure = "overload"
+            self.calls.unaccepted.add(append)
+            # Cancelled or expired meanwhile: its owner may have tried to claim it just now, in vain.
+            return append.future.done() and self.calls.claim(append)
+        except Exception as error:
+            self._results.append((append.future, None, error))
+        else:
+            append.start, append.end = start, state.num_tokens
+            self.expect(append)
+        return True
+
+    def _call(self, call: Call) -> None:
+        if call.is_skippable and call.future is not None and call.future.done():
+            return
+        value, error = None, None
+        try:
+            value = call.run()
+        except Exception as raised:
+            error = raised
+        if call.future is not None:
+            self._results.append((call.future, value, error))
+
+    def _close(self, close: Close) -> None:
+        state = close.state
+        self.core.close_stream(state)
+        waiting = self._room.pop(state.tenant, deque())
+        left = deque(call for call in waiting if call.state is not state)
+        if left:
+            self._room[state.tenant] = left
+        dropped: list[Append | Call] = [call for call in waiting if call.state is state]
+        for call in dropped + self._accepted.pop(state, []):
+            if isinstance(call, Append):
+                self.calls.claim(call)
+            if call.future is not None:
+                reason = StreamClosed(f"{state.stream_id} was closed before this call was done")
+                self._results.append((call.future, None, reason))
+        if close.future is not None:
+            self._results.append((close.future, None, None))
+
+    def _record(self, append: Append) -> None:
+        if append.failure is not None and not append.state.is_closed:
+            self.core.fail(append.state, append.failure)
+        append.is_recorded = True

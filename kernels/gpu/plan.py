@@ -1,0 +1,114 @@
+"""plan_attention(): how a ragged batch of rows is cut into the work items of the attention kernel.
+
+Pure numpy on the host, before every step. The plan is one int32 array, so that it travels in the step's only copy:
+
+    [0, HEADER_SIZE)     number of items, scratch rows needed, size of the array, zeros
+    items                ITEM_FIELDS numbers each, named below; longest first, so that no program is left with one
+    block ids            of every stream, one after another, only as far as its rows look
+
+A tile is up to `tile_rows` rows of one stream; keys are cut at every multiple of SEGMENT, counted from position 0.
+With `split` an item is a tile and one segment, otherwise a tile and all of its segments.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+SEGMENT = 256  # keys; part of the result's bits: sums over a segment are merged in ascending order
+
+HEADER_SIZE = 8
+NUM_ITEMS, NUM_SCRATCH_ROWS, PLAN_SIZE = range(3)
+
+ITEM_FIELDS = 8
+(
+    FIRST_ROW,  # of the tile
+    NUM_ROWS,
+    FIRST_KEY,  # position, a multiple of SEGMENT
+    END_KEY,  # position after the last key: the end of the segment, or of what the tile's last row sees
+    TABLE_OFFSET,  # index into the plan of the block id that holds FIRST_KEY
+    SEGMENT_INDEX,
+    NUM_SEGMENTS,  # items of the tile: 1 writes its rows at once, of more the last one to finish merges all
+    SCRATCH_ROW,  # of the tile's first row and segment; names the tile's counter too
+) = range(ITEM_FIELDS)
+
+Array = npt.NDArray[np.integer]
+
+
+def plan_attention(
+    cu_seqlens_q: Array,
+    positions: Array,
+    block_tables: Array,
+    *,
+    block_size: int,
+    tile_rows: int,
+    split: bool,
+) -> npt.NDArray[np.int32]:
+    """Cut a ragged batch into work items.
+
+    Shapes:   cu_seqlens_q [B+1]; positions [T]; block_tables [B, M], any integers -> [size] int32.
+    Requires: rows of a stream in ascending order of position; block_tables as far as the last of them. Rows past
+              cu_seqlens_q[-1] (padding) get no item.
+    """
+    counts = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
+    live = counts.nonzero()[0]
+    ends = cu_seqlens_q[1:][live]
+    counts = counts[live]
+    used_blocks = positions[ends - 1] // block_size + 1
+    if len(live) < len(block_tables):
+        block_tables = block_tables[live]
+    is_used = np.arange(block_tables.shape[1]) < used_blocks[:, None]
+    block_ids = block_tables.ravel()[is_used.ravel().nonzero()[0]]
+
+    # The tiles of each stream, then the segments of each tile: a row of fields is copied for each and adjusted.
+    streams = np.empty((len(live), ITEM_FIELDS), dtype=np.int32)
+    streams[:, FIRST_ROW] = ends - counts
+    streams[:, NUM_ROWS] = counts
+    streams[:, TABLE_OFFSET] = used_blocks.cumsum() - used_blocks
+    tile_counts = -(-counts // tile_rows)
+    tiles = streams.repeat(tile_counts, axis=0)
+    row_in_stream = _counted(tile_counts) * tile_rows
+    tiles[:, FIRST_ROW] += row_in_stream
+    num_rows = np.minimum(tiles[:, NUM_ROWS] - row_in_stream, tile_rows)
+    tiles[:, NUM_ROWS] = num_rows
+    end_keys = positions[tiles[:, FIRST_ROW] + num_rows - 1] + 1
+    tiles[:, END_KEY] = end_keys
+    num_segments = -(-end_keys // SEGMENT) if split else np.ones_like(end_keys)
+    tiles[:, NUM_SEGMENTS] = num_segments
+    scratch_rows = np.where(num_segments > 1, num_rows * num_segments, 0)
+    tiles[:, SCRATCH_ROW] = scratch_rows.cumsum() - scratch_rows
+
+    items = tiles.repeat(num_segments, axis=0)
+    segment = _counted(num_segments)
+    first_key = segment * SEGMENT
+    items[:, FIRST_KEY] = first_key
+    items[:, SEGMENT_INDEX] = segment
+    items[:, TABLE_OFFSET] += HEADER_SIZE + items.size + first_key // block_size
+    if split:
+        items[:, END_KEY] = np.minimum(items[:, END_KEY], first_key + SEGMENT)
+    longest_first = (first_key - items[:, END_KEY]).argsort(kind="stable")
+
+    header = np.zeros(HEADER_SIZE, dtype=np.int32)
+    header[NUM_ITEMS] = len(items)
+    header[NUM_SCRATCH_ROWS] = scratch_rows.sum()
+    header[PLAN_SIZE] = HEADER_SIZE + items.size + len(block_ids)
+    return np.concatenate(
+        (header, items[longest_first].ravel(), block_ids), dtype=np.int32, casting="same_kind"
+    )
+
+
+def max_scratch_rows(num_rows: int, max_length: int) -> int:
+    """Scratch rows that a split plan can ask for: `num_rows` rows that see up to `max_length` keys each."""
+    return num_rows * -(-max_length // SEGMENT)
+
+
+def max_plan_size(num_rows: int, max_length: int, num_blocks: int) -> int:
+    """Largest plan of `num_rows` rows, split or not, of streams that hold `num_blocks` blocks together."""
+    return HEADER_SIZE + ITEM_FIELDS * max_scratch_rows(num_rows, max_length) + num_blocks
+
+
+def _counted(counts: Array) -> Array:
+    """0 .. n-1 for each n: [2, 0, 3] -> [0, 1, 0, 1, 2]."""
+    ends = counts.cumsum()
+    counted: Array = np.arange(counts.sum()) - (ends - counts).repeat(counts)
+    return counted
