@@ -75,6 +75,7 @@ def instant_engine(num_blocks: int) -> Engine:
         BlockPool(num_blocks, BLOCK_SIZE, PrefixCache(BLOCK_SIZE)),
         options,
         loaded.core.max_model_len,
+        loaded.core.fingerprint,
     )
     return Engine(core, None, loaded._heads)
 
@@ -189,7 +190,7 @@ def bench_host(rounds: int) -> dict[str, float]:
     for name in ("check_pending", "update"):
         watch.wrap(core.admission, name, "admission")
     for name in ("probabilities", "labels"):
-        watch.wrap(core.pipeline._readout, name, "readout")
+        watch.wrap(core.readout, name, "readout")
     watch.wrap(core, "check_token_ids", "token ids")
     plain = pipeline.build_batch
     watch.wrap(pipeline, "build_batch", "batch")
@@ -228,7 +229,7 @@ def bench_lifetimes(count: int) -> dict[str, float]:
         engine.run()
         for stream in streams:
             stream.close()
-        if number >= warm_up and number // 32 % 100 == 0:
+        if (number >= warm_up and number // 32 % 100 == 0) or number + 32 >= count:
             samples.append(resident_bytes())
     seconds = time.perf_counter() - began
     engine.check_integrity()

@@ -149,6 +149,7 @@ def engine_over(
         pool,
         options,
         min(options.max_model_len or old.max_model_len, old.max_model_len),
+        old.fingerprint,
         **({} if clock is None else {"clock": clock}),
     )
     return Engine(core, loaded._chat, loaded._heads)

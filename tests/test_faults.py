@@ -127,7 +127,7 @@ def test_labels_that_cannot_be_read_come_with_the_next_step(
     make, undisturbed, monkeypatch: pytest.MonkeyPatch, part: str, max_in_flight: int
 ) -> None:
     engine = make(max_in_flight=max_in_flight)
-    readout = engine.core.pipeline._readout
+    readout = engine.core.readout
     original, calls = getattr(readout, part), iter(range(10**6))
 
     def fail(*args: Any) -> Any:
