@@ -24,6 +24,7 @@ from guardengine.block_pool import BlockPool
 from guardengine.checkpoint import open_checkpoint
 from guardengine.config import EngineConfig
 from guardengine.core import EngineCore
+from guardengine.fingerprint import Fingerprint, Numerics
 from guardengine.gpu_runner import GpuRunner
 from guardengine.kernels import reference
 from guardengine.readout import Readout
@@ -412,9 +413,9 @@ def test_engine_on_it(model: Any, kv_dtype: torch.dtype) -> None:
 
 def engine_core(runner: Any, config: Any) -> EngineCore:
     options = EngineConfig(max_num_streams=16, max_num_batched_tokens=100)
-    return EngineCore(
-        config, runner, Readout(config.heads), BlockPool(NUM_BLOCKS, BLOCK_SIZE), options, MAX_LEN
-    )
+    fingerprint = Fingerprint((), Numerics("float32", None, "float32"))
+    pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
+    return EngineCore(config, runner, Readout(config.heads), pool, options, MAX_LEN, fingerprint)
 
 
 def scenario(engine: Engine) -> list[Label]:
