@@ -413,7 +413,7 @@ def test_engine_on_it(model: Any, kv_dtype: torch.dtype) -> None:
 
 def engine_core(runner: Any, config: Any) -> EngineCore:
     options = EngineConfig(max_num_streams=16, max_num_batched_tokens=100)
-    fingerprint = Fingerprint((), Numerics("float32", None, "float32"))
+    fingerprint = Fingerprint([], Numerics("float32", None, "float32"))
     pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
     return EngineCore(config, runner, Readout(config.heads), pool, options, MAX_LEN, fingerprint)
 
