@@ -182,9 +182,8 @@ class AuditedCore(EngineCore):
     def close_stream(self, state: StreamState) -> None:
         if state.is_closed:
             return
-        with contextlib.suppress(
-            AuditError
-        ):  # what was in flight is buffered; closing frees memory, and must work
+        # Closing frees memory and must work; what was in flight is in the buffer.
+        with contextlib.suppress(AuditError):
             self.land()
         super().close_stream(state)
         self._write(

@@ -132,9 +132,8 @@ class EngineThread:
         try:
             with engine.core.gate:
                 labels, given_up = step_apart(engine.core, engine.canary)
-        except (
-            AuditError
-        ) as error:  # tried again after a nap; until then nobody is told what is not on record
+        except AuditError as error:
+            # Tried again after a nap; until then nobody is told what is not on record.
             for appends in self._accepted.values():
                 self._results += [(append.future, None, error) for append in appends]
             self._accepted.clear()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from guardengine import Engine, Policy
+from guardengine import Engine, Label, Policy
 
 SMALL: dict[str, Any] = {"kv_cache_bytes": 2**22, "max_model_len": 256, "block_size": 4, "backend": "cpu"}
 Lines = list[dict[str, Any]]
@@ -76,3 +76,17 @@ def shifted(logits: str, by: float) -> str:
     else:
         values.view(np.uint32)[-1] ^= 1
     return values.tobytes().hex()
+
+
+def records(log: Path, event: str | None = None) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in log.read_bytes().splitlines()]
+    return [line for line in lines if event in (None, line["event"])]
+
+
+def labels_in(log: Path) -> list[tuple[Any, ...]]:
+    return [(line["stream"], *label) for line in records(log, "labels") for label in line["labels"]]
+
+
+def as_logged(label: Label) -> tuple[Any, ...]:
+    logits = np.concatenate((label.risk_logits, label.category_logits)).astype("<f4").tobytes().hex()
+    return label.stream_id, label.position, label.role, label.risk, label.category, logits
