@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import codecs
 import re
+from itertools import accumulate
 from typing import NamedTuple
 
 from guardengine.errors import CheckpointError
-from guardengine.text_books import Held, Span
+from guardengine.text_books import Held, Offsets
 from guardengine.tokenizer import Tokenizer
-from guardengine.unicode_rules import CharClasses, VocabularyPairs, is_ideograph, starts_unit
+from guardengine.unicode_rules import CharClasses, VocabularyPairs, is_ideograph, is_plain, starts_unit
 
 MAX_HELD = 256
 _MAX_CACHED = 1 << 16  # pre-tokens; 20 MB at most
@@ -33,23 +34,19 @@ _MAX_CACHED_CHARS = 24
 # Qwen3's split pattern over CharClasses' letters.
 _PRE_TOKENS = re.compile(r"'(?:s|re|ll)|[O' _]?[Lsrel]+|N| ?[O']+n*|[ _n]*n+|[ _n]+(?![^ _n])|[ _n]+")
 _LETTERS = frozenset("Lsrel")
+_FIRST_UNSPACED = "\u2e80"  # scripts that are written without spaces, from here on
 
 
 class Fed(NamedTuple):
     """Ids that are settled, the span of each, and what is held back."""
 
     token_ids: list[int]
-    spans: list[Span]
+    spans: list[Offsets]
     held: Held
 
 
-class _Piece(NamedTuple):
-    """A pre-token's ids, and for each where it starts and ends in the pre-token's text."""
-
-    token_ids: tuple[int, ...]
-    spans: tuple[Span, ...]
-    num_chars: int
-    num_bytes: int
+# A pre-token's ids, where each stands in its text, and how many characters and bytes that has.
+_Piece = tuple[tuple[int, ...], tuple[Offsets, ...], int, int]
 
 
 class Retokenizer:
@@ -76,9 +73,8 @@ class Retokenizer:
         """
         text, partial = self._decode(held.partial, delta, is_final)
         text = held.text + text
-        token_ids: list[int] = []
-        spans: list[Span] = []
-        start, num_chars, num_bytes = 0, held.num_chars, held.num_bytes
+        fed = Fed([], [], held)
+        start = 0
         while start < len(text):
             end = min(start + self._max_held, len(text))
             window = text[start:end]
@@ -87,10 +83,10 @@ class Retokenizer:
                 if end == len(text):
                     break
                 ends, raw_cut, settled = self._cut(window, is_final=True)
-            num_bytes = self._encode(window, raw_cut, settled, ends, num_chars, num_bytes, token_ids, spans)
-            num_chars += raw_cut
+            num_chars, num_bytes = self._encode(window[:raw_cut], settled, ends, held, fed)
+            held = Held("", b"", num_chars, num_bytes)
             start += raw_cut
-        return Fed(token_ids, spans, Held(text[start:], partial, num_chars, num_bytes))
+        return fed._replace(held=Held(text[start:], partial, held.num_chars, held.num_bytes))
 
     def forget(self) -> None:
         """Forget the ids of pre-tokens. For benchmarks."""
@@ -112,9 +108,9 @@ class Retokenizer:
     def _cut(self, text: str, *, is_final: bool) -> tuple[list[int], int, str]:
         """Where the settled pre-tokens of `text` end in its normal form, how many characters of `text` that is, and
         the normal form."""
-        normal = text if text.isascii() else self._tokenizer.normalize(text)
+        normal = text if text.isascii() or is_plain(text) else self._tokenizer.normalize(text)
         classes = normal.translate(self._classes)
-        ends = [match.end() for match in _PRE_TOKENS.finditer(classes)]
+        ends = list(accumulate(map(len, _PRE_TOKENS.findall(classes))))
         if is_final or (classes[-1] == "N" and text[-1].isascii()):  # no mark composes with an ASCII digit
             return ends, len(text), normal
         size = len(classes)
@@ -123,11 +119,14 @@ class Retokenizer:
         while ends and (ends[-2] if len(ends) > 1 else 0) >= space_at:  # white space that goes on to the end
             ends.pop()
         units = None if normal is text or normal == text else _unit_starts(text, self._tokenizer)
-        last = ends[-1] if ends else 0
-        if not normal.isascii() and classes[-1] in _LETTERS:
+        num_ends = len(ends)
+        while num_ends and not _unit_start(normal, units, ends[num_ends - 1]):
+            num_ends -= 1
+        last = ends[num_ends - 1] if num_ends else 0
+        if not normal.isascii():
             for at in range(size - 1, last, -1):
                 if classes[at] not in _LETTERS or classes[at - 1] not in _LETTERS:
-                    break
+                    continue
                 before, after = normal[at - 1], normal[at]
                 if (before > "\x7f" or after > "\x7f") and not self._pairs.may_join(before, after):
                     cut = _unit_start(normal, units, at)
@@ -135,69 +134,88 @@ class Retokenizer:
                     if cut and (
                         is_ideograph(after) or (at + 1 < size and _unit_start(normal, units, at + 1))
                     ):
-                        ends.append(at)
-                        return ends, cut, normal
-        while ends:
-            if cut := _unit_start(normal, units, ends[-1]):
-                return ends, cut, normal
-            ends.pop()
-        return ends, 0, normal
+                        return [*(end for end in ends if end < at), at], cut, normal
+        return ends[:num_ends], _unit_start(normal, units, last) if last else 0, normal
 
-    def _encode(
-        self,
-        text: str,
-        raw_cut: int,
-        normal: str,
-        ends: list[int],
-        num_chars: int,
-        num_bytes: int,
-        token_ids: list[int],
-        spans: list[Span],
-    ) -> int:
-        """Append the ids and spans of text[:raw_cut]; returns the number of the reply's bytes after it."""
-        start = 0
-        pieces = self._pieces
-        if normal is text or normal == text:
-            for end in ends:
-                piece = pieces.get(word := normal[start:end]) or self._encode_piece(word)
-                token_ids += piece.token_ids
-                for first, last, first_byte, last_byte in piece.spans:
-                    spans.append(
-                        Span(
-                            num_chars + first, num_chars + last, num_bytes + first_byte, num_bytes + last_byte
-                        )
-                    )
-                num_chars += piece.num_chars
-                num_bytes += piece.num_bytes
-                start = end
-            return num_bytes
-        starts_of, ends_of, bytes_at = _alignment(text[:raw_cut], self._tokenizer)
-        for end in ends:
-            piece = pieces.get(word := normal[start:end]) or self._encode_piece(word)
-            token_ids += piece.token_ids
-            for first, last, _, _ in piece.spans:
-                raw_start, raw_end = starts_of[start + first], ends_of[start + last - 1]
+    def _encode(self, text: str, normal: str, ends: list[int], held: Held, fed: Fed) -> tuple[int, int]:
+        """Append the ids and spans of `text`, whose normal form begins with pre-tokens that end at `ends`; returns how
+        many characters and bytes the reply has by then."""
+        words = self._words(normal, ends)
+        pieces: list[_Piece | None] = list(map(self._pieces.get, words))
+        num_unknown = pieces.count(None)
+        if num_unknown > 1:  # one call of the library costs as much as two words
+            known = self._learn(words)
+        else:
+            known = [piece or self._learn([word])[0] for piece, word in zip(pieces, words, strict=True)]
+        token_ids, spans = fed.token_ids, fed.spans
+        _, _, num_chars, num_bytes = held
+        if normal.startswith(text):
+            for ids, offsets, size, size_bytes in known:
+                if len(ids) == 1:
+                    token_ids.append(ids[0])
+                    spans.append((num_chars, num_chars + size, num_bytes, num_bytes + size_bytes))
+                else:
+                    token_ids += ids
+                    spans += [
+                        (num_chars + start, num_chars + end, num_bytes + start_byte, num_bytes + end_byte)
+                        for start, end, start_byte, end_byte in offsets
+                    ]
+                num_chars += size
+                num_bytes += size_bytes
+            return num_chars, num_bytes
+        starts_of, ends_of, bytes_at = _alignment(text, self._tokenizer)
+        word_start = 0
+        for ids, offsets, size, _ in known:
+            token_ids += ids
+            for start, end, _, _ in offsets:
+                start, end = starts_of[word_start + start], ends_of[word_start + end - 1]
                 spans.append(
-                    Span(
-                        num_chars + raw_start,
-                        num_chars + raw_end,
-                        num_bytes + bytes_at[raw_start],
-                        num_bytes + bytes_at[raw_end],
+                    (
+                        num_chars + start,
+                        num_chars + end,
+                        num_bytes + bytes_at[start],
+                        num_bytes + bytes_at[end],
                     )
                 )
-            start = end
-        return num_bytes + bytes_at[raw_cut]
+            word_start += size
+        return num_chars + len(text), num_bytes + bytes_at[-1]
 
-    def _encode_piece(self, word: str) -> _Piece:
-        token_ids, offsets = self._tokenizer.encode_with_offsets(word)
-        at = _byte_offsets(word)
-        spans = tuple(Span(start, end, at[start], at[end]) for start, end in offsets)
-        piece = _Piece(tuple(token_ids), spans, len(word), at[-1])
-        if len(word) <= _MAX_CACHED_CHARS:
-            if len(self._pieces) >= _MAX_CACHED:
-                self._pieces.clear()
-            self._pieces[word] = piece
-        return piece
+    def _words(self, normal: str, ends: list[int]) -> list[str]:
+        """The pre-tokens, cut further where no token reaches across: Chinese ones are clauses, which do not recur."""
+        words, start = [], 0
+        for end in ends:
+            words.append(normal[start:end])
+            start = end
+        if normal.isascii():
+            return words
+        return [
+            part
+            for word in words
+            for part in (self._pairs.split(word) if word[-1] >= _FIRST_UNSPACED else (word,))
+        ]
+
+    def _learn(self, words: list[str]) -> list[_Piece]:
+        """Encode successive words in one call, and remember each that is not too long."""
+        if len(self._pieces) >= _MAX_CACHED:
+            self._pieces.clear()
+        token_ids, offsets = self._tokenizer.encode_with_offsets("".join(words))
+        learned: list[_Piece] = []
+        index = start = 0
+        for word in words:
+            first, end = index, start + len(word)
+            while index < len(offsets) and offsets[index][1] <= end:
+                index += 1
+            at = range(len(word) + 1) if word.isascii() else _byte_offsets(word)
+            inside = tuple(
+                (begin - start, stop - start, at[begin - start], at[stop - start])
+                for begin, stop in offsets[first:index]
+            )
+            piece = tuple(token_ids[first:index]), inside, len(word), at[-1]
+            if len(word) <= _MAX_CACHED_CHARS:
+                self._pieces[word] = piece
+            learned.append(piece)
+            start = end
+        return learned
 
 
 def _unit_start(normal: str, units: dict[int, int] | None, at: int) -> int:

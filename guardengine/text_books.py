@@ -27,6 +27,9 @@ class Span(NamedTuple):
     end_byte: int
 
 
+Offsets = tuple[int, int, int, int]  # a Span's, a third of its cost to make
+
+
 class Held(NamedTuple):
     """A reply's text beyond its tokens."""
 
@@ -47,14 +50,14 @@ class TextBooks:
     held: Held = field(default_factory=Held)
     foreign: ForeignIds | None = None  # where the ids of another tokenizer were left
     positions: array[int] = field(default_factory=lambda: array("i"))  # of these tokens, ascending
-    spans: list[Span] = field(default_factory=list)
+    spans: list[Offsets] = field(default_factory=list)
 
     @property
     def holds(self) -> bool:
         """Whether anything was accepted that no token stands for yet."""
         return not self.held.is_empty or (self.foreign is not None and self.foreign.is_pending)
 
-    def extend(self, start: int, spans: list[Span]) -> None:
+    def extend(self, start: int, spans: list[Offsets]) -> None:
         """Record the spans of the tokens at `start` and after."""
         self.positions.extend(range(start, start + len(spans)))
         self.spans += spans
@@ -62,7 +65,7 @@ class TextBooks:
     def span(self, position: int) -> Span | None:
         index = bisect_left(self.positions, position)
         found = index < len(self.positions) and self.positions[index] == position
-        return self.spans[index] if found else None
+        return Span(*self.spans[index]) if found else None
 
     def chars_before(self, reply_start: int, position: int | None) -> int:
         """How many characters of the reply that begins at `reply_start` are wholly in tokens before `position`
@@ -71,7 +74,7 @@ class TextBooks:
         if first == len(self.positions):
             return 0
         index = len(self.spans) if position is None else bisect_left(self.positions, position, lo=first)
-        return self.held.num_chars if index == len(self.spans) else self.spans[index].start_char
+        return self.held.num_chars if index == len(self.spans) else self.spans[index][0]
 
     def truncate(self, num_tokens: int) -> None:
         """Forget what is held, and all tokens from position `num_tokens` on. A character that is cut counts as gone."""
@@ -79,10 +82,10 @@ class TextBooks:
         index = bisect_left(self.positions, num_tokens)
         _, _, num_chars, num_bytes = self.held
         if index < len(self.spans):
-            num_chars, num_bytes = self.spans[index].start_char, self.spans[index].start_byte
+            num_chars, _, num_bytes, _ = self.spans[index]
             # The first token of a later reply; templates stand between two replies.
             if index and not num_chars and self.positions[index - 1] + 1 != self.positions[index]:
-                num_chars, num_bytes = self.spans[index - 1].end_char, self.spans[index - 1].end_byte
+                _, num_chars, _, num_bytes = self.spans[index - 1]
             del self.positions[index:], self.spans[index:]
         self.held = Held("", b"", num_chars, num_bytes)
 

@@ -15,7 +15,7 @@ from guardengine.errors import ConfigError, InvalidTokens
 from guardengine.foreign_ids import ForeignIds
 from guardengine.labels import Label
 from guardengine.state import StreamState
-from guardengine.text_books import Held, Span, TextBooks
+from guardengine.text_books import Held, Offsets, Span, TextBooks
 
 
 class Piece(NamedTuple):
@@ -53,7 +53,7 @@ def accept_text(
         chat.tokenizer.check_fits(num_chars, core.max_model_len)
     held = Held() if _begins_reply(state, books) else books.held
     token_ids: list[int] = []
-    spans: list[Span] = []
+    spans: list[Offsets] = []
     for part, is_final in ((text[0], False), (text[1], piece.is_final)):
         if part or is_final:
             more_ids, more_spans, held = chat.retokenizer.feed(held, part, is_final=is_final)
@@ -61,7 +61,7 @@ def accept_text(
             spans += more_spans
     if piece.ends_turn and state.turns is not None:
         token_ids.append(chat.end_of_turn_id)
-        spans.append(Span(held.num_chars, held.num_chars, held.num_bytes, held.num_bytes))
+        spans.append((held.num_chars, held.num_chars, held.num_bytes, held.num_bytes))
     if token_ids:
         core.accept(state, feed_more(chat, state, token_ids, "assistant"), timeout_s)
     books.held, books.foreign = held, foreign

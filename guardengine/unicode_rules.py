@@ -8,6 +8,7 @@ Python's tables are used, and a character that they do not know may do anything.
 from __future__ import annotations
 
 import operator
+import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -72,6 +73,7 @@ class VocabularyPairs:
         # Bytes of characters that are only partly in a token become lone surrogates, one for each byte.
         text = b"\xff".join(token for token in vocabulary if not token.isascii())
         chars = text.decode("utf-8", "surrogateescape")
+        self._known: dict[str, bool] = {}
         self._pairs = {pair for pair in map(operator.add, chars, chars[1:]) if not pair.isascii()}
 
     def may_join(self, before: str, after: str) -> bool:
@@ -79,6 +81,26 @@ class VocabularyPairs:
 
         A token that does holds `before` or else begins within it, and `after` or else ends within it.
         """
+        pair = before + after
+        known = self._known.get(pair)
+        if known is None:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            known = self._known[pair] = self._may_join(before, after)
+        return known
+
+    def split(self, text: str) -> list[str]:
+        """A text cut between all characters, not both ASCII, that no token has side by side."""
+        pairs = list(map(operator.add, text, text[1:]))
+        joined = list(map(self._known.get, pairs))
+        if None in joined:
+            joined = [pair.isascii() or self.may_join(pair[0], pair[1]) for pair in pairs]
+        if False not in joined:
+            return [text]
+        cuts = [at for at, is_joined in enumerate(joined, 1) if not is_joined]
+        return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+    def _may_join(self, before: str, after: str) -> bool:
         pairs = self._pairs
         if before + after in pairs:
             return True
@@ -90,9 +112,24 @@ class VocabularyPairs:
 def starts_unit(text: str, at: int) -> bool:
     """Whether NFC leaves text[:at] and text[at:] alone of each other, whatever comes after them."""
     char = text[at]
+    if "0" <= text[at - 1] <= "9":  # nothing composes with a digit, and nothing moves before one
+        return True
     if char < "\u0300":
         return text[at - 1] < "\u0300" or not _is_unknown(text[at - 1])
     return not _may_join_back(char) and not _is_unknown(text[at - 1])
+
+
+# Characters that NFC leaves as they are and that nothing composes with unless it is not one of them: without
+# combining marks, vowels and finals of Hangul, and what has a canonical decomposition that is not undone.
+_PLAIN = re.compile(
+    "[\x00-\u02ff\u0400-\u0482\u2010-\u2027\u2030-\u205e\u3001-\u3029\u3041-\u3096\u309b-\u30ff"
+    "\u4e00-\u9fff\uac00-\ud7a3\uff01-\uffee]*"
+)
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text is its own normal form, because it has ordinary characters only. Much faster than to ask."""
+    return _PLAIN.fullmatch(text) is not None
 
 
 def is_ideograph(char: str) -> bool:
