@@ -74,19 +74,20 @@ class Retokenizer:
         text, partial = self._decode(held.partial, delta, is_final)
         text = held.text + text
         fed = Fed([], [], held)
-        start = 0
-        while start < len(text):
-            end = min(start + self._max_held, len(text))
+        start, size, num_chars, num_bytes = 0, len(text), held.num_chars, held.num_bytes
+        is_done = not text
+        while not is_done:
+            end = min(start + self._max_held, size)
             window = text[start:end]
-            ends, raw_cut, settled = self._cut(window, is_final=is_final and end == len(text))
-            if not raw_cut:
-                if end == len(text):
+            is_done = end == size
+            ends, cut, normal = self._cut(window, is_final=is_final and is_done)
+            if not cut:
+                if is_done:
                     break
-                ends, raw_cut, settled = self._cut(window, is_final=True)
-            num_chars, num_bytes = self._encode(window[:raw_cut], settled, ends, held, fed)
-            held = Held("", b"", num_chars, num_bytes)
-            start += raw_cut
-        return fed._replace(held=Held(text[start:], partial, held.num_chars, held.num_bytes))
+                ends, cut, normal = self._cut(window, is_final=True)
+            num_chars, num_bytes = self._encode(window[:cut], normal, ends, num_chars, num_bytes, fed)
+            start += cut
+        return Fed(fed.token_ids, fed.spans, Held(text[start:], partial, num_chars, num_bytes))
 
     def forget(self) -> None:
         """Forget the ids of pre-tokens. For benchmarks."""
@@ -137,7 +138,9 @@ class Retokenizer:
                         return [*(end for end in ends if end < at), at], cut, normal
         return ends[:num_ends], _unit_start(normal, units, last) if last else 0, normal
 
-    def _encode(self, text: str, normal: str, ends: list[int], held: Held, fed: Fed) -> tuple[int, int]:
+    def _encode(
+        self, text: str, normal: str, ends: list[int], num_chars: int, num_bytes: int, fed: Fed
+    ) -> tuple[int, int]:
         """Append the ids and spans of `text`, whose normal form begins with pre-tokens that end at `ends`; returns how
         many characters and bytes the reply has by then."""
         words = self._words(normal, ends)
@@ -148,7 +151,6 @@ class Retokenizer:
         else:
             known = [piece or self._learn([word])[0] for piece, word in zip(pieces, words, strict=True)]
         token_ids, spans = fed.token_ids, fed.spans
-        _, _, num_chars, num_bytes = held
         if normal.startswith(text):
             for ids, offsets, size, size_bytes in known:
                 if len(ids) == 1:

@@ -95,10 +95,13 @@ class VocabularyPairs:
         joined = list(map(self._known.get, pairs))
         if None in joined:
             joined = [pair.isascii() or self.may_join(pair[0], pair[1]) for pair in pairs]
-        if False not in joined:
-            return [text]
-        cuts = [at for at, is_joined in enumerate(joined, 1) if not is_joined]
-        return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        parts, start = [], 0
+        for _ in range(joined.count(False)):
+            at = joined.index(False, start) + 1
+            parts.append(text[start:at])
+            start = at
+        parts.append(text[start:])
+        return parts
 
     def _may_join(self, before: str, after: str) -> bool:
         pairs = self._pairs
@@ -123,7 +126,7 @@ def starts_unit(text: str, at: int) -> bool:
 # combining marks, vowels and finals of Hangul, and what has a canonical decomposition that is not undone.
 _PLAIN = re.compile(
     "[\x00-\u02ff\u0400-\u0482\u2010-\u2027\u2030-\u205e\u3001-\u3029\u3041-\u3096\u309b-\u30ff"
-    "\u4e00-\u9fff\uac00-\ud7a3\uff01-\uffee]*"
+    "\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff60]*"
 )
 
 
