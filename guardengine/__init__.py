@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from guardengine.labels import Label, Moderation, Verdict
     from guardengine.policy import Policy
     from guardengine.stream import Stream
+    from guardengine.text_books import Span
 
 _HOME = {
     "AsyncEngine": "async_engine",
@@ -52,6 +53,7 @@ _HOME = {
     "Moderation": "labels",
     "Overloaded": "errors",
     "Policy": "policy",
+    "Span": "text_books",
     "Stream": "stream",
     "StreamClosed": "errors",
     "StreamTooLong": "errors",
@@ -78,6 +80,7 @@ __all__ = [
     "Moderation",
     "Overloaded",
     "Policy",
+    "Span",
     "Stream",
     "StreamClosed",
     "StreamTooLong",

@@ -84,10 +84,7 @@ def feed_more(chat: ChatTemplate | None, stream: StreamState, content: list[int]
             [Wanted(end, "user")],
             (*stream.turns, Turn("user", start, end, True)),
         )
-    if last.role == "assistant" and last.is_closed:
-        raise InvalidTokens(
-            "the assistant's turn has ended with <|im_end|>; append the next user turn (role='user') first"
-        )
+    check_reply_open(stream)
     if last.role == "assistant":
         template, turns, first = [], stream.turns[:-1], last.start
     else:
@@ -140,6 +137,14 @@ def cut_turns(turns: tuple[Turn, ...], num_tokens: int) -> tuple[tuple[Turn, ...
         f"can be dropped, or whole turns (content starts at {[turn.start for turn in turns]}, ends at "
         f"{[turn.end for turn in turns]}); for another prompt open a new stream"
     )
+
+
+def check_reply_open(stream: StreamState) -> None:
+    """Raise InvalidTokens where no reply can go on or begin, because the last one has ended."""
+    if stream.turns and stream.turns[-1].role == "assistant" and stream.turns[-1].is_closed:
+        raise InvalidTokens(
+            "the assistant's turn has ended with <|im_end|>; append the next user turn (role='user') first"
+        )
 
 
 def check_role(role: str) -> None:

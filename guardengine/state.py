@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from guardengine.labels import Label, Role, Verdict
 from guardengine.policy import Failure, Policy, PolicyState
+from guardengine.text_books import TextBooks
 
 
 class Wanted(NamedTuple):
@@ -71,6 +72,7 @@ class StreamState:
     labels: list[Label] = field(default_factory=list)  # role "assistant"
     prompt_labels: list[Label] = field(default_factory=list)  # role "user"
     failures: list[Failed] = field(default_factory=list)
+    text: TextBooks | None = None  # since the first append_text
     is_closed: bool = False
 
     @property
@@ -158,6 +160,8 @@ class StreamState:
             del labels[bisect_left(labels, num_tokens, key=_position_of_label) :]
         del self.policy_states[bisect_left(self.policy_states, num_tokens, key=lambda entry: entry[0]) :]
         del self.wanted[bisect_left(self.wanted, num_tokens, key=_position) :]
+        if self.text is not None:
+            self.text.truncate(num_tokens)
         # A failure that was let pass cleared tokens before they were computed: not those that come in their place.
         position, state = self.policy_states[-1]
         cleared = min(state.cleared, self.num_assistant_tokens)
@@ -180,6 +184,7 @@ class StreamState:
             labels=self.labels[:],
             prompt_labels=self.prompt_labels[:],
             failures=self.failures[:],
+            text=self.text and self.text.copy(),
         )
 
 

@@ -11,6 +11,15 @@ from guardengine.core import EngineCore
 from guardengine.labels import Label, Role, Verdict
 from guardengine.snapshot import take_snapshot
 from guardengine.state import StreamState
+from guardengine.text_books import Span
+from guardengine.text_stream import (
+    Piece,
+    accept_text,
+    check_nothing_held,
+    cleared_chars,
+    held_text,
+    span_of,
+)
 
 
 class StreamView:
@@ -86,19 +95,79 @@ class Stream(StreamView):
         timeout_s: tokens that are not computed by then count as unjudged, which is the policy's `on_timeout`; they
         are computed and labelled all the same.
 
-        Raises InvalidTokens, StreamTooLong, Overloaded, StreamClosed or ConfigError; the stream is then unchanged.
+        Raises InvalidTokens (also while text is held back: see `append_text`), StreamTooLong, Overloaded, StreamClosed
+        or ConfigError; the stream is then unchanged.
         """
         core, state = self._core, self._state
         with core.gate:
             core.check_open(state)
+            check_nothing_held(state)
             ids = core.check_token_ids(token_ids)
             core.accept(state, feed_more(self._chat, state, ids, role), timeout_s)
+
+    def append_text(
+        self, delta: str | bytes, *, is_final: bool = False, timeout_s: float | None = None
+    ) -> None:
+        """Accept more of the assistant's reply as text, from an LLM with any tokenizer, in pieces of any size.
+
+        The ids fed are at any time the first ids of the whole reply's text, and at its end all of them. What more
+        text could still split in another way is held back: as a rule the last word, at most 256 characters (a longer
+        run without a place to cut is cut there; see retokenizer.py). Held text is not judged, so do not show it:
+        `cleared_chars` never counts it. Nothing is fed, and `step` returns no labels, while all of it is held.
+
+        bytes: UTF-8, which may be cut within a character; what is not UTF-8 becomes U+FFFD. Special tokens spelled in
+        text are text. is_final: as `finish_text` after it. timeout_s: as in `append`, for what is fed now.
+
+        Text that follows ids, a message's beginning or a rollback is tokenized as if it began there.
+        Raises as `append`, InvalidText (another type, lone surrogates) and ConfigError (no tokenizer in the
+        checkpoint); the stream is then unchanged.
+        """
+        self._accept(Piece(delta, is_final=is_final, ends_turn=is_final), timeout_s)
+
+    def append_foreign_ids(
+        self, token_ids: Sequence[int], tokenizer: Any, *, timeout_s: float | None = None
+    ) -> None:
+        """`append_text` of what `tokenizer` decodes these ids to; a character that is not complete waits for the next.
+
+        tokenizer: the LLM's, anything with decode(ids) -> str (`tokenizers.Tokenizer`, transformers'). What its
+        decode leaves out, such as its own end of text, is left out here. Raises as `append_text`; InvalidTokens for
+        ids that it refuses.
+        """
+        self._accept(Piece(foreign_ids=token_ids, tokenizer=tokenizer), timeout_s)
+
+    def finish_text(self, *, end_turn: bool = True, timeout_s: float | None = None) -> None:
+        """Feed what `append_text` holds back, and the reply's <|im_end|>: the label there has seen the whole reply.
+
+        Without end_turn the reply stays open. On a stream opened from token ids, whose caller owns the template, no
+        <|im_end|> is fed. Raises as `append_text`.
+        """
+        self._accept(Piece(is_final=True, ends_turn=end_turn), timeout_s)
+
+    def _accept(self, piece: Piece, timeout_s: float | None) -> None:
+        with self._core.gate:
+            accept_text(self._core, self._chat, self._state, piece, timeout_s)
+
+    def span(self, at: Label | int) -> Span | None:
+        """Where the token of a label, or at a position, stands in the text of its reply; None if it was not fed as
+        text. The <|im_end|> of `finish_text` has an empty span at the end."""
+        return span_of(self._state, at)
+
+    @property
+    def cleared_chars(self) -> int:
+        """How many characters of the latest reply's text may be shown: those wholly in tokens that
+        `verdict.cleared` counts."""
+        return cleared_chars(self._state)
+
+    @property
+    def held_text(self) -> str:
+        """What `append_text` was given and holds back."""
+        return held_text(self._state)
 
     def fork(self, stream_id: str | None = None) -> Stream:
         """Branch off a stream with the same tokens, labels and verdict, sharing the computed KV blocks.
 
         Labels that the parent has emitted are the branch's too and keep the parent's stream_id; labels that are
-        still pending will be emitted by both.
+        still pending will be emitted by both. So is text that is held back.
 
         Raises Overloaded, StreamClosed or ConfigError (a stream_id in use).
         """

@@ -8,12 +8,13 @@ business, see guardengine/chat.py. Knows no messages and no roles.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from guardengine.byte_level import NORMALIZER, PRE_TOKENIZER, byte_letters
 from guardengine.errors import CheckpointError, InvalidText, InvalidTokens, StreamTooLong
 
 _MEND = "copy the tokenizer.json of the released Qwen3Guard checkpoint into the folder"
@@ -48,6 +49,7 @@ class Tokenizer:
         self._base_ids = frozenset(vocabulary.values())
         self.vocab_size = max(max(self._base_ids), *added_tokens.values()) + 1
         self._longest_token = max(map(len, vocabulary))
+        self._letters = "\n".join(vocabulary)  # one string, because a dict of them is ten times as large
 
     @staticmethod
     def from_dir(path: Path) -> Tokenizer:
@@ -86,13 +88,49 @@ class Tokenizer:
         encoding = self._bpe.encode(text, add_special_tokens=False)
         return encoding.ids, [end for _, end in encoding.offsets]
 
-    def _check(self, text: str, max_tokens: int | None) -> None:
-        self.check_text(text)
-        if max_tokens is not None and len(text) > max_tokens * self._longest_token * _NFC_SHRINKS_BY:
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode plain text that is valid and in NFC; also returns for each token which characters it has bytes of."""
+        encoding = self._bpe.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def normalize(self, text: str) -> str:
+        """What `encode_text` makes of text before anything else."""
+        normal: str = self._bpe.normalizer.normalize_str(text)
+        return normal
+
+    def split(self, text: str) -> list[tuple[str, tuple[int, int]]]:
+        """Normalized text in the pieces that are encoded each by itself, with their places."""
+        pieces: list[tuple[str, tuple[int, int]]] = self._bpe.pre_tokenizer.pre_tokenize_str(text)
+        return pieces
+
+    @property
+    def splits_as_qwen3(self) -> bool:
+        """Whether text is normalized and split as Qwen3's released file has it."""
+        rules = (self._bpe.normalizer, self._bpe.pre_tokenizer)
+        return None not in rules and [json.loads(rule.__getstate__()) for rule in rules] == [
+            NORMALIZER,
+            PRE_TOKENIZER,
+        ]
+
+    @property
+    def vocabulary(self) -> Iterator[bytes]:
+        """The bytes of every token that text is encoded into."""
+        table = {ord(letter): byte for byte, letter in enumerate(byte_letters())} | {ord("\n"): 0x100}
+        for token in self._letters.translate(table).split("\u0100"):
+            yield token.encode("latin-1")
+
+    def check_fits(self, num_chars: int, max_tokens: int) -> None:
+        """Raise StreamTooLong for a text of so many characters, which cannot possibly fit into `max_tokens`."""
+        if num_chars > max_tokens * self._longest_token * _NFC_SHRINKS_BY:
             raise StreamTooLong(
-                f"text of {len(text)} characters cannot fit into {max_tokens} tokens; shorten it, or split the "
+                f"text of {num_chars} characters cannot fit into {max_tokens} tokens; shorten it, or split the "
                 "conversation"
             )
+
+    def _check(self, text: str, max_tokens: int | None) -> None:
+        self.check_text(text)
+        if max_tokens is not None:
+            self.check_fits(len(text), max_tokens)
 
     def check_text(self, text: str) -> None:
         """Raise InvalidText, saying where, for what is not a str of valid Unicode."""

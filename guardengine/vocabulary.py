@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from guardengine.byte_level import BYTE_LEVEL, NORMALIZER, PRE_TOKENIZER, byte_letters
 from guardengine.errors import CheckpointError
 
 logger = logging.getLogger("guardengine")
@@ -52,10 +53,6 @@ _MARKUP_TOKENS = (
     "<think>",
     "</think>",
 )
-_SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def write_tokenizer_files(directory: Path, model_max_length: int) -> bool:
@@ -80,33 +77,21 @@ def write_tokenizer_files(directory: Path, model_max_length: int) -> bool:
 
 def tokenizer_json(ranks: dict[bytes, int]) -> dict[str, Any]:
     """The content of Qwen3's tokenizer.json for these ranks (rank = id = merge priority)."""
-    letters = _byte_letters()
+    letters = byte_letters()
     spelled = {token: "".join(map(letters.__getitem__, token)) for token in ranks}
     merges = [
         [spelled[left], spelled[right]]
         for left, right in (_last_merge(t, ranks) for t in ranks if len(t) > 1)
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": token_id, **entry} for token_id, entry in _added_tokens().items()],
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": _SPLIT_PATTERN},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                byte_level,
-            ],
-        },
-        "post_processor": byte_level,
-        "decoder": byte_level,
+        "normalizer": NORMALIZER,
+        "pre_tokenizer": PRE_TOKENIZER,
+        "post_processor": BYTE_LEVEL,
+        "decoder": BYTE_LEVEL,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -197,10 +182,3 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
         if i:
             pairs[i - 1] = ranks.get(parts[i - 1] + parts[i], NUM_RANKS)
     return parts[0], parts[1]
-
-
-def _byte_letters() -> list[str]:
-    """The printable character that byte-level BPE files write for each byte (GPT-2's table)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

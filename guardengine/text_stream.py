@@ -1,0 +1,125 @@
+"""Text into a stream's reply: append_text, append_foreign_ids and finish_text, and where its tokens stand in the text.
+
+Functions over a stream's books, as conversation.py has them for ids. Called with the engine's gate held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from guardengine.chat import ChatTemplate
+from guardengine.conversation import check_reply_open, feed_more
+from guardengine.core import EngineCore
+from guardengine.errors import ConfigError, InvalidTokens
+from guardengine.foreign_ids import ForeignIds
+from guardengine.labels import Label
+from guardengine.state import StreamState
+from guardengine.text_books import Held, Offsets, Span, TextBooks
+
+
+class Piece(NamedTuple):
+    """More of a reply: text, or ids of the LLM's own tokenizer."""
+
+    text: str | bytes = ""
+    foreign_ids: Sequence[int] = ()
+    tokenizer: Any = None  # that foreign_ids are of
+    is_final: bool = False  # nothing is held back after it
+    ends_turn: bool = False  # the reply's <|im_end|> is fed after it
+
+
+def accept_text(
+    core: EngineCore,
+    chat: ChatTemplate | None,
+    state: StreamState,
+    piece: Piece,
+    timeout_s: float | None = None,
+) -> None:
+    """Feed what a piece settles of the reply, and keep the rest. Raises as `Stream.append_text`; nothing has changed
+    then."""
+    core.check_open(state)
+    if chat is None:
+        raise ConfigError(
+            "the checkpoint folder has no tokenizer.json, so text cannot be made into ids; add Qwen3's tokenizer.json "
+            "to it, or append Qwen3 token ids"
+        )
+    if not isinstance(piece.text, bytes | bytearray | memoryview):
+        chat.tokenizer.check_text(piece.text)
+    check_reply_open(state)
+    books = state.text or TextBooks()
+    foreign, text = _read_foreign(books.foreign, piece)
+    for part in text:
+        num_chars = len(part) if isinstance(part, str) else len(part) // 4  # at least
+        chat.tokenizer.check_fits(num_chars, core.max_model_len)
+    held = Held() if _begins_reply(state, books) else books.held
+    token_ids: list[int] = []
+    spans: list[Offsets] = []
+    for part, is_final in ((text[0], False), (text[1], piece.is_final)):
+        if part or is_final:
+            more_ids, more_spans, held = chat.retokenizer.feed(held, part, is_final=is_final)
+            token_ids += more_ids
+            spans += more_spans
+    if piece.ends_turn and state.turns is not None:
+        token_ids.append(chat.end_of_turn_id)
+        spans.append((held.num_chars, held.num_chars, held.num_bytes, held.num_bytes))
+    if token_ids:
+        core.accept(state, feed_more(chat, state, token_ids, "assistant"), timeout_s)
+    books.held, books.foreign = held, foreign
+    books.extend(state.num_tokens - len(token_ids), spans)
+    state.text = books
+
+
+def check_nothing_held(state: StreamState) -> None:
+    """Raise InvalidTokens where ids would overtake text."""
+    if state.text is not None and state.text.holds:
+        raise InvalidTokens(
+            f"{state.stream_id} holds back {len(state.text.held.text)} characters of the reply, whose ids depend on "
+            "what follows; call finish_text() before ids are appended (or rollback(0), which drops them)"
+        )
+
+
+def span_of(state: StreamState, at: Label | int) -> Span | None:
+    """Where the token of a label, or at a position, stands in its reply."""
+    position = at if isinstance(at, int) else at.position
+    return None if state.text is None else state.text.span(position)
+
+
+def cleared_chars(state: StreamState) -> int:
+    """How many characters of the latest reply the policy has cleared."""
+    if state.text is None:
+        return 0
+    reply_start = state.turns[-1].start if state.turns else 0
+    cleared = state.verdict.cleared
+    labels = state.labels[:]
+    if cleared < len(labels):
+        position: int | None = labels[cleared].position
+    else:  # failures that were let pass clear tokens that have no label yet
+        wanted = [wanted.position for wanted in state.wanted[:] if wanted.role == "assistant"]
+        position = wanted[cleared - len(labels)] if cleared - len(labels) < len(wanted) else None
+    return state.text.chars_before(reply_start, position)
+
+
+def held_text(state: StreamState) -> str:
+    """The text that was accepted and not fed."""
+    return "" if state.text is None else state.text.held.text
+
+
+def _begins_reply(state: StreamState, books: TextBooks) -> bool:
+    """Whether text that comes now is the first of a reply. (Held text is of a reply that may not have begun yet.)"""
+    if books.holds or state.turns is None:
+        return False
+    last = state.turns[-1]
+    return last.role != "assistant" or last.is_closed
+
+
+def _read_foreign(
+    foreign: ForeignIds | None, piece: Piece
+) -> tuple[ForeignIds | None, tuple[str, str | bytes]]:
+    """Where ids of another tokenizer are left after a piece, and its text: what they left incomplete before, and
+    its own."""
+    before, text = "", piece.text
+    if foreign is not None and (text or piece.is_final or piece.tokenizer not in (None, foreign.tokenizer)):
+        before, foreign = foreign.rest(), None
+    if piece.tokenizer is not None:
+        text, foreign = (foreign or ForeignIds.begin(piece.tokenizer)).read(piece.foreign_ids)
+    return foreign, (before, text)

@@ -1,0 +1,173 @@
+"""What the retokenizer asks about single characters and pairs of them: the classes of Qwen3's split pattern, what
+Unicode normalization may join, and which letters stand side by side in a token.
+
+Classes are asked of the tokenizers library itself, whose Unicode version need not be Python's. Of normalization
+Python's tables are used, and a character that they do not know may do anything.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+Split = Callable[[str], list[tuple[str, tuple[int, int]]]]
+
+_MAX_KNOWN = 1 << 17  # characters; 15 MB at most
+_LAST_CASED = 0x250  # letters from here on have no case of 's, 't, 're, ...
+_BLOCK = 256
+
+
+class CharClasses(dict[int, str]):
+    """Code point -> the letter that stands for its class, filled in as they are met. For str.translate.
+
+    L letter, N number, O other, ' ' space, _ other white space, n carriage return or newline, ' apostrophe; letters of
+    the contractions that the pattern knows, in either case: s for s, t, m and d, r for r and v, e, l.
+    """
+
+    def __init__(self, split: Split) -> None:
+        super().__init__({ord(" "): " ", ord("'"): "'", ord("\r"): "n", ord("\n"): "n"})
+        self._split = split
+
+    def __missing__(self, code: int) -> str:
+        if len(self) >= _MAX_KNOWN:
+            for other in list(self)[4:]:
+                del self[other]
+        if code >= _LAST_CASED:
+            first = code - code % _BLOCK
+            block = [c for c in range(first, first + _BLOCK) if not 0xD800 <= c < 0xE000]
+            if self._first("x" + "".join(map(chr, block))) == len(block) + 1:
+                self.update(dict.fromkeys(block, "L"))
+                return "L"
+        found = self[code] = self._ask(chr(code))
+        return found
+
+    def _ask(self, char: str) -> str:
+        first = self._first
+        if first("x" + char) == 2:
+            if ord(char) < _LAST_CASED:
+                for letter, text, size in (
+                    ("s", f"'{char}x", 2),
+                    ("r", f"'{char}ex", 3),
+                    ("e", f"'r{char}x", 3),
+                    ("l", f"'l{char}x", 3),
+                ):
+                    if first(text) == size:
+                        return letter
+            return "L"
+        if first(char + "!") == 2:
+            return "O"
+        return "_" if first(char + "\n") == 2 else "N"
+
+    def _first(self, text: str) -> int:
+        """How many characters the first pre-token has."""
+        return self._split(text)[0][1][1]
+
+
+class VocabularyPairs:
+    """Which characters, not both ASCII, stand side by side in a token."""
+
+    def __init__(self, vocabulary: Iterable[bytes]) -> None:
+        # Bytes of characters that are only partly in a token become lone surrogates, one for each byte.
+        text = b"\xff".join(token for token in vocabulary if not token.isascii())
+        chars = text.decode("utf-8", "surrogateescape")
+        self._known: dict[str, bool] = {}
+        self._pairs = {pair for pair in map(operator.add, chars, chars[1:]) if not pair.isascii()}
+
+    def may_join(self, before: str, after: str) -> bool:
+        """Whether some token may hold the last byte of `before` and the first of `after`. One of them is not ASCII.
+
+        A token that does holds `before` or else begins within it, and `after` or else ends within it.
+        """
+        pair = before + after
+        known = self._known.get(pair)
+        if known is None:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            known = self._known[pair] = self._may_join(before, after)
+        return known
+
+    def split(self, text: str) -> list[str]:
+        """A text cut between all characters, not both ASCII, that no token has side by side."""
+        pairs = list(map(operator.add, text, text[1:]))
+        joined = list(map(self._known.get, pairs))
+        if None in joined:
+            joined = [pair.isascii() or self.may_join(pair[0], pair[1]) for pair in pairs]
+        parts, start = [], 0
+        for _ in range(joined.count(False)):
+            at = joined.index(False, start) + 1
+            parts.append(text[start:at])
+            start = at
+        parts.append(text[start:])
+        return parts
+
+    def _may_join(self, before: str, after: str) -> bool:
+        pairs = self._pairs
+        if before + after in pairs:
+            return True
+        last = before if before < "\x80" else chr(0xDC00 + before.encode()[-1])
+        first = after if after < "\x80" else chr(0xDC00 + after.encode()[0])
+        return last + after in pairs or before + first in pairs or last + first in pairs
+
+
+def starts_unit(text: str, at: int) -> bool:
+    """Whether NFC leaves text[:at] and text[at:] alone of each other, whatever comes after them."""
+    char = text[at]
+    if "0" <= text[at - 1] <= "9":  # nothing composes with a digit, and nothing moves before one
+        return True
+    if char < "\u0300":
+        return text[at - 1] < "\u0300" or not _is_unknown(text[at - 1])
+    return not _may_join_back(char) and not _is_unknown(text[at - 1])
+
+
+# Characters that NFC leaves as they are and that nothing composes with unless it is not one of them: without
+# combining marks, vowels and finals of Hangul, and what has a canonical decomposition that is not undone.
+_PLAIN = re.compile(
+    "[\x00-\u02ff\u0400-\u0482\u2010-\u2027\u2030-\u205e\u3001-\u3029\u3041-\u3096\u309b-\u30ff"
+    "\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff60]*"
+)
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text is its own normal form, because it has ordinary characters only. Much faster than to ask."""
+    return _PLAIN.fullmatch(text) is not None
+
+
+def is_ideograph(char: str) -> bool:
+    """Whether this is one of the common Chinese characters, which no mark composes with."""
+    return "\u4e00" <= char <= "\u9fff"
+
+
+@lru_cache(maxsize=4096)
+def _is_unknown(char: str) -> bool:
+    return unicodedata.category(char) == "Cn"
+
+
+@lru_cache(maxsize=4096)
+def _may_join_back(char: str) -> bool:
+    """Whether NFC may compose this with what is before it, or move it."""
+    return (
+        unicodedata.combining(char) != 0
+        or "\u1160" <= char <= "\u11ff"  # vowels and finals of Hangul, which compose by rule
+        or char in _seconds()
+        or _is_unknown(char)
+    )
+
+
+@lru_cache(maxsize=1)
+def _seconds() -> frozenset[str]:
+    """The characters that compose with one before them, or decompose into one that does."""
+    decomposed: dict[str, str] = {}
+    for code in range(0x300, 0x20000):  # no composition has characters beyond
+        rule = unicodedata.decomposition(chr(code))
+        if rule and rule[0] != "<":
+            decomposed[chr(code)] = unicodedata.normalize("NFD", chr(code))
+    seconds = {char for code in range(0xC0, 0x300) for char in unicodedata.normalize("NFD", chr(code))[1:]}
+    for text in decomposed.values():
+        seconds.update(text[1:])
+    joins = {
+        char for char, text in decomposed.items() if unicodedata.combining(text[0]) or text[0] in seconds
+    }
+    return frozenset(seconds | joins)
