@@ -165,20 +165,26 @@ def test_steps_in_flight_are_not_handed_out_by_other_calls(audited: Engine, log:
     with pytest.raises(AuditError):
         streams[0].rollback(1)  # waits for them first
     assert len(streams[0].token_ids) == 4
-    core.pipeline.fill()
-    streams[1].close()
     disk.room = 10**6
-    assert [label.position for label in audited.run()] == [3]
+    assert [label.position for label in audited.run()] == [3, 3]
     assert len(labels_in(log)) == 4
+    streams[0].append([5])
+    core.pipeline.fill()
+    disk.room = 0
+    streams[0].close()  # all the same
+    disk.room = 10**6
     assert len(core.pipeline) == 0
+    assert audited.run() == []
+    assert len(labels_in(log)) == 5
 
 
 def test_a_full_disk_is_no_streams_fault(audited: Engine) -> None:
     streams = [audited.open(token_ids=[i, 2, 3]) for i in range(4)]
-    audited.core.pipeline.suspects = [stream._state for stream in streams]  # of an earlier failure
-    break_disk(audited).room = 0
-    with pytest.raises(AuditError):
-        step_apart(audited.core, audited.canary)
+    break_disk(audited)
+    for suspects in (streams, streams[:1]):
+        audited.core.pipeline.suspects = [stream._state for stream in suspects]  # of an earlier failure
+        with pytest.raises(AuditError):
+            step_apart(audited.core, audited.canary)
     assert [stream.verdict.rule for stream in streams] == ["none"] * 4
     audited.core._log._file.room = 10**6  # type: ignore[attr-defined]
     assert len(audited.run()) == 4
