@@ -8,6 +8,7 @@ from typing import Any
 from guardengine.chat import ChatTemplate
 from guardengine.conversation import feed_more
 from guardengine.core import EngineCore
+from guardengine.errors import InvalidText
 from guardengine.labels import Label, Role, Verdict
 from guardengine.snapshot import take_snapshot
 from guardengine.state import StreamState
@@ -190,11 +191,17 @@ class Stream(StreamView):
         It holds ids, labels and what is owed; no keys and values, and no deadlines. The first snapshot of an engine
         reads the checkpoint's files once for their digest, a second for each GB or less (`Engine.weights_digest`).
 
-        Raises StreamClosed, or CheckpointError when the files have changed since they were loaded.
+        Raises StreamClosed, CheckpointError when the files have changed since they were loaded, and InvalidText while
+        text is held back, which a snapshot does not carry.
         """
         core, state = self._core, self._state
         with core.gate:
             core.check_open(state)
+            if held := held_text(state):
+                raise InvalidText(
+                    f"{len(held)} characters of the reply are held back, and a snapshot holds ids only; call "
+                    "finish_text() first, or take it when held_text is empty"
+                )
             return take_snapshot(state, core.fingerprint, core.num_undelivered(state))
 
     def close(self) -> None:
