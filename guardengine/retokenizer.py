@@ -26,7 +26,7 @@ from typing import NamedTuple
 from guardengine.errors import CheckpointError
 from guardengine.text_books import Held, Offsets
 from guardengine.tokenizer import Tokenizer
-from guardengine.unicode_rules import CharClasses, VocabularyPairs, is_ideograph, is_plain, starts_unit
+from guardengine.unicode_rules import CharClasses, PairCuts, is_ideograph, is_plain, starts_unit
 
 MAX_HELD = 256
 _MAX_CACHED = 1 << 16  # pre-tokens; 20 MB at most
@@ -62,7 +62,7 @@ class Retokenizer:
             )
         self._tokenizer, self._max_held = tokenizer, max_held
         self._classes = CharClasses(tokenizer.split)
-        self._pairs = VocabularyPairs(tokenizer.vocabulary)
+        self._pair_cuts = PairCuts(tokenizer.vocabulary)
         self._pieces: dict[str, _Piece] = {}
 
     def feed(self, held: Held, delta: str | bytes, *, is_final: bool = False) -> Fed:
@@ -125,12 +125,14 @@ class Retokenizer:
             num_ends -= 1
         last = ends[num_ends - 1] if num_ends else 0
         if not normal.isascii():
+            pair_cuts = self._pair_cuts
             for at in range(size - 1, last, -1):
-                if classes[at] not in _LETTERS or classes[at - 1] not in _LETTERS:
-                    continue
-                before, after = normal[at - 1], normal[at]
-                if (before > "\x7f" or after > "\x7f") and not self._pairs.may_join(before, after):
-                    cut = _unit_start(normal, units, at)
+                if (
+                    classes[at] in _LETTERS
+                    and classes[at - 1] in _LETTERS
+                    and pair_cuts[normal[at - 1 : at + 1]]
+                ):
+                    cut, after = _unit_start(normal, units, at), normal[at]
                     # The letter after the cut must be settled too: with a mark it may be another one.
                     if cut and (
                         is_ideograph(after) or (at + 1 < size and _unit_start(normal, units, at + 1))
@@ -193,7 +195,7 @@ class Retokenizer:
         return [
             part
             for word in words
-            for part in (self._pairs.split(word) if word[-1] >= _FIRST_UNSPACED else (word,))
+            for part in (self._pair_cuts.split(word) if word[-1] >= _FIRST_UNSPACED else (word,))
         ]
 
     def _learn(self, words: list[str]) -> list[_Piece]:

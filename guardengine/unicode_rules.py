@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import compress, count
 
 Split = Callable[[str], list[tuple[str, tuple[int, int]]]]
 
@@ -66,44 +67,33 @@ class CharClasses(dict[int, str]):
         return self._split(text)[0][1][1]
 
 
-class VocabularyPairs:
-    """Which characters, not both ASCII, stand side by side in a token."""
+class PairCuts(dict[str, bool]):
+    """Two characters -> whether text may be cut between them, because they are not both ASCII and no token of the
+    vocabulary has them side by side; filled in as they are met."""
 
     def __init__(self, vocabulary: Iterable[bytes]) -> None:
+        super().__init__()
         # Bytes of characters that are only partly in a token become lone surrogates, one for each byte.
         text = b"\xff".join(token for token in vocabulary if not token.isascii())
         chars = text.decode("utf-8", "surrogateescape")
-        self._known: dict[str, bool] = {}
         self._pairs = {pair for pair in map(operator.add, chars, chars[1:]) if not pair.isascii()}
 
-    def may_join(self, before: str, after: str) -> bool:
-        """Whether some token may hold the last byte of `before` and the first of `after`. One of them is not ASCII.
-
-        A token that does holds `before` or else begins within it, and `after` or else ends within it.
-        """
-        pair = before + after
-        known = self._known.get(pair)
-        if known is None:
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
-            known = self._known[pair] = self._may_join(before, after)
-        return known
+    def __missing__(self, pair: str) -> bool:
+        if len(self) >= _MAX_KNOWN:
+            self.clear()
+        found = self[pair] = not (pair.isascii() or self._may_join(*pair))
+        return found
 
     def split(self, text: str) -> list[str]:
-        """A text cut between all characters, not both ASCII, that no token has side by side."""
-        pairs = list(map(operator.add, text, text[1:]))
-        joined = list(map(self._known.get, pairs))
-        if None in joined:
-            joined = [pair.isascii() or self.may_join(pair[0], pair[1]) for pair in pairs]
-        parts, start = [], 0
-        for _ in range(joined.count(False)):
-            at = joined.index(False, start) + 1
-            parts.append(text[start:at])
-            start = at
-        parts.append(text[start:])
-        return parts
+        """A text cut wherever it may be."""
+        cuts = list(compress(count(1), map(self.__getitem__, map(operator.add, text, text[1:]))))
+        if not cuts:
+            return [text]
+        return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
     def _may_join(self, before: str, after: str) -> bool:
+        """Whether some token may hold the last byte of `before` and the first of `after`: one that does holds
+        `before` or else begins within it, and `after` or else ends within it."""
         pairs = self._pairs
         if before + after in pairs:
             return True
