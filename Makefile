@@ -45,7 +45,7 @@ types: install
 test: lint types
 	$(PYTEST)
 	$(MAKE) test-emulated
-	$(MAKE) test-gpu-interpreted test-gpu-compiled
+	$(MAKE) -j2 test-gpu-interpreted test-gpu-compiled
 
 # The kernels that this CPU may lack the instructions for, compiled to others: same tests.
 NATIVE := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile PYTHON=$(BIN)/python
