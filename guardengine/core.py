@@ -129,9 +129,7 @@ class EngineCore:
     def _record(self, finished: list[Finished]) -> list[Label]:
         """Count tokens as computed or found, and return the labels that came with them."""
         now = self.clock()
-        while missed := self._deadlines.take_missed(
-            now
-        ):  # these labels came too late for what was due by now
+        while missed := self._deadlines.take_missed(now):  # first: these labels came too late for it
             self.fail(missed, "timeout")
         found, self._found = self._found, {}
         emitted: list[Label] = []
@@ -393,5 +391,5 @@ class EngineCore:
         ]
 
     def _forget_labels_of(self, states: Sequence[StreamState]) -> None:
-        for state in states:
-            self._forget_undelivered(state, 0)
+        own = {state.stream_id for state in states}
+        self._undelivered = [label for label in self._undelivered if label.stream_id not in own]

@@ -43,9 +43,8 @@ class Engine:
         self.canary = Canary(core)
         self._chat, self._heads = chat, heads
         self._default_policy = Policy.strict()
-        self._checked_policies: dict[
-            int, Policy
-        ] = {}  # by id: policies do not change, checks need not be repeated
+        # By id: policies do not change, so checks need not be repeated.
+        self._checked_policies: dict[int, Policy] = {}
 
     @staticmethod
     def from_pretrained(
@@ -204,9 +203,10 @@ class Engine:
     def health(self, timeout_s: float | None = None) -> dict[str, Any]:
         """Run one token through the model, beside all streams, and report as a plain dict.
 
-        status: "ok"; "failing", when that raised, was not finite or, on the cpu backend, differs in a bit from the
-        first time; "stalled", when it took longer than `timeout_s`. note: why, in words. canary_ms: how long it took.
-        last_error: the newest step's, None when that went well. last_step_age_s: since the newest step that went well.
+        status: "ok"; "failing", when that raised, was not finite or, but for the reference backend, differs in a bit
+        from the first time; "stalled", when it took longer than `timeout_s`. note: why, in words. canary_ms: how long
+        it took. last_error: the newest step's, None when that went well. last_step_age_s: since the newest step that
+        went well.
 
         Where no KV block is free nothing is run, the note says so, and the newest step decides. Raises StreamClosed.
         """

@@ -38,9 +38,8 @@ logger = logging.getLogger("guardengine")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _KV_DTYPES = {**_DTYPES, "int8": torch.int8}
 _DEFAULT_KV_CACHE_BYTES = 4 * 2**30
-_DEFAULT_KV_CACHE_SHARE = (
-    0.5  # of a GPU's memory that weights and work leave: the guarded LLM may live there too
-)
+# Of a GPU's memory that weights and work leave: the guarded LLM may live there too.
+_DEFAULT_KV_CACHE_SHARE = 0.5
 
 
 class LoadedEngine(NamedTuple):

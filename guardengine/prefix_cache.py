@@ -99,16 +99,14 @@ class PrefixCache:
         """
         size = self.block_size
         extend_digests(stream.block_digests, stream.salt, stream.token_ids, size)
-        labels = stream.labels_between(first_block * size, end_block * size)
+        entries = []
         for index in range(first_block, end_block):
             digest, block = stream.block_digests[index], stream.block_table[index]
             known = self._blocks.setdefault(digest, block)
-            entry = self._entries.get(known)
-            if entry is None:
-                entry = self._entries[known] = _Entry(digest)
-            for label in labels:
-                if index * size <= label.position < (index + 1) * size:
-                    entry.labels.setdefault((label.position, label.role), label)
+            entries.append(self._entries.setdefault(known, _Entry(digest)))
+        for label in stream.labels_between(first_block * size, end_block * size):
+            entry = entries[label.position // size - first_block]
+            entry.labels.setdefault((label.position, label.role), label)
 
     def forget(self, block: int) -> None:
         """The block is about to hold other tokens."""

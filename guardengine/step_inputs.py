@@ -19,17 +19,8 @@ Words = npt.NDArray[np.int32]
 Plan = Callable[[Rows], Words]
 
 SMALL_ROWS = 64
-BUCKETS = (
-    1,
-    2,
-    4,
-    8,
-    16,
-    24,
-    32,
-    48,
-    64,
-)  # rows that a graph is captured for; a step takes the next larger one
+# Rows that a graph is captured for; a step takes the next larger one.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 NO_SLOT = -1  # a row that is not stored: padding
 
 _ALIGNED = 4  # words: 16 bytes, the widest load

@@ -7,9 +7,8 @@ from statistics import median
 
 _REMEMBERED = 8  # steps of a size: enough that one hiccup is not the median
 _LEAST = 16  # tokens that a step may always have: what a CPU or GPU computes at nearly the cost of one
-_FORGET_EVERY = (
-    64  # steps: what larger ones took is forgotten bit by bit, or one hiccup would rule them out for ever
-)
+# Steps: what larger ones took is forgotten bit by bit, or one hiccup would rule them out for ever.
+_FORGET_EVERY = 64
 _GROWTH = 2  # steps larger than any that ran grow by this much at a time
 
 

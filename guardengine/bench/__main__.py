@@ -23,10 +23,11 @@ from guardengine.bench.check import check_labels
 from guardengine.bench.checkpoints import STREAM_PRESETS, cache_folder, cached_checkpoint
 from guardengine.bench.floor import CostModel
 from guardengine.bench.hf import HFGuard, import_transformers
+from guardengine.bench.options import count, counts, exit_status, say
 from guardengine.bench.workload import ArrivalKind, Point
 from guardengine.config import ModelConfig
 from guardengine.engine import Engine
-from guardengine.errors import ConfigError, GuardEngineError, IntegrityError, LabelsDiffer
+from guardengine.errors import ConfigError
 from guardengine.kernels.quantization import SCHEMES
 from guardengine.runner import CacheShape
 
@@ -75,12 +76,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--kv-dtype", choices=("auto", *_KV_ITEM_BYTES), default="auto", help="auto: the model's dtype"
     )
     model.add_argument("--backend", default="auto", help="the engine's operators (%(default)s)")
-    model.add_argument("--threads", type=_count, metavar="N", help="default: torch's choice")
+    model.add_argument("--threads", type=count, metavar="N", help="default: torch's choice")
     load = parser.add_argument_group("workload")
-    load.add_argument("--streams", type=_counts, metavar="N,N,...", help=_help("streams"))
-    load.add_argument("--prompt-len", type=_count, metavar="TOKENS", help=_help("prompt_len"))
-    load.add_argument("--response-len", type=_count, metavar="TOKENS", help=_help("response_len"))
-    load.add_argument("--k", type=_count, default=1, metavar="TOKENS", help="tokens an append (%(default)s)")
+    load.add_argument("--streams", type=counts, metavar="N,N,...", help=_help("streams"))
+    load.add_argument("--prompt-len", type=count, metavar="TOKENS", help=_help("prompt_len"))
+    load.add_argument("--response-len", type=count, metavar="TOKENS", help=_help("response_len"))
+    load.add_argument("--k", type=count, default=1, metavar="TOKENS", help="tokens an append (%(default)s)")
     load.add_argument("--arrival", choices=get_args(ArrivalKind), default="lockstep", help="(%(default)s)")
     load.add_argument("--rate", type=float, metavar="R", help="poisson: tokens/s a stream, on average (10)")
     load.add_argument("--seed", type=_seed, default=0, help="of ids and arrivals (%(default)s)")
@@ -96,9 +97,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     other.add_argument(
         "--compare", choices=("hf",), help="hf: also time transformers, taking turns with the engine"
     )
-    other.add_argument("--contexts", type=_counts, metavar="N,N,...", help=_help("contexts"))
-    other.add_argument("--compare-streams", type=_counts, metavar="N,N,...", help=_help("compare_streams"))
-    other.add_argument("--rounds", type=_count, metavar="N", help=_help("rounds"))
+    other.add_argument("--contexts", type=counts, metavar="N,N,...", help=_help("contexts"))
+    other.add_argument("--compare-streams", type=counts, metavar="N,N,...", help=_help("compare_streams"))
+    other.add_argument("--rounds", type=count, metavar="N", help=_help("rounds"))
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the whole record")
     output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency and throughput")
@@ -161,7 +162,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
         num_threads=options.threads,
     ) as engine:
         stats = engine.stats()
-        _say("checking the labels against transformers")
+        say("checking the labels against transformers")
         record["check"] = check_labels(
             engine,
             folder,
@@ -196,20 +197,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(argument.partition("=")[0] == option for argument in arguments):
             return other_main(arguments)
     options = parse(arguments)
-    try:
+
+    def command() -> None:
         record = run(options, arguments)
         print(report.markdown(record))
         if options.json:
             report.write_json(record, options.json)
         if options.plot:
             plot.save_plot(record, options.plot)
-    except GuardEngineError as error:
-        _say(f"guardengine.bench: {error}")
-        return 1 if isinstance(error, LabelsDiffer | IntegrityError) else 2
-    except KeyboardInterrupt:
-        _say("guardengine.bench: interrupted; nothing was written")
-        return 130
-    return 0
+
+    return exit_status(command)
 
 
 def _measure(
@@ -302,16 +299,6 @@ def _help(name: str) -> str:
     return f"default {text(default)}; with --quick {text(quick)}"
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 2**20:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 to {2**20} is needed")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return [_count(part.strip()) for part in text.split(",")]
-
-
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -326,10 +313,6 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 0 to {2**32 - 1} is needed")
     return int(text)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

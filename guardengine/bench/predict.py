@@ -7,7 +7,6 @@ and every assumption is printed and can be changed.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 from guardengine.accelerator import check_triton
 from guardengine.bench.floor import CostModel, Limits, Work
 from guardengine.bench.gpus import GPU, GPUS
+from guardengine.bench.options import count, counts, exit_status
 from guardengine.bench.report import check_writable, markdown_table, write_json
 from guardengine.config import ModelConfig
-from guardengine.errors import ConfigError, GuardEngineError
+from guardengine.errors import ConfigError
 from guardengine.make_checkpoint import preset_config
 from guardengine.step_inputs import SMALL_ROWS
 
@@ -152,17 +152,16 @@ def weights_floor_ms(gpu: GPU, config: ModelConfig) -> float:
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 0, or 2 for what cannot be predicted."""
     options = _parse(arguments)
-    try:
+
+    def command() -> None:
         if options.json:
             _check_output(options.json)
         record = run(options)
         print(text(record))
         if options.json:
             write_json(record, options.json)
-    except GuardEngineError as error:
-        print(f"guardengine.bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(command)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -272,9 +271,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--kv-dtype", choices=("auto", "int8"), default="auto", help="auto: the model's dtype"
     )
-    parser.add_argument("--streams", type=_counts, default=[1, 4, 16, 64, 256], metavar="N,N,...")
-    parser.add_argument("--context", type=_counts, default=[256, 2048, 8192], metavar="N,N,...")
-    parser.add_argument("--k", type=_count, default=1, metavar="TOKENS", help="new tokens a step and stream")
+    parser.add_argument("--streams", type=counts, default=[1, 4, 16, 64, 256], metavar="N,N,...")
+    parser.add_argument("--context", type=counts, default=[256, 2048, 8192], metavar="N,N,...")
+    parser.add_argument("--k", type=count, default=1, metavar="TOKENS", help="new tokens a step and stream")
     parser.add_argument("--rate", type=_positive, default=50.0, help="tokens/s of a stream (%(default)g)")
     parser.add_argument("--bandwidth-share", type=_share, default=assumed.bandwidth_share)
     parser.add_argument("--l2-speed", type=_positive, default=assumed.l2_speed)
@@ -284,16 +283,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--step-us", type=_positive, default=assumed.step_us)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record, marked as a prediction")
     return parser.parse_args(arguments)
-
-
-def _count(value: str) -> int:
-    if not value.isdecimal() or not 1 <= int(value) <= 2**20:
-        raise argparse.ArgumentTypeError(f"{value!r}: a whole number from 1 to {2**20} is needed")
-    return int(value)
-
-
-def _counts(value: str) -> list[int]:
-    return [_count(part.strip()) for part in value.split(",")]
 
 
 def _positive(value: str) -> float:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import mmap
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,10 +21,11 @@ from tqdm import tqdm
 
 from guardengine.bench import report
 from guardengine.bench.checkpoints import STREAM_PRESETS, cached_checkpoint
+from guardengine.bench.options import exit_status
 from guardengine.bench.plot import save_soak_plot
 from guardengine.bench.soak_load import MEAN_REPLY_TOKENS, Load
 from guardengine.engine import Engine
-from guardengine.errors import ConfigError, GuardEngineError, IntegrityError, Overloaded
+from guardengine.errors import ConfigError, IntegrityError, Overloaded
 
 _CHECK_EVERY_S = 5.0
 _CALIBRATION_STREAMS, _CALIBRATION_PROMPT, _CALIBRATION_S = 64, 64, 3.0
@@ -110,9 +110,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
                 raise IntegrityError(f"after closing everything {name} is {stats[name]}, not {wanted}")
         record["counts"] = asdict(load.counts)
         record["stats"] = {name: stats[name] for name in _STATS}
-        record["latency_s"] = _percentiles(
-            [seconds for _, seconds in load.latencies if seconds < float("inf")]
-        )
+        record["latency_s"] = _percentiles([seconds for _, seconds in load.latencies])
         record["latencies"] = _by_second(load.latencies)
     return record
 
@@ -215,20 +213,16 @@ def markdown(record: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 0; 2 for options that cannot be run; 1 where labels or books are wrong."""
     options = parse(arguments)
-    try:
+
+    def command() -> None:
         record = run(options, arguments)
         print(markdown(record))
         if options.json:
             report.write_json(record, options.json)
         if options.plot:
             save_soak_plot(record, options.plot)
-    except GuardEngineError as error:
-        print(f"guardengine.bench: {error}", file=sys.stderr)
-        return 1 if isinstance(error, IntegrityError) else 2
-    except KeyboardInterrupt:
-        print("guardengine.bench: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status(command)
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -244,8 +238,7 @@ def _by_second(latencies: Sequence[tuple[float, float]]) -> list[dict[str, float
     """p50 and p99 of the labels that came in each second."""
     seconds: dict[int, list[float]] = {}
     for when, took in latencies:
-        if when < float("inf"):
-            seconds.setdefault(int(when), []).append(took)
+        seconds.setdefault(int(when), []).append(took)
     return [
         {"s": s, "p50": float(np.percentile(found, 50)), "p99": float(np.percentile(found, 99))}
         for s, found in sorted(seconds.items())

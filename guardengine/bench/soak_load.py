@@ -111,8 +111,8 @@ class Load:
                 if conversation is not None:
                     self._close(conversation, due)
 
-    def deliver(self, labels: Sequence[Label], now: float) -> None:
-        """Check labels, and take the time of the bursts that they complete.
+    def deliver(self, labels: Sequence[Label], now: float | None) -> None:
+        """Check labels, and take the time of the bursts that they complete; None: the time of the soak is over.
 
         Raises IntegrityError for one that is doubled, lost, out of order, or nobody's.
         """
@@ -131,11 +131,13 @@ class Load:
                 owed.popleft()
             arrivals = conversation.arrivals
             if arrivals and label.position == arrivals[0][0] - 1:
-                self.latencies.append((now, now - arrivals.popleft()[1]))
+                _, due = arrivals.popleft()
+                if now is not None:
+                    self.latencies.append((now, now - due))
 
     def finish(self) -> None:
         """Run what is pending, check that no label is missing, and close everything."""
-        self.deliver(self._engine.run(), float("inf"))
+        self.deliver(self._engine.run(), None)
         for conversation in list(self._by_stream.values()):
             stream = conversation.stream
             if not stream.is_closed and (conversation.owed or conversation.arrivals):

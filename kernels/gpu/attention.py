@@ -15,9 +15,8 @@ from torch import Tensor
 
 from guardengine.kernels.gpu import plan as plans
 from guardengine.kernels.gpu.attention_kernel import paged_attention_kernel
+from guardengine.kernels.gpu.linear_config import SMALL_ROWS
 from guardengine.kernels.gpu.plan import plan_attention
-
-SMALL_ROWS = 64  # steps of up to that many rows are split over segments
 
 # Keys multiplied at a time; part of the result's bits, so one number for all forms. With 64, the walking form needs
 # more registers than there are (compiled for sm_80).
