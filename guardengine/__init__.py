@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         WrongLoop,
         WrongThread,
     )
-    from guardengine.labels import Label, Moderation, Verdict
+    from guardengine.labels import GenModeration, Label, Moderation, Verdict
     from guardengine.policy import Policy
     from guardengine.stream import Stream
     from guardengine.text_books import Span
@@ -44,6 +44,7 @@ _HOME = {
     "ConfigError": "errors",
     "Engine": "engine",
     "EngineConfig": "config",
+    "GenModeration": "labels",
     "GuardEngineError": "errors",
     "IntegrityError": "errors",
     "InvalidText": "errors",
@@ -71,6 +72,7 @@ __all__ = [
     "ConfigError",
     "Engine",
     "EngineConfig",
+    "GenModeration",
     "GuardEngineError",
     "IntegrityError",
     "InvalidText",

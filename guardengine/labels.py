@@ -1,5 +1,5 @@
-"""What users get back: Label (one per moderated token), Verdict (one per stream), Moderation (one per
-conversation). Plain immutable data; no torch, no engine."""
+"""What users get back: Label (one per moderated token), Verdict (one per stream), Moderation and GenModeration (one
+per conversation). Plain immutable data; no torch, no engine."""
 
 from __future__ import annotations
 
@@ -61,3 +61,33 @@ class Moderation:
     prompt: Label | None
     response: Verdict | None
     labels: list[Label]
+
+
+UNPARSABLE = "Unparsable"
+
+
+@dataclass(frozen=True, slots=True)
+class GenModeration:
+    """What a Gen checkpoint answers about the last message of one conversation.
+
+    role: whose message was judged: "user" for a prompt, "assistant" for a response.
+    safety: "Safe", "Unsafe" or "Controversial"; "Unparsable" where the answer has no safety line, which no policy
+    lets pass. categories: as the model names them, in its order; () for "None". refusal: whether the response is one,
+    "Yes" or "No"; None for a prompt.
+    The probabilities are a softmax over the choices that the answer's grammar has at that place: safety levels; what
+    could stand first in the list of categories, "None" included, after the safety that was answered; refusal, after
+    all of that. {} where the answer left the grammar, and where there is no such line.
+    text: the answer as it was generated. verdict: what the policy makes of it.
+    """
+
+    role: Role
+    safety: str
+    categories: tuple[str, ...]
+    refusal: str | None
+    safety_probs: dict[str, float]
+    category_probs: dict[str, float]
+    refusal_probs: dict[str, float]
+    text: str
+    verdict: Verdict
+    num_prompt_tokens: int
+    num_answer_tokens: int
