@@ -43,6 +43,7 @@ class Model {
     return matrices_[which < GE_PRE ? layer * GE_PRE + which : heads_ + which];
   }
   Norms norms(int layer) const;
+  std::size_t stored_bytes() const { return config_.dtype == GE_BFLOAT16 ? 2 : 4; }  // of the model's dtype
   KVCache cache_of(const GeBatch& batch, int layer) const;
   void reserve(int num_rows);
   void step_thread(const GeBatch& batch, int thread);
@@ -178,10 +179,9 @@ void Model::step(const GeBatch& batch) {
 // Everything from here to the end of the class runs on all threads at once.
 
 void Model::step_thread(const GeBatch& batch, int thread) {
-  const std::size_t value_bytes = config_.dtype == GE_BFLOAT16 ? 2 : 4;
   for_rows(workers_.team, batch.num_tokens, [&](int row) {
     const char* embedding =
-        static_cast<const char*>(config_.embed) + batch.input_ids[row] * config_.hidden * value_bytes;
+        static_cast<const char*>(config_.embed) + batch.input_ids[row] * config_.hidden * stored_bytes();
     kernels_.widen(embedding, config_.hidden, residual_.at(row), residual_.stride);
   });
   for (int layer = 0; layer < config_.num_layers; ++layer) run_layer(batch, layer, thread);
@@ -234,17 +234,25 @@ void Model::run_layer(const GeBatch& batch, int layer, int thread) {
 void Model::classify(const GeBatch& batch) {
   const int W = batch.num_labels, G = config_.guard_inner;
   norm_rows(labelled_, 0, config_.final_norm, config_.hidden, normed_, W, false);
+  if (G == 0) {
+    const std::size_t row_bytes = config_.hidden * stored_bytes();
+    for_rows(workers_.team, W, [&](int row) {
+      kernels_.narrow(normed_.at(row), config_.hidden, static_cast<char*>(batch.out) + row * row_bytes);
+    });
+    return;
+  }
   multiply(normed_, matrix(GE_PRE, 0), kStore, qkv_, W);
   norm_rows(qkv_, 0, config_.guard_norms, G, normed_, W, false);
   norm_rows(qkv_, G, config_.guard_norms + G, G, normed_, W, false);
+  float* logits = static_cast<float*>(batch.out);
   const std::size_t num_logits = config_.response_logits + config_.query_logits;
   const Matrix &response = matrix(GE_RESPONSE, 0), &query = matrix(GE_QUERY, 0);
   run_linear(
       workers_, kernels_, GE_FULL,
-      {normed_.data, normed_.stride, nullptr, response.data, G, response.N, kStoreFloat, batch.logits, num_logits}, W);
+      {normed_.data, normed_.stride, nullptr, response.data, G, response.N, kStoreFloat, logits, num_logits}, W);
   run_linear(workers_, kernels_, GE_FULL,
              {static_cast<char*>(normed_.data) + G * kernels_.act_bytes, normed_.stride, nullptr, query.data, G,
-              query.N, kStoreFloat, batch.logits + config_.response_logits, num_logits},
+              query.N, kStoreFloat, logits + config_.response_logits, num_logits},
              W);
 }
 

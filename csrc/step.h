@@ -16,8 +16,8 @@ GE_API void ge_workers_destroy(void* workers);
 GE_API const char* ge_kernel_isas(void);
 
 struct GeModelConfig {
-  std::int32_t num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, guard_inner;
-  std::int32_t response_logits, query_logits;
+  std::int32_t num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate;
+  std::int32_t guard_inner, response_logits, query_logits;  // all 0 without guard heads: a step ends with the norm
   std::int32_t dtype, kv_dtype, block_size;
   std::int32_t format;  // GeFormat of the layers' matrices
   float eps;
@@ -53,11 +53,11 @@ struct GeBatch {
   const std::int32_t* label_cu_seqlens;
   void* kv_cache;    // [N, layers, 2, Hkv, S * D]: keys, values; within S * D see HeadShape::is_tiled
   float* kv_scales;  // [N, layers, 2, Hkv, S], null unless the cache is int8
-  float* logits;   // [W, C]
+  void* out;  // [W, C] float logits; without guard heads [W, E] normed rows in the model's dtype
 };
 
-// Run one batch: guardengine.model.forward and guard_logits. 0, or -2 when there is no memory for its rows
-// (then nothing was changed).
+// Run one batch: guardengine.model.forward and guard_logits, or final_rows. 0, or -2 when there is no memory for
+// its rows (then nothing was changed).
 GE_API int ge_step(void* model, const GeBatch* batch);
 
 // Single operators with the contracts of guardengine.kernels.reference, on contiguous tensors of `dtype`;

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 
 from guardengine.chat_template import (
+    SHIPPED,
     MarkedTemplate,
     compile_marked,
     compile_plain,
@@ -83,12 +84,13 @@ class ChatTemplate:
         self._check_probes()
 
     @staticmethod
-    def from_dir(path: Path, tokenizer: Tokenizer) -> ChatTemplate:
-        """Read chat_template.jinja, else tokenizer_config.json's chat_template, else take Qwen3's that ships here.
+    def from_dir(path: Path, tokenizer: Tokenizer, kind: Literal["stream", "gen"] = "stream") -> ChatTemplate:
+        """Read chat_template.jinja, else tokenizer_config.json's chat_template, else take the one of a checkpoint of
+        this kind that ships here.
 
         Raises CheckpointError naming the file, what is wrong and the mend.
         """
-        return ChatTemplate(*read_template(Path(path), tokenizer))
+        return ChatTemplate(*read_template(Path(path), tokenizer, SHIPPED[kind]))
 
     @cached_property
     def retokenizer(self) -> Retokenizer:

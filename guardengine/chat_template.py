@@ -22,11 +22,13 @@ from jinja2 import ext, nodes, parser, sandbox
 from guardengine.errors import CheckpointError
 from guardengine.tokenizer import Tokenizer
 
-SHIPPED = "qwen3_chat.jinja"
+SHIPPED = {"stream": "qwen3_chat.jinja", "gen": "qwen3guard_gen.jinja"}  # by kind of checkpoint
 _MEND = "use the files of the released Qwen3Guard checkpoint, or delete the template to get guardengine's own"
 
 
-def read_template(folder: Path, tokenizer: Tokenizer) -> tuple[str, Tokenizer, str, dict[str, str]]:
+def read_template(
+    folder: Path, tokenizer: Tokenizer, shipped_name: str
+) -> tuple[str, Tokenizer, str, dict[str, str]]:
     """A checkpoint's template as ChatTemplate takes it: source, tokenizer, name for errors, variables.
 
     Raises CheckpointError for files that cannot be read.
@@ -52,8 +54,8 @@ def read_template(folder: Path, tokenizer: Tokenizer) -> tuple[str, Tokenizer, s
             raise CheckpointError(f"{own_file}: cannot be read as UTF-8 text ({error}); {_MEND}") from None
     template = config.get("chat_template")
     if template is None:
-        shipped = resources.files("guardengine").joinpath(SHIPPED).read_text(encoding="utf-8")
-        return shipped, tokenizer, f"guardengine's {SHIPPED}", variables
+        shipped = resources.files("guardengine").joinpath(shipped_name).read_text(encoding="utf-8")
+        return shipped, tokenizer, f"guardengine's {shipped_name}", variables
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         if "default" not in named:

@@ -327,6 +327,24 @@ def _read_json(path: Path) -> Any:
     return _parse_json(path, text)
 
 
+def stop_ids(folder: Path) -> frozenset[int]:
+    """The tokens that end what a language model generates: generation_config.json's, else config.json's.
+
+    Raises CheckpointError where neither names any.
+    """
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        raw = _read_json(file) if file.exists() else {}
+        ids = raw.get("eos_token_id") if isinstance(raw, Mapping) else None
+        ids = ids if isinstance(ids, list) else [ids]
+        if ids and all(_is_size(token_id) for token_id in ids):
+            return frozenset(ids)
+        if ids != [None]:
+            raise CheckpointError(
+                f"{file}: `eos_token_id` is {shorten(ids)}, not a token id or a list of them; {_AGAIN}"
+            )
+    raise CheckpointError(f"{folder / 'config.json'}: `eos_token_id` is missing; {_AGAIN}")
+
+
 def _parse_json(path: Path, text: bytes) -> Any:
     """Parse strictly: UTF-8, no repeated key, no NaN."""
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import mmap
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from guardengine.config import GuardHeadsConfig, ModelConfig
 from guardengine.errors import ConfigError
 from guardengine.kernels import library as compiled
 from guardengine.kernels import load, native
+from guardengine.lm_head import LmHead
 from guardengine.runner import CacheShape, Computed, Scores
 from guardengine.weights import check_tensors, tensor_shapes
 
@@ -40,11 +41,12 @@ class VectorWeights:
     embed: Tensor  # [V, E]
     layer_norms: Tensor  # [layers, 2 * E + 2 * D] float32: input, post-attention, query, key
     norm: Tensor  # [E] float32
-    guard_norms: Tensor  # [2, G] float32: response, query
+    guard_norms: Tensor  # [2, G] float32: response, query; [0] without guard heads
+    lm_head: Tensor | None  # [V, E] of a Gen checkpoint; `embed` itself when tied
 
 
 class CpuRunner:
-    """Executes a Stream checkpoint natively over a paged KV cache.
+    """Executes a checkpoint natively over a paged KV cache.
 
     Peak memory: what the model keeps, plus one layer where the checkpoint stores another dtype. Results are the
     same bits for any batch, chunking and number of threads. Raises CheckpointError for what is wrong with the
@@ -56,7 +58,6 @@ class CpuRunner:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        heads: GuardHeadsConfig,
         cache: CacheShape,
         dtype: torch.dtype,
         max_model_len: int,
@@ -67,19 +68,22 @@ class CpuRunner:
         progress: bool = False,
     ) -> None:
         self.config = config = checkpoint.config
-        _check_shape(config, heads)
+        heads = config.heads
+        _check_shape(config)
         check_tensors(checkpoint)
         self.ops = load("cpu")
         self.device = torch.device("cpu")
         self.dtype = dtype
         self._workers = _start_workers(num_threads, pin_threads)
         self.isa, self.num_threads = self._workers.isa, self._workers.num_threads
-        self._num_logits = heads.num_logits
         self.kv_cache, self.kv_scales = _allocate_cache(cache, config)
         self.quantization = quantization
         self.cos_sin = self.ops.rope_table(config.head_dim, config.rope_theta, max_model_len)
         stored = _StoredTensors(checkpoint)
-        self.weights = _vector_weights(stored, dtype)
+        self.weights = weights = _vector_weights(stored, dtype)
+        self.lm_head: LmHead | None = None
+        if weights.lm_head is not None:
+            self.lm_head = LmHead(weights.lm_head, _LazyProduct(self._workers, weights.lm_head))
         self._model = self._create_model(heads, cache.block_size)
         self._free_model = weakref.finalize(self, native.library().ge_model_destroy, self._model)
         for layer in tqdm(range(config.num_layers), "loading layers", unit="layer", disable=not progress):
@@ -90,6 +94,8 @@ class CpuRunner:
                 _GATE_UP, layer, [stored.get(f"{name}mlp.{part}_proj", dtype) for part in ("gate", "up")]
             )
             self._pack(_DOWN, layer, [stored.get(f"{name}mlp.down_proj", dtype)])
+        if heads is None:
+            return
         self._pack(_PRE, 0, [stored.get(f"{side}risk_level_category_pre", dtype) for side in _SIDES])
         for matrix, side in ((_RESPONSE, ""), (_QUERY, "query_")):
             parts = [stored.get(f"{side}{kind}_head", dtype) for kind in ("risk_level", "category")]
@@ -102,7 +108,11 @@ class CpuRunner:
         was computed then.
         """
         self._workers.check_process()
-        logits = np.empty((len(batch.label_index), self._num_logits), dtype=np.float32)
+        heads, num_rows = self.config.heads, len(batch.label_index)
+        if heads is None:
+            out = torch.empty((num_rows, self.config.hidden_size), dtype=self.dtype)
+        else:
+            out = torch.empty((num_rows, heads.num_logits))
         rows, label_rows = batch.rows, batch.label_rows
         call = native.BatchStruct(
             len(batch.input_ids),
@@ -118,10 +128,10 @@ class CpuRunner:
             label_rows.cu_seqlens_q.data_ptr(),
             self.kv_cache.data_ptr(),
             None if self.kv_scales is None else self.kv_scales.data_ptr(),
-            logits.ctypes.data,
+            out.data_ptr(),
         )
         native.check(native.library().ge_step(self._model, ctypes.byref(call)))
-        return Computed(Scores(logits))
+        return Computed(Scores(out.float().numpy()))
 
     def copy_block(self, source: int, destination: int) -> None:
         """Copy one block's keys and values in every layer."""
@@ -133,9 +143,10 @@ class CpuRunner:
         """Free weights, KV cache and threads; nothing can run afterwards."""
         self._free_model()
         self._workers.close()
+        self.lm_head = None
         del self.weights, self.kv_cache, self.kv_scales
 
-    def _create_model(self, heads: GuardHeadsConfig, block_size: int) -> int:
+    def _create_model(self, heads: GuardHeadsConfig | None, block_size: int) -> int:
         config, weights = self.config, self.weights
         struct = native.ModelStruct(
             config.num_layers,
@@ -144,9 +155,9 @@ class CpuRunner:
             config.num_kv_heads,
             config.head_dim,
             config.intermediate_size,
-            heads.inner_size,
-            len(heads.response_risks) + len(heads.response_categories),
-            len(heads.query_risks) + len(heads.query_categories),
+            0 if heads is None else heads.inner_size,
+            0 if heads is None else len(heads.response_risks) + len(heads.response_categories),
+            0 if heads is None else len(heads.query_risks) + len(heads.query_categories),
             native.DTYPES[self.dtype],
             native.DTYPES[self.kv_cache.dtype],
             block_size,
@@ -167,6 +178,24 @@ class CpuRunner:
 
     def _pack(self, matrix: int, layer: int, parts: Sequence[Tensor]) -> None:
         native.library().ge_model_pack(self._model, matrix, layer, *native.pointers(parts))
+
+
+class _LazyProduct:
+    """The product with a whole language model's head, which is packed when it is first asked for: answers that are
+    chosen among few tokens never do."""
+
+    def __init__(self, workers: native.Workers, weight: Tensor) -> None:
+        self._workers, self._weight = workers, weight
+
+    @functools.cached_property
+    def _packed(self) -> native.Packed:
+        return native.Packed(self._workers, self._weight)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Shapes: rows [W, E] -> [W, V] float32."""
+        self._workers.check_process()
+        product: Tensor = native.linear(self._workers, rows, self._packed, is_float_out=True)
+        return product
 
 
 class _StoredTensors:
@@ -193,11 +222,18 @@ def _vector_weights(stored: _StoredTensors, dtype: torch.dtype) -> VectorWeights
         )
         for layer in range(config.num_layers)
     ]
+    embed = stored.get("model.embed_tokens", dtype).clone()
+    guard_norms, lm_head = torch.empty(0), None
+    if config.heads is not None:
+        guard_norms = torch.stack([stored.join([f"{side}risk_level_category_layernorm"]) for side in _SIDES])
+    else:
+        lm_head = embed if config.tie_word_embeddings else stored.get("lm_head", dtype).clone()
     return VectorWeights(
-        embed=stored.get("model.embed_tokens", dtype).clone(),
+        embed=embed,
         layer_norms=torch.stack(layer_norms),
         norm=stored.join(["model.norm"]),
-        guard_norms=torch.stack([stored.join([f"{side}risk_level_category_layernorm"]) for side in _SIDES]),
+        guard_norms=guard_norms,
+        lm_head=lm_head,
     )
 
 
@@ -217,13 +253,14 @@ def _allocate_cache(cache: CacheShape, config: ModelConfig) -> tuple[Tensor, Ten
     return values, torch.empty(shape, dtype=torch.float32) if cache.dtype == torch.int8 else None
 
 
-def _check_shape(config: ModelConfig, heads: GuardHeadsConfig) -> None:
+def _check_shape(config: ModelConfig) -> None:
     sizes = {
         "hidden_size": config.hidden_size,
         "head_dim": config.head_dim,
         "intermediate_size": config.intermediate_size,
-        "guard_inner_size": heads.inner_size,
     }
+    if config.heads is not None:
+        sizes["guard_inner_size"] = config.heads.inner_size
     for key, size in sizes.items():
         if size % 32:
             raise ConfigError(

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
 from guardengine._version import __version__
 from guardengine.admission import Ticket, check_timeout
 from guardengine.chat import ChatTemplate
-from guardengine.config import EngineConfig, GuardHeadsConfig
+from guardengine.config import RISKS, EngineConfig, GuardHeadsConfig
 from guardengine.conversation import Feed, feed_ids, feed_messages
 from guardengine.core import EngineCore
 from guardengine.errors import ConfigError, InvalidText
+from guardengine.gen.answering import Answering, run_prompts
+from guardengine.gen.answers import Mode
+from guardengine.gen.moderation import gen_moderation
+from guardengine.gen.parse import CATEGORIES
+from guardengine.gen.prompts import Prompt, render_prompt
 from guardengine.health import Canary, check_health
 from guardengine.hub import resolve_checkpoint
 from guardengine.kernels import backend_of
-from guardengine.labels import Label, Moderation, Role
+from guardengine.labels import GenModeration, Label, Moderation, Role
 from guardengine.loading import choose_backend, load_engine
 from guardengine.policy import Policy
 from guardengine.snapshot import read_snapshot
@@ -28,7 +33,13 @@ logger = logging.getLogger("guardengine")
 
 _MAX_CHECKED = 64  # policies that are remembered
 
+_NO_TOKENIZER = (
+    "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "
+    "add Qwen3's tokenizer.json to it, or pass token ids"
+)
+
 Messages = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
 
 
 class Engine:
@@ -38,8 +49,14 @@ class Engine:
     WrongThread. AsyncEngine is for many tasks.
     """
 
-    def __init__(self, core: EngineCore, chat: ChatTemplate | None, heads: GuardHeadsConfig) -> None:
-        self.core = core
+    def __init__(
+        self,
+        core: EngineCore,
+        chat: ChatTemplate | None,
+        heads: GuardHeadsConfig | None,
+        answering: Answering | None = None,
+    ) -> None:
+        self.core, self.answering = core, answering
         self.canary = Canary(core)
         self._chat, self._heads = chat, heads
         self._default_policy = Policy.strict()
@@ -111,6 +128,7 @@ class Engine:
         core = self.core
         with core.gate:
             core.check_engine_open()
+            self._check_kind("stream", "open() and streams are of Stream checkpoints; use moderate()")
             if (messages is None) == (token_ids is None):
                 raise ConfigError("open() needs either messages or token_ids")
             if token_ids is not None:
@@ -135,6 +153,7 @@ class Engine:
         core = self.core
         with core.gate:
             core.check_engine_open()
+            self._check_kind("stream", "restore() is of Stream checkpoints")
             state, undelivered = read_snapshot(
                 snapshot,
                 readout=core.readout,
@@ -165,22 +184,43 @@ class Engine:
 
     # -- whole conversations -------------------------------------------------------------------------------
 
-    def moderate(self, messages: Messages, policy: Policy | None = None) -> Moderation:
+    @property
+    def kind(self) -> Literal["stream", "gen"]:
+        """Of the checkpoint."""
+        return "gen" if self._heads is None else "stream"
+
+    def moderate(
+        self, messages: Messages, policy: Policy | None = None, *, mode: Mode | None = None
+    ) -> Moderation | GenModeration:
         """Moderate one finished conversation. See `moderate_many`."""
-        return self.moderate_many([messages], policy)[0]
+        return self.moderate_many([messages], policy, mode=mode)[0]
 
     def moderate_many(
-        self, conversations: Sequence[Messages], policy: Policy | None = None
-    ) -> list[Moderation]:
+        self, conversations: Sequence[Messages], policy: Policy | None = None, *, mode: Mode | None = None
+    ) -> list[Moderation] | list[GenModeration]:
         """Moderate finished conversations, as many at a time as fit, in one batch a step.
 
-        The labels are those of the last assistant message's tokens up to and including its <|im_end|>; response is
-        None where the conversation ends with the user, and judges the response alone: the prompt is in `prompt`.
-        Other streams of the engine advance too and their labels come with the next `step`. Bad input raises as in
-        `open`, before anything is computed; Overloaded, when other streams leave no room, may come later.
+        Stream checkpoints: a Moderation each. The labels are those of the last assistant message's tokens up to and
+        including its <|im_end|>; response is None where the conversation ends with the user, and judges the response
+        alone: the prompt is in `prompt`.
+        Other streams of the engine advance too and their labels come with the next `step`.
+
+        Gen checkpoints: a GenModeration each, of the last message. mode "choice" (the default) takes the likeliest
+        answer of the grammar that the checkpoint was trained to keep, with its probabilities, in a step or a few;
+        "greedy" takes the likeliest token after every token, up to 128, as transformers' greedy generate does.
+
+        Bad input raises as in `open`, before anything is computed; Overloaded, when other streams leave no room, may
+        come later. mode with a Stream checkpoint: ConfigError.
         """
         with self.core.gate:
             self.core.check_engine_open()
+            if self.answering is not None:
+                return self._answer_many(self.answering, conversations, policy, mode)
+            self._check_kind("stream", _NO_TOKENIZER)
+            if mode is not None:
+                raise ConfigError(
+                    f"mode={mode!r} is of Gen checkpoints, and this is a Stream one; leave it out"
+                )
             checked, feeds = self.prepare_conversations(conversations, policy)
             states = run_feeds(self.core, feeds, checked)
         return [moderation(state, checked) for state in states]
@@ -190,6 +230,19 @@ class Engine:
     ) -> tuple[Policy, list[Feed]]:
         """What `moderate_many` runs. For any thread; raises as it does, before anything is computed."""
         return self._checked(policy), self._feed_conversations(conversations)
+
+    def prepare_prompts(
+        self, conversations: Sequence[Messages], policy: Policy | None, mode: Mode | None
+    ) -> tuple[Policy, list[Prompt], Mode]:
+        """The same for a Gen checkpoint."""
+        if mode not in (None, *get_args(Mode)):
+            raise ConfigError(f"mode={mode!r}: choose one of {', '.join(get_args(Mode))}")
+        chat = self._require_chat()
+        max_tokens = self.core.max_model_len
+        prompts = _for_each(
+            conversations, lambda messages: render_prompt(chat, messages, max_tokens=max_tokens)
+        )
+        return self._checked(policy), list(prompts), mode or "choice"
 
     # -- the engine itself ---------------------------------------------------------------------------------
 
@@ -281,34 +334,56 @@ class Engine:
         if not isinstance(policy, Policy):
             raise ConfigError(f"policy={policy!r}: a Policy is needed, such as Policy.strict()")
         heads = self._heads
-        policy.check_names(
-            tuple(dict.fromkeys(heads.response_risks + heads.query_risks)),
-            tuple(dict.fromkeys(heads.response_categories + heads.query_categories)),
-        )
+        if heads is None:
+            policy.check_names(RISKS, CATEGORIES)
+        else:
+            policy.check_names(
+                tuple(dict.fromkeys(heads.response_risks + heads.query_risks)),
+                tuple(dict.fromkeys(heads.response_categories + heads.query_categories)),
+            )
         if len(self._checked_policies) >= _MAX_CHECKED:
             self._checked_policies.clear()
         self._checked_policies[id(policy)] = policy
         return policy
 
     def _feed_conversations(self, conversations: Sequence[Messages]) -> list[Feed]:
-        if not isinstance(conversations, list | tuple):
-            raise InvalidText(
-                f"conversations is {type(conversations).__name__}; a list of message lists is needed"
-            )
-        feeds = []
-        for index, messages in enumerate(conversations):
-            try:
-                feeds.append(self._feed_messages(messages, is_complete=True))
-            except InvalidText as error:
-                raise InvalidText(f"conversations[{index}]: {error}") from None
-        return feeds
+        return list(
+            _for_each(conversations, lambda messages: self._feed_messages(messages, is_complete=True))
+        )
 
     def _feed_messages(self, messages: Messages | None, *, is_complete: bool) -> Feed:
+        max_tokens = self.core.max_model_len
+        return feed_messages(self._require_chat(), messages, is_complete=is_complete, max_tokens=max_tokens)
+
+    def _answer_many(
+        self,
+        answering: Answering,
+        conversations: Sequence[Messages],
+        policy: Policy | None,
+        mode: Mode | None,
+    ) -> list[GenModeration]:
+        chat = self._require_chat()
+        checked, prompts, chosen = self.prepare_prompts(conversations, policy, mode)
+        jobs = run_prompts(self.core, answering, prompts, chosen)
+        return [gen_moderation(job, chat.tokenizer, checked) for job in jobs]
+
+    def _require_chat(self) -> ChatTemplate:
         if self._chat is None:
-            raise ConfigError(
-                "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "
-                "add Qwen3's tokenizer.json to it, or pass token ids"
-            )
-        return feed_messages(
-            self._chat, messages, is_complete=is_complete, max_tokens=self.core.max_model_len
+            raise ConfigError(_NO_TOKENIZER)
+        return self._chat
+
+    def _check_kind(self, kind: str, mend: str) -> None:
+        if self.kind != kind:
+            raise ConfigError(f"this is a {self.kind.capitalize()} checkpoint: {mend}")
+
+
+def _for_each(conversations: Sequence[Messages], prepare: Callable[[Messages], T]) -> Iterator[T]:
+    if not isinstance(conversations, list | tuple):
+        raise InvalidText(
+            f"conversations is {type(conversations).__name__}; a list of message lists is needed"
         )
+    for index, messages in enumerate(conversations):
+        try:
+            yield prepare(messages)
+        except InvalidText as error:
+            raise InvalidText(f"conversations[{index}]: {error}") from None

@@ -17,6 +17,7 @@ from guardengine.accelerator import Accelerator, Event
 from guardengine.batch import Batch, Rows
 from guardengine.config import ModelConfig
 from guardengine.errors import CheckpointError
+from guardengine.lm_head import LmHead
 from guardengine.model import forward, guard_logits
 from guardengine.runner import CacheShape, Scores
 from guardengine.small_steps import SmallSteps, class_sizes, make_plan
@@ -50,6 +51,7 @@ class GpuRunner:
     ) -> None:
         if weights.heads is None or config.heads is None:
             raise CheckpointError("the checkpoint has no guard heads; use a Qwen3Guard-Stream checkpoint")
+        self.lm_head: LmHead | None = None  # it runs Stream checkpoints
         self.ops, self.config, self.weights, self.heads = ops, config, weights, weights.heads
         self.accelerator, self.device, self.dtype = accelerator, accelerator.device, weights.embed.dtype
         self._classes = class_sizes(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -16,19 +16,23 @@ from guardengine import accelerator
 from guardengine.audit import AuditedCore
 from guardengine.block_pool import BlockPool
 from guardengine.chat import ChatTemplate
-from guardengine.checkpoint import open_checkpoint
+from guardengine.checkpoint import open_checkpoint, stop_ids
 from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
 from guardengine.core import EngineCore
 from guardengine.cpu_runner import CpuRunner
 from guardengine.errors import CheckpointError, ConfigError
 from guardengine.fingerprint import Fingerprint, Numerics
+from guardengine.gen.answering import Answering
+from guardengine.gen.grammar import Grammar
+from guardengine.gen.prompts import shared_prefixes
 from guardengine.gpu_limits import DeviceMemory, check_bfloat16, check_shapes
 from guardengine.gpu_runner import GpuRunner
 from guardengine.kernels import BACKENDS, load, native
 from guardengine.kernels.quantization import SCHEMES
+from guardengine.labels import Role
 from guardengine.machine import memory_bytes
 from guardengine.prefix_cache import PrefixCache
-from guardengine.readout import Readout
+from guardengine.readout import HiddenReadout, Readout
 from guardengine.runner import CacheShape, Runner, TorchRunner
 from guardengine.tokenizer import Tokenizer
 from guardengine.weights import load_weights
@@ -43,11 +47,13 @@ _DEFAULT_KV_CACHE_SHARE = 0.5
 
 
 class LoadedEngine(NamedTuple):
-    """The parts of an Engine. chat is None where the checkpoint has no tokenizer."""
+    """The parts of an Engine. chat is None where the checkpoint has no tokenizer; heads are None for Gen, which has
+    `answering` where there is a tokenizer."""
 
     core: EngineCore
     chat: ChatTemplate | None
-    heads: GuardHeadsConfig
+    heads: GuardHeadsConfig | None
+    answering: Answering | None
 
 
 class Placement(NamedTuple):
@@ -96,15 +102,15 @@ def load_engine(
     *,
     progress: bool,
 ) -> LoadedEngine:
-    """Load a Stream checkpoint. Raises CheckpointError and ConfigError."""
+    """Load a checkpoint. Raises CheckpointError and ConfigError."""
     if dtype not in ("auto", *_DTYPES):
         raise ConfigError(f"dtype={dtype!r}: 'auto', 'float32' or 'bfloat16' is needed")
     with open_checkpoint(folder) as checkpoint:
         config = checkpoint.config
-        if config.heads is None:
-            raise CheckpointError(
-                f"{folder}: a Gen checkpoint ({config.kind}); this version runs Stream checkpoints "
-                "(Qwen3ForGuardModel) only"
+        if config.heads is None and options.audit_log is not None:
+            raise ConfigError(
+                f"audit_log={str(options.audit_log)!r}: an audit log is of labels, and a Gen checkpoint gives none; "
+                "leave it out, and keep the answers"
             )
         chosen = "bfloat16" if config.dtype == "bfloat16" else "float32"
         model_dtype = _DTYPES[chosen if dtype == "auto" else dtype]
@@ -134,7 +140,6 @@ def load_engine(
                 )
             runner = CpuRunner(
                 checkpoint,
-                config.heads,
                 cache,
                 model_dtype,
                 max_model_len,
@@ -154,7 +159,7 @@ def load_engine(
             weights = load_weights(
                 checkpoint, model_dtype, placement.device, quantization=quantization, progress=progress
             )
-            if target is not None:
+            if target is not None and config.heads is not None:
                 runner = GpuRunner(ops, config, weights, cache, max_model_len, target)
             else:
                 if options.num_threads is not None:
@@ -163,7 +168,7 @@ def load_engine(
     parts = (
         config,
         runner,
-        Readout(config.heads),
+        HiddenReadout() if config.heads is None else Readout(config.heads),
         BlockPool(
             cache.num_blocks,
             cache.block_size,
@@ -175,7 +180,17 @@ def load_engine(
     )
     chat = _load_chat(folder, config)
     core = EngineCore(*parts) if options.audit_log is None else AuditedCore(*parts)
-    return LoadedEngine(core, chat, config.heads)
+    answering = None
+    if config.heads is None and chat is not None:
+        answering = _load_answering(core, chat, folder)
+    return LoadedEngine(core, chat, config.heads, answering)
+
+
+def _load_answering(core: EngineCore, chat: ChatTemplate, folder: Path) -> Answering:
+    grammars = {
+        role: Grammar(chat.tokenizer.encode_text, role, chat.end_of_turn_id) for role in get_args(Role)
+    }
+    return Answering(core, grammars, stop_ids(folder), shared_prefixes(chat))
 
 
 def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
@@ -226,4 +241,4 @@ def _load_chat(folder: Path, config: ModelConfig) -> ChatTemplate | None:
             f"{folder / 'tokenizer.json'} has ids up to {tokenizer.vocab_size - 1}, but config.json says vocab_size="
             f"{config.vocab_size}; take both files from one and the same checkpoint"
         )
-    return ChatTemplate.from_dir(folder, tokenizer)
+    return ChatTemplate.from_dir(folder, tokenizer, config.kind)

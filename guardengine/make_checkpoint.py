@@ -77,6 +77,7 @@ _DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "float16": ("F16", torch.float16),
     "float32": ("F32", torch.float32),
 }
+_GENERATION = {"bos_token_id": 151643, "eos_token_id": [151645, 151643], "pad_token_id": 151643}
 _TOKENIZER_IDS = 151669  # ids that the released tokenizer uses
 _CHUNK = 2**20  # values made at a time: small enough to stay in the processor's cache
 _RESERVE_BYTES = 64 * 2**20  # of disk space, for the tokenizer and the JSON files
@@ -136,6 +137,8 @@ def make_checkpoint(
         partial.mkdir()
         try:
             _write_json(partial / "config.json", raw)
+            if config.kind == "gen":
+                _write_json(partial / "generation_config.json", _GENERATION)
             values = _WeightSource(config, f"{preset}/{seed}", weight_std, outliers)
             _write_weights(partial, shapes, config.dtype, max_shard_bytes, values, progress)
             _write_tokenizer(partial, config)
@@ -230,7 +233,7 @@ def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
         return
     from guardengine.vocabulary import write_tokenizer_files
 
-    if not write_tokenizer_files(folder, config.max_position_embeddings):
+    if not write_tokenizer_files(folder, config.max_position_embeddings, config.kind):
         logger.warning(
             "no tokenizer written, as the public Qwen vocabulary is not at hand: the checkpoint takes token "
             "ids, not text; for text `pip install dashscope` and make it again, or add Qwen3's tokenizer.json"

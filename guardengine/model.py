@@ -165,5 +165,10 @@ def guard_logits(
     )
 
 
+def final_rows(ops: ModuleType, config: ModelConfig, norm: Tensor, hidden: Tensor) -> Tensor:
+    """What a language model's head is multiplied with.  Shapes: hidden [W, E], `forward`'s -> [W, E] float32."""
+    return ops.rms_norm(hidden, norm, config.rms_norm_eps).float()  # type: ignore[no-any-return]
+
+
 def _mlp(ops: ModuleType, layer: LayerWeights, x: Tensor) -> Tensor:
     return ops.linear(ops.silu_and_mul(ops.linear(x, layer.gate_up)), layer.down)  # type: ignore[no-any-return]

@@ -247,6 +247,10 @@ class Policy:
             state = self.advance(state, label)
         return self.verdict(state)
 
+    def ignores(self, category: str) -> bool:
+        """Whether a label of this category, by its short or long name, is never a hit."""
+        return _short(category) in self.ignored_categories
+
     def hit(self, label: Label) -> str | None:
         """The risk that makes this one label a hit, or None."""
         risk_probs = label.risk_probs
@@ -254,7 +258,7 @@ class Policy:
             unsafe = [risk for risk in risk_probs if risk not in self.safe_risks]
             return max(unsafe, key=self._is_block, default="Unsafe")
         category = _short(label.category)
-        if category in self.ignored_categories:
+        if self.ignores(category):
             return None
         if category in self.category_thresholds:
             unsafe_probs = {risk: p for risk, p in risk_probs.items() if risk not in self.safe_risks}

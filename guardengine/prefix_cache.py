@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
-from guardengine.labels import Label, Role
-from guardengine.state import StreamState, Wanted
+from guardengine.labels import Label
+from guardengine.state import Reader, StreamState, Wanted
 
 _DIGEST_BYTES = 16
 
@@ -32,7 +32,7 @@ class Hit(NamedTuple):
 @dataclass(slots=True)
 class _Entry:
     digest: bytes
-    labels: dict[tuple[int, Role], Label] = field(default_factory=dict)  # by position and role
+    labels: dict[tuple[int, Reader], Label] = field(default_factory=dict)  # by position and role
 
 
 def salt_digest(salt: str) -> bytes:
@@ -116,7 +116,7 @@ class PrefixCache:
 
 
 def _labels_within(
-    known: dict[tuple[int, Role], Label], wanted: Sequence[Wanted], start: int, end_position: int
+    known: dict[tuple[int, Reader], Label], wanted: Sequence[Wanted], start: int, end_position: int
 ) -> list[Label] | None:
     """The labels of wanted[start:] before `end_position`, or None when one of them is not known."""
     found: list[Label] = []

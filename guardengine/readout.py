@@ -1,4 +1,7 @@
-"""Readout: rows of logits -> Labels. Knows the heads' layout and the class names; no torch, no streams."""
+"""Readout: rows of logits -> Labels. Knows the heads' layout and the class names; no torch, no streams.
+
+HiddenReadout stands in its place where a language model's head does the reading, later and elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from guardengine.config import GuardHeadsConfig
-from guardengine.labels import Label, Role
+from guardengine.labels import Label
+from guardengine.state import Hidden, Reader
 
 Floats = npt.NDArray[np.float32]
 
@@ -27,7 +31,7 @@ class Reading(NamedTuple):
 
     row: int
     stream_id: str
-    role: Role
+    role: Reader
     position: int
     token_id: int
 
@@ -36,7 +40,7 @@ class Readout:
     """Turns one step's logits [W, C] into labels, with probabilities computed for all rows at once."""
 
     def __init__(self, heads: GuardHeadsConfig) -> None:
-        self.columns: dict[Role, _Columns] = {}
+        self.columns: dict[Reader, _Columns] = {}
         start = 0
         for role, risks, categories in (
             ("assistant", heads.response_risks, heads.response_categories),
@@ -73,7 +77,7 @@ class Readout:
             labels.append(
                 Label(
                     stream_id,
-                    role,
+                    role,  # type: ignore[arg-type]
                     position,
                     token_id,
                     risks[row],
@@ -97,6 +101,23 @@ class Readout:
             for index, finite in zip(risk_logits.argmax(axis=1).tolist(), is_finite, strict=True)
         ]
         return risks, [columns.categories[i] for i in logits[:, columns.category].argmax(axis=1).tolist()]
+
+
+class HiddenReadout(Readout):
+    """Hands a model's rows on as they are, for `guardengine.gen`: no classes, no labels."""
+
+    def __init__(self) -> None:
+        self.columns = {}
+
+    def probabilities(self, logits: Floats) -> Floats:  # type: ignore[override]
+        return logits
+
+    def labels(  # type: ignore[override]
+        self, readings: list[Reading], rows: Floats, probs: npt.NDArray[np.float64] | Floats
+    ) -> list[Hidden]:
+        """Shapes: rows [W, E]."""
+        # Copies: a view would keep the whole step's rows alive.
+        return [Hidden(read.stream_id, read.role, read.position, rows[read.row].copy()) for read in readings]
 
 
 def _worst(risks: tuple[str, ...]) -> str:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from guardengine.batch import Batch
 from guardengine.config import ModelConfig
-from guardengine.errors import CheckpointError
-from guardengine.model import forward, guard_logits
+from guardengine.lm_head import LmHead, plain_product
+from guardengine.model import final_rows, forward, guard_logits
 from guardengine.weights import Weights
 
 
@@ -36,7 +36,10 @@ class CacheShape:
 
 
 class Scores(NamedTuple):
-    """What a batch's wanted rows came to, in the order of `label_index`.  Shapes: [W, C]."""
+    """What a batch's wanted rows came to, in the order of `label_index`.  Shapes: [W, C].
+
+    Without guard heads `logits` are the rows that the language model's head is multiplied with, [W, E].
+    """
 
     logits: npt.NDArray[np.float32]
     probs: npt.NDArray[np.float32] | None = (
@@ -72,6 +75,7 @@ class Runner(Protocol):
     kv_cache: Tensor
     kv_scales: Tensor | None  # of an int8 kv_cache
     quantization: str | None  # of the layers' matrices
+    lm_head: LmHead | None  # of a Gen checkpoint
 
     @property
     def isa(self) -> str | None:
@@ -99,9 +103,9 @@ class TorchRunner:
     def __init__(
         self, ops: ModuleType, config: ModelConfig, weights: Weights, cache: CacheShape, max_model_len: int
     ) -> None:
-        if weights.heads is None:
-            raise CheckpointError("the checkpoint has no guard heads; use a Qwen3Guard-Stream checkpoint")
-        self.ops, self.config, self.weights, self.heads = ops, config, weights, weights.heads
+        self.ops, self.config, self.weights = ops, config, weights
+        head = weights.lm_head
+        self.lm_head = None if head is None else LmHead(head, plain_product(head))
         self.quantization = weights.quantization
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
         # Never read before written, so left unset: pages of blocks that are never used cost no memory.
@@ -134,8 +138,11 @@ class TorchRunner:
         """Compute one batch."""
         weights, batch = self.weights, batch.to(self.device)
         hidden = forward(self.ops, self.config, weights, self.cos_sin, self.kv_cache, self.kv_scales, batch)
-        logits = guard_logits(self.ops, self.config, self.heads, weights.norm, hidden)
-        return Computed(Scores(logits.cpu().numpy()))
+        if weights.heads is None:
+            out = final_rows(self.ops, self.config, weights.norm, hidden)
+        else:
+            out = guard_logits(self.ops, self.config, weights.heads, weights.norm, hidden)
+        return Computed(Scores(out.cpu().numpy()))
 
     @torch.inference_mode()
     def copy_block(self, source: int, destination: int) -> None:
@@ -146,4 +153,5 @@ class TorchRunner:
 
     def close(self) -> None:
         """Free the weights and the KV cache; nothing can run afterwards."""
-        del self.weights, self.heads, self.kv_cache, self.kv_scales
+        self.lm_head = None
+        del self.weights, self.kv_cache, self.kv_scales

@@ -16,19 +16,35 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from guardengine.labels import Label, Role, Verdict
 from guardengine.policy import Failure, Policy, PolicyState
 from guardengine.text_books import TextBooks
+
+# Which heads read a position: the guard heads of a role, or a language model's ("answer").
+Reader: TypeAlias = Role | Literal["answer"]
 
 
 class Wanted(NamedTuple):
     """A label to come: the heads of `role` at `position`."""
 
     position: int
-    role: Role
+    role: Reader
+
+
+class Hidden(NamedTuple):
+    """What stands for a label where a language model's head reads it: the row that this head is multiplied with."""
+
+    stream_id: str
+    role: Reader
+    position: int
+    row: npt.NDArray[np.float32]  # [E], final norm's output
 
 
 class Failed(NamedTuple):
@@ -71,6 +87,7 @@ class StreamState:
     wanted: list[Wanted] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)  # role "assistant"
     prompt_labels: list[Label] = field(default_factory=list)  # role "user"
+    hidden: list[Hidden] = field(default_factory=list)  # role "answer", until it is read
     failures: list[Failed] = field(default_factory=list)
     text: TextBooks | None = None  # since the first append_text
     is_closed: bool = False
@@ -118,7 +135,7 @@ class StreamState:
             found += labels[first : bisect_left(labels, end, lo=first, key=_position_of_label)]
         return found
 
-    def advance(self, num_tokens: int, labels: list[Label]) -> None:
+    def advance(self, num_tokens: int, labels: Sequence[Label | Hidden]) -> None:
         """Count `num_tokens` more as computed and record the labels that were wanted there."""
         self.num_computed_tokens += num_tokens
         self.num_scheduled_tokens = max(self.num_scheduled_tokens, self.num_computed_tokens)
@@ -127,8 +144,11 @@ class StreamState:
             self.record(label)
         del self.wanted[: len(labels)]
 
-    def record(self, label: Label) -> None:
+    def record(self, label: Label | Hidden) -> None:
         """Keep a label, and what the policy makes of it."""
+        if isinstance(label, Hidden):
+            self.hidden.append(label)
+            return
         (self.labels if label.role == "assistant" else self.prompt_labels).append(label)
         state = self.policy.advance(self.policy_states[-1][1], label)
         self.policy_states.append((label.position, state))
@@ -156,7 +176,7 @@ class StreamState:
         self.num_seen_tokens = min(self.num_seen_tokens, num_tokens)
         del self.block_digests[num_tokens // block_size :]
         del self.failures[bisect_left(self.failures, num_tokens, key=lambda failed: failed.position) :]
-        for labels in (self.labels, self.prompt_labels):
+        for labels in (self.labels, self.prompt_labels, self.hidden):
             del labels[bisect_left(labels, num_tokens, key=_position_of_label) :]
         del self.policy_states[bisect_left(self.policy_states, num_tokens, key=lambda entry: entry[0]) :]
         del self.wanted[bisect_left(self.wanted, num_tokens, key=_position) :]
@@ -183,6 +203,7 @@ class StreamState:
             wanted=self.wanted[:],
             labels=self.labels[:],
             prompt_labels=self.prompt_labels[:],
+            hidden=self.hidden[:],
             failures=self.failures[:],
             text=self.text and self.text.copy(),
         )
@@ -192,5 +213,5 @@ def _position(wanted: Wanted) -> int:
     return wanted.position
 
 
-def _position_of_label(label: Label) -> int:
+def _position_of_label(label: Label | Hidden) -> int:
     return label.position

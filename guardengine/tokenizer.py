@@ -144,6 +144,16 @@ class Tokenizer:
                 "Unicode; replace it, e.g. text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
             ) from None
 
+    def decode_text(self, ids: Iterable[int]) -> str:
+        """Text of ids that a model generated, without control tokens and ids that the vocabulary does not have, as
+        transformers decodes with skip_special_tokens."""
+        return self.decode(
+            token_id
+            for token_id in ids
+            if token_id not in self.control_ids
+            and (token_id in self._base_ids or token_id in self._added_text)
+        )
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of any ids, added tokens as they are written; bytes that are not UTF-8 become U+FFFD.
 

@@ -14,9 +14,10 @@ import json
 import logging
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from guardengine.byte_level import BYTE_LEVEL, NORMALIZER, PRE_TOKENIZER, byte_letters
+from guardengine.chat_template import SHIPPED
 from guardengine.errors import CheckpointError
 
 logger = logging.getLogger("guardengine")
@@ -55,7 +56,9 @@ _MARKUP_TOKENS = (
 )
 
 
-def write_tokenizer_files(directory: Path, model_max_length: int) -> bool:
+def write_tokenizer_files(
+    directory: Path, model_max_length: int, kind: Literal["stream", "gen"] = "stream"
+) -> bool:
     """Write tokenizer.json and tokenizer_config.json into `directory`; takes a few seconds.
 
     Returns False, having written nothing, when the package with the ranks is not installed.
@@ -68,7 +71,7 @@ def write_tokenizer_files(directory: Path, model_max_length: int) -> bool:
     tokenizer = tokenizer_json(_read_ranks(path))
     for name, content in (
         ("tokenizer.json", tokenizer),
-        ("tokenizer_config.json", _tokenizer_config(model_max_length)),
+        ("tokenizer_config.json", _tokenizer_config(model_max_length, SHIPPED[kind])),
     ):
         text = json.dumps(content, ensure_ascii=False, indent=2)
         (directory / name).write_text(text, encoding="utf-8", newline="\n")
@@ -107,8 +110,8 @@ def tokenizer_json(ranks: dict[bytes, int]) -> dict[str, Any]:
     }
 
 
-def _tokenizer_config(model_max_length: int) -> dict[str, Any]:
-    template = resources.files("guardengine").joinpath("qwen3_chat.jinja").read_text(encoding="utf-8")
+def _tokenizer_config(model_max_length: int, template_name: str) -> dict[str, Any]:
+    template = resources.files("guardengine").joinpath(template_name).read_text(encoding="utf-8")
     return {
         "add_bos_token": False,
         "add_prefix_space": False,

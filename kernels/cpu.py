@@ -172,23 +172,7 @@ def guard_heads(
 def _linear(x: Tensor, weight: Tensor | native.Packed, *, is_float_out: bool) -> Tensor:
     """Packs a plain weight on every call, which the engine does once."""
     packed = weight if isinstance(weight, native.Packed) else native.Packed(_workers(), weight)
-    if x.dtype != packed.dtype:
-        raise ValueError(f"rows of {x.dtype}, weight packed from {packed.dtype}: equal dtypes are needed")
-    x = F.pad(x, (0, -x.shape[1] % 4)).contiguous()
-    out = torch.empty(len(x), packed.shape[0], dtype=torch.float32 if is_float_out else x.dtype)
-    native.check(
-        native.library().ge_linear(
-            _workers().handle,
-            DTYPES[x.dtype],
-            packed.format,
-            x.data_ptr(),
-            *x.shape,
-            packed.address,
-            packed.shape[0],
-            out.data_ptr(),
-            is_float_out,
-        )
-    )
+    out: Tensor = native.linear(_workers(), x, packed, is_float_out=is_float_out)
     return out
 
 

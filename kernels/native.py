@@ -85,7 +85,7 @@ class BatchStruct(ctypes.Structure):
             (name, c_void_p)
             for name in ("block_tables", "label_index", "label_positions", "label_cu_seqlens")
         ),
-        *((name, c_void_p) for name in ("kv_cache", "kv_scales", "logits")),
+        *((name, c_void_p) for name in ("kv_cache", "kv_scales", "out")),
     )
 
 
@@ -173,6 +173,27 @@ class Packed:
         self.data = torch.empty(num_bytes + 64, dtype=torch.uint8)
         self.address = (self.data.data_ptr() + 63) // 64 * 64
         library().ge_pack(workers.handle, *arguments, weight.data_ptr(), *weight.shape, self.address)
+
+
+def linear(workers: Workers, x: Tensor, weight: Packed, *, is_float_out: bool) -> Tensor:
+    """x weight^T, in x's dtype or in float32.  Shapes: x [T, K] -> [T, N].  Raises ValueError for unequal dtypes."""
+    if x.dtype != weight.dtype:
+        raise ValueError(f"rows of {x.dtype}, weight packed from {weight.dtype}: equal dtypes are needed")
+    x = F.pad(x, (0, -x.shape[1] % 4)).contiguous()
+    out = torch.empty(len(x), weight.shape[0], dtype=torch.float32 if is_float_out else x.dtype)
+    status = library().ge_linear(
+        workers.handle,
+        DTYPES[x.dtype],
+        weight.format,
+        x.data_ptr(),
+        *x.shape,
+        weight.address,
+        weight.shape[0],
+        out.data_ptr(),
+        is_float_out,
+    )
+    check(status)
+    return out
 
 
 def pointers(tensors: Sequence[Tensor]) -> tuple[object, object, int]:

@@ -112,7 +112,7 @@ std::vector<float> logits_on(const char* isa, int num_threads) {
     batch.block_tables = tables.data();
     batch.label_index = label_index.data();
     batch.kv_cache = cache.data();
-    batch.logits = logits.data();
+    batch.out = logits.data();
     if (ge_step(model, &batch) != 0) std::puts("a step found no memory");
     all.insert(all.end(), logits.begin(), logits.end());
     done += chunk;
