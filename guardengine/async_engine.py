@@ -17,8 +17,10 @@ from guardengine.conversation import Feed
 from guardengine.engine import Engine, Messages
 from guardengine.engine_thread import EngineThread
 from guardengine.errors import ConfigError, Overloaded, StreamClosed
+from guardengine.gen.answering import Answering, Job
+from guardengine.gen.answers import Mode
 from guardengine.health import describe, report
-from guardengine.labels import Moderation, Role
+from guardengine.labels import GenModeration, Moderation, Role
 from guardengine.policy import Policy
 from guardengine.state import StreamState
 from guardengine.whole_streams import moderation, open_feed
@@ -140,19 +142,25 @@ class AsyncEngine:
 
     # -- whole conversations -------------------------------------------------------------------------------
 
-    async def moderate(self, messages: Messages, policy: Policy | None = None) -> Moderation:
+    async def moderate(
+        self, messages: Messages, policy: Policy | None = None, *, mode: Mode | None = None
+    ) -> Moderation | GenModeration:
         """Moderate one finished conversation. See `moderate_many`."""
-        return (await self.moderate_many([messages], policy))[0]
+        return (await self.moderate_many([messages], policy, mode=mode))[0]
 
     async def moderate_many(
-        self, conversations: Sequence[Messages], policy: Policy | None = None
-    ) -> list[Moderation]:
+        self, conversations: Sequence[Messages], policy: Policy | None = None, *, mode: Mode | None = None
+    ) -> list[Moderation] | list[GenModeration]:
         """Moderate finished conversations beside the open streams, as `Engine.moderate_many` does.
 
         Where the model failed on a conversation, its labels are incomplete and `response` is the policy's verdict on
-        the error, conversations that end with the user included. Raises Overloaded when not even one fits.
+        the error, conversations that end with the user included; a Gen checkpoint's answer is "Unparsable" then.
+        Raises Overloaded when not even one fits, and where `max_waiting` conversations wait for a Gen checkpoint.
         """
         await self._loaded()
+        if (answering := self.engine.answering) is not None:
+            return await self._answer_many(answering, conversations, policy, mode)
+        self.engine.check_answers_in_labels(mode)
         checked, feeds = await asyncio.to_thread(self.engine.prepare_conversations, conversations, policy)
         await self.calls.call(lambda: self._check_lengths(feeds))
         turns = [self.calls.new_future() for _ in feeds]
@@ -180,6 +188,27 @@ class AsyncEngine:
             for turn in turns:
                 self.calls.forget(turn)
         return [done[index] for index in range(len(feeds))]
+
+    async def _answer_many(
+        self,
+        answering: Answering,
+        conversations: Sequence[Messages],
+        policy: Policy | None,
+        mode: Mode | None,
+    ) -> list[GenModeration]:
+        engine, calls = self.engine, self.calls
+        checked, prompts, chosen = await asyncio.to_thread(
+            engine.prepare_prompts, conversations, policy, mode
+        )
+        futures = [calls.new_future() for _ in prompts]
+        try:
+            await calls.call(lambda: self.thread.answer(answering, prompts, chosen, futures))
+            jobs: list[Job] = await asyncio.gather(*futures)
+            return [engine.gen_moderation(job, checked) for job in jobs]
+        finally:
+            for future in futures:
+                future.cancel()  # those that are not done: the thread drops their conversations
+                calls.forget(future)
 
     def _check_lengths(self, feeds: Sequence[Feed]) -> None:
         for feed in feeds:
@@ -276,6 +305,8 @@ class AsyncEngine:
         except TimeoutError:
             calls.refuse(reason, also_waiting=True)
             self.thread.abort()
+        else:
+            self.thread.join()
 
 
 def _check_max_waiting(max_waiting: int) -> None:

@@ -14,7 +14,7 @@ from guardengine.config import RISKS, EngineConfig, GuardHeadsConfig
 from guardengine.conversation import Feed, feed_ids, feed_messages
 from guardengine.core import EngineCore
 from guardengine.errors import ConfigError, InvalidText
-from guardengine.gen.answering import Answering, run_prompts
+from guardengine.gen.answering import Answering, Job, run_prompts
 from guardengine.gen.answers import Mode
 from guardengine.gen.moderation import gen_moderation
 from guardengine.gen.parse import CATEGORIES
@@ -216,11 +216,7 @@ class Engine:
             self.core.check_engine_open()
             if self.answering is not None:
                 return self._answer_many(self.answering, conversations, policy, mode)
-            self._check_kind("stream", _NO_TOKENIZER)
-            if mode is not None:
-                raise ConfigError(
-                    f"mode={mode!r} is of Gen checkpoints, and this is a Stream one; leave it out"
-                )
+            self.check_answers_in_labels(mode)
             checked, feeds = self.prepare_conversations(conversations, policy)
             states = run_feeds(self.core, feeds, checked)
         return [moderation(state, checked) for state in states]
@@ -230,6 +226,12 @@ class Engine:
     ) -> tuple[Policy, list[Feed]]:
         """What `moderate_many` runs. For any thread; raises as it does, before anything is computed."""
         return self._checked(policy), self._feed_conversations(conversations)
+
+    def check_answers_in_labels(self, mode: Mode | None) -> None:
+        """Raise ConfigError for a Gen checkpoint, and for a `mode`, which is of one."""
+        self._check_kind("stream", _NO_TOKENIZER)
+        if mode is not None:
+            raise ConfigError(f"mode={mode!r} is of Gen checkpoints, and this is a Stream one; leave it out")
 
     def prepare_prompts(
         self, conversations: Sequence[Messages], policy: Policy | None, mode: Mode | None
@@ -243,6 +245,10 @@ class Engine:
             conversations, lambda messages: render_prompt(chat, messages, max_tokens=max_tokens)
         )
         return self._checked(policy), list(prompts), mode or "choice"
+
+    def gen_moderation(self, job: Job, policy: Policy) -> GenModeration:
+        """The outcome of an answer that is complete. For any thread."""
+        return gen_moderation(job, self._require_chat().tokenizer, policy)
 
     # -- the engine itself ---------------------------------------------------------------------------------
 
@@ -362,10 +368,9 @@ class Engine:
         policy: Policy | None,
         mode: Mode | None,
     ) -> list[GenModeration]:
-        chat = self._require_chat()
         checked, prompts, chosen = self.prepare_prompts(conversations, policy, mode)
         jobs = run_prompts(self.core, answering, prompts, chosen)
-        return [gen_moderation(job, chat.tokenizer, checked) for job in jobs]
+        return [self.gen_moderation(job, checked) for job in jobs]
 
     def _require_chat(self) -> ChatTemplate:
         if self._chat is None:

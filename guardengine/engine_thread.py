@@ -12,19 +12,23 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from guardengine.calls import Append, Call, Calls, Close, Message, Missed, Result
+from guardengine.calls import Append, Call, Calls, Close, Future, Message, Missed, Result
 from guardengine.conversation import feed_more
 from guardengine.core import EngineCore
 from guardengine.engine import Engine
 from guardengine.errors import AuditError, Overloaded, StreamClosed
+from guardengine.gen.answering import Answering, Job
+from guardengine.gen.answers import Mode
+from guardengine.gen.prompts import Prompt
 from guardengine.isolation import step_apart
 from guardengine.state import StreamState
 
 logger = logging.getLogger("guardengine")
 
 _LEAST_NAP_S, _LONGEST_NAP_S = 0.01, 60.0
+_LAST_WORDS_S = 1.0
 _HELD_NAP_S = 0.2  # between attempts to write the audit log
 
 
@@ -41,10 +45,12 @@ class EngineThread:
         self._is_stopping = self._is_aborted = False
         self._results: list[Result] = []
         self._accepted: dict[StreamState, list[Append]] = {}  # whose labels are to come
+        self._answered: dict[Job, Future] = {}  # conversations that a Gen checkpoint is to answer
         self._room: dict[
             str, deque[Append | Call]
         ] = {}  # by tenant: what waits for room, and what follows it
-        threading.Thread(target=self._run, name="guardengine", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="guardengine", daemon=True)
+        self._thread.start()
 
     # -- any thread's --------------------------------------------------------------------------------------
 
@@ -58,11 +64,30 @@ class EngineThread:
         self._is_aborted = True
         self.calls.wake()
 
+    def join(self) -> None:
+        """Wait until the thread, which has said that it takes no more calls, is gone. A thread that frees tensors while
+        the interpreter shuts down takes the process with it."""
+        self._thread.join(_LAST_WORDS_S)
+
     # -- for calls that run here ---------------------------------------------------------------------------
 
     def is_full(self, tenant: str) -> bool:
         """Whether appends of the tenant wait for room."""
         return tenant in self._room
+
+    def answer(
+        self, answering: Answering, prompts: Sequence[Prompt], mode: Mode, futures: Sequence[Future]
+    ) -> None:
+        """Resolve futures with the jobs of these prompts when they are done; one that is done already, cancelled,
+        drops its own. Raises StreamTooLong, and Overloaded where too many wait."""
+        answering.check_waiting(len(prompts), self.calls.max_waiting)
+
+        def done(job: Job) -> None:
+            self._results.append((self._answered.pop(job), job, job.error))
+
+        jobs = answering.submit(prompts, mode, done)
+        self._answered |= zip(jobs, futures, strict=True)
+        answering.advance()
 
     def expect(self, append: Append) -> None:
         """Resolve an append, whose tokens are accepted, when its labels are there."""
@@ -140,6 +165,13 @@ class EngineThread:
             return
         finally:
             self.step_began = None
+        if engine.answering is not None:
+            dropped = [job for job, future in self._answered.items() if future.done()]
+            for job in dropped:
+                del self._answered[job]
+            engine.answering.cancel(dropped)
+            engine.answering.fail(given_up)
+            engine.answering.advance()
         streams = engine.core.streams
         names = dict.fromkeys(label.stream_id for label in labels)  # the last token of an append has a label
         self._resolve([streams[name] for name in names if name in streams])

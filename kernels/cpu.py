@@ -13,7 +13,6 @@ import ctypes
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from guardengine.kernels import native

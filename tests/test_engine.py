@@ -449,11 +449,6 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoints, tmp_path: Path) ->
         Engine.from_pretrained(tmp_path, kv_cache_bytes=2**20)
 
 
-def test_a_gen_checkpoint_is_named_as_such(checkpoints) -> None:
-    with pytest.raises(CheckpointError, match="Gen"):
-        Engine.from_pretrained(checkpoints("gen-tiny"))
-
-
 def test_kv_cache_bytes_are_kept_to(tiny: Path) -> None:
     with Engine.from_pretrained(tiny, kv_cache_bytes=1_000_000) as engine:
         stats = engine.stats()

@@ -425,7 +425,7 @@ def test_tokenizer_goes_along_or_its_absence_is_told(
 ) -> None:
     calls: list[int] = []
 
-    def write(folder: Path, model_max_length: int) -> bool:
+    def write(folder: Path, model_max_length: int, kind: str) -> bool:
         calls.append(model_max_length)
         if written:
             (folder / "tokenizer.json").write_text("{}")

@@ -78,6 +78,14 @@ class Answering:
         """The streams of all that is under way."""
         return [_state(job) for job in self._running] + list(self._warming.values())
 
+    def check_waiting(self, num_more: int, most: int) -> None:
+        """Raise Overloaded where so many more would make more than `most` wait."""
+        if len(self._waiting) + num_more > most and self._waiting:
+            raise Overloaded(
+                f"{len(self._waiting)} conversations wait for an answer and {num_more} more would pass "
+                f"max_waiting={most}; retry when some are done"
+            )
+
     def submit(self, prompts: Sequence[Prompt], mode: Mode, done: Callable[[Job], None]) -> list[Job]:
         """Let conversations wait for their answers: the next `advance` opens them. Raises StreamTooLong, and then none
         waits."""
@@ -98,6 +106,9 @@ class Answering:
                 self._stop(job)
             elif job in self._waiting:
                 self._waiting.remove(job)
+        if not self._running and not self._waiting:
+            while self._warming:
+                self._core.close_stream(self._warming.popitem()[1])
 
     def fail(self, states: Sequence[StreamState]) -> None:
         """The model has failed on these streams: their tokens will not be computed."""
@@ -129,8 +140,11 @@ class Answering:
 
     def _warm(self, role: Role) -> None:
         """Compute what the prompts of a role begin with, where the prefix cache does not have it."""
-        prefix = self._prefixes[role]
-        if self._core.pool.cache is None or role in self._warming or len(prefix) < self._core.pool.block_size:
+        block_size = self._core.pool.block_size
+        prefix = self._prefixes[role][
+            : len(self._prefixes[role]) // block_size * block_size
+        ]  # what is shared
+        if self._core.pool.cache is None or role in self._warming or not prefix:
             return
         with contextlib.suppress(Overloaded):  # then each computes its own
             self._warming[role] = self._core.open(Feed(prefix, [], None), Ticket(_NO_POLICY))

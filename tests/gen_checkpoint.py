@@ -1,0 +1,121 @@
+"""A Gen checkpoint with random layers that answers mostly by the grammar, and differently: its head is fitted to.
+
+Random weights never write "Safety:". Here the layers are random, and the head's rows of the grammar's tokens are the
+ridge regression from the layers' output after each token of many random answers to the token that comes next, plus a
+part that tells conversations apart: a direction in which the outputs after one and the same token differ. All other
+rows are 0. How often the greedy answer then keeps to the grammar is for the tests to say.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from guardengine import Engine
+from guardengine.admission import Ticket
+from guardengine.config import RISKS
+from guardengine.conversation import Feed
+from guardengine.gen.grammar import Grammar
+from guardengine.gen.parse import NONE, REFUSALS
+from guardengine.make_checkpoint import make_checkpoint
+from guardengine.policy import Policy
+from guardengine.state import Wanted
+
+NAMED = ("Violent", "PII", "Unethical Acts")
+NUM_DIRECTIONS, LIVELY = 12, 2.0
+WORDS = (
+    "how",
+    "do",
+    "I",
+    "make",
+    "steal",
+    "find",
+    "a",
+    "bomb",
+    "cake",
+    "friend",
+    "please",
+    "你好",
+    "don't",
+    "42",
+    "?",
+)
+
+
+def conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
+    """Prompts and responses, by turns."""
+    rng = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, 24)))
+
+    def conversation() -> list[dict[str, str]]:
+        prompt = {"role": "user", "content": text()}
+        return [prompt] if rng.random() < 0.5 else [prompt, {"role": "assistant", "content": text()}]
+
+    return [conversation() for _ in range(count)]
+
+
+def random_answer(rng: random.Random, role: str) -> str:
+    safety = rng.choice(RISKS)
+    chosen = [NONE] if safety == RISKS[0] else rng.sample(NAMED, rng.choice((1, 1, 2)))
+    text = f"Safety: {safety}\nCategories: {', '.join(chosen)}"
+    return text if role == "user" else f"{text}\nRefusal: {rng.choice(REFUSALS)}"
+
+
+def make_answering_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """Write it; float32 unless told otherwise."""
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": False,
+    }
+    make_checkpoint(folder, "gen-tiny", seed=seed, **{**options, **overrides})
+    rng = random.Random(seed)
+    rows: list[np.ndarray] = []
+    before: list[int] = []  # the token that a row was computed at
+    targets: list[int] = []
+    with Engine.from_pretrained(folder, backend="cpu") as engine:
+        core, chat = engine.core, engine._chat
+        assert chat is not None
+        grammars = [
+            Grammar(chat.tokenizer.encode_text, role, chat.end_of_turn_id) for role in ("user", "assistant")
+        ]
+        for prompt in engine.prepare_prompts(conversations(120, seed + 1), None, None)[1]:
+            answer = [*chat.tokenizer.encode_text(random_answer(rng, prompt.role)), chat.end_of_turn_id]
+            token_ids = [*prompt.token_ids, *answer]
+            first = len(prompt.token_ids) - 1
+            wanted = [Wanted(position, "answer") for position in range(first, len(token_ids) - 1)]
+            state = core.open(Feed(token_ids, wanted, None), Ticket(Policy.strict()))
+            core.run_until_computed([state])
+            rows += [hidden.row for hidden in state.hidden]
+            before += token_ids[first:-1]
+            targets += answer
+            core.close_stream(state)
+    x = np.stack(rows).astype(np.float64)
+    names = sorted(set(targets))
+    y = np.eye(len(names))[[names.index(target) for target in targets]]
+    fitted = 20 * np.linalg.solve(x.T @ x + 1e-4 * len(x) * np.eye(x.shape[1]), x.T @ y).T
+    of_token = {token: x[np.array(before) == token] for token in set(before)}
+    means = np.stack([part.mean(axis=0) for part in of_token.values()])
+    apart = np.concatenate([part - part.mean(axis=0) for part in of_token.values()])
+    apart -= apart @ np.linalg.pinv(means) @ means  # says nothing about the token before
+    _, sizes, directions = np.linalg.svd(apart, full_matrices=False)
+    choices = {token for grammar in grammars for token in grammar.token_ids}
+    for pick, token in enumerate(sorted(choices & set(names))):
+        pick %= NUM_DIRECTIONS
+        fitted[names.index(token)] += (
+            LIVELY * np.sqrt(len(x)) / sizes[pick] * directions[pick] * rng.choice((-1, 1))
+        )
+    tensors = load_file(folder / "model.safetensors")
+    head = torch.zeros_like(tensors["lm_head.weight"])
+    head[names] = torch.from_numpy(fitted).to(head.dtype)
+    tensors["lm_head.weight"] = head
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
