@@ -41,6 +41,23 @@ def test_the_example_is_the_file_and_runs(checkpoints) -> None:
         assert ours.split()[:2] == readme.split()[:2] or not ours[0].isdigit()  # same positions and ids
 
 
+def test_the_gen_example_is_the_file_and_runs(checkpoints) -> None:
+    assert block("examples/gen.py") == (ROOT / "examples" / "gen.py").read_text()
+    run = subprocess.run(
+        [sys.executable, "-P", str(ROOT / "examples" / "gen.py"), str(checkpoints("gen-tiny"))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    printed, recorded = run.stdout.splitlines(), block("gen output").splitlines()
+    assert len(printed) == len(recorded) == 6
+    for output in (printed, recorded):
+        for answer, odds, verdict in (output[:3], output[3:]):
+            assert re.match(r"'Safety: \w+\\nCategories: ", answer)
+            assert odds.startswith("{'Safe': 0.")
+            assert verdict.startswith("Verdict(action=")
+
+
 def test_the_tree_is_complete() -> None:
     tree = README[README.index("## The tree") : README.index("Why it is so")]
     named = set(re.findall(r"\b(\w+\.py)\b", tree))

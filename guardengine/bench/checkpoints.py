@@ -20,10 +20,8 @@ def cache_folder() -> Path:
 
 def cached_checkpoint(preset: str, *, seed: int = 0, progress: bool = True, **overrides: Any) -> Path:
     """The folder of a preset's random weights, made on first use. Raises ConfigError."""
-    if preset not in STREAM_PRESETS:
-        raise ConfigError(
-            f"preset {preset!r}: the benchmark runs Stream checkpoints: {', '.join(STREAM_PRESETS)}"
-        )
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r}: choose one of {', '.join(PRESETS)}")
     parts = [preset, f"seed{seed}", *(f"{key}={value}" for key, value in sorted(overrides.items()))]
     folder = cache_folder() / "-".join(parts)
     if not (folder / "config.json").is_file():
