@@ -24,6 +24,7 @@ from guardengine.errors import (
     StreamTooLong,
     WrongLoop,
 )
+from guardengine.text_books import Held, Settled, TextBooks
 from guardengine.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "Where?"}
@@ -288,7 +289,7 @@ def test_cleared_chars_never_run_ahead(folder) -> None:
         sys.setswitchinterval(1e-6)
         watcher.start()
         try:
-            for i in range(150):
+            for i in range(60):
                 await stream.append_text(f" word {i}")
         finally:
             stop.set()
@@ -297,6 +298,27 @@ def test_cleared_chars_never_run_ahead(folder) -> None:
         assert not wrong
 
     with_engine(folder, use, max_model_len=1024)
+
+
+def test_books_can_be_read_while_they_are_written() -> None:
+    """At every line of the writer: what was cleared before, or less; never what is written just now."""
+    books, seen = TextBooks(), []
+    books.extend(4, 0, Settled([1, 2], [(0, 3, 0, 3), (3, 7, 3, 7)], Held(" x", b"", 7, 7), None))
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_name == "extend":
+            seen.append([books.cleared_chars(4, cleared) for cleared in (1, 2)])
+            assert books.span(6) in (None, Span(7, 9, 7, 9))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        books.extend(6, 2, Settled([3], [(7, 9, 7, 9)], Held("", b"", 9, 9), None))
+    finally:
+        sys.settrace(None)
+    assert len(seen) > 4
+    assert all(found == [3, 7] for found in seen)
+    assert books.cleared_chars(4, 3) == 9
 
 
 # -- refusals, snapshots -----------------------------------------------------------------------------------
