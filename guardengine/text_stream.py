@@ -94,6 +94,15 @@ def cleared_chars(state: StreamState, cleared: int) -> int:
     return 0 if books is None else books.cleared_chars(turns[-1].start if turns else 0, cleared)
 
 
+def accepted_chars(state: StreamState) -> int:
+    """How many characters the reply has so far, those held back included; what is incomplete counts as it would end."""
+    books = state.text
+    if books is None or _begins_reply(state, books):
+        return 0
+    rest = "" if books.foreign is None else books.foreign.rest()
+    return books.held.num_chars + len(books.held.text) + bool(books.held.partial) + len(rest)
+
+
 def held_text(state: StreamState) -> str:
     """The text that was accepted and not fed."""
     return "" if state.text is None else state.text.held.text
