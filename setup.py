@@ -12,7 +12,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -69,7 +69,14 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+# kernels/ is installed as guardengine.kernels: pyproject.toml says so.
+_KERNELS = ["guardengine.kernels", "guardengine.kernels.gpu"]
+
 setup(
+    packages=[
+        *find_packages(include=["guardengine", "guardengine.*"], exclude=["guardengine.kernels*"]),
+        *_KERNELS,
+    ],
     ext_modules=[
         Extension(
             "guardengine._C",

@@ -31,7 +31,6 @@ from guardengine.gen import answers
 from guardengine.machine import machine_stamp
 from guardengine.verify_corpus import read_built_in
 
-
 WARM_UP = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from guardengine.engine import Engine
     from guardengine.errors import (
         AuditError,
+        Blocked,
         CheckpointError,
         ConfigError,
         GuardEngineError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         WrongLoop,
         WrongThread,
     )
+    from guardengine.guarded_reply import guarded, guarded_sync
     from guardengine.labels import GenModeration, Label, Moderation, Verdict
     from guardengine.policy import Policy
     from guardengine.stream import Stream
@@ -40,6 +42,7 @@ _HOME = {
     "AsyncStream": "async_stream",
     "AuditError": "errors",
     "AutoGuard": "compat",
+    "Blocked": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "Engine": "engine",
@@ -61,6 +64,8 @@ _HOME = {
     "Verdict": "labels",
     "WrongLoop": "errors",
     "WrongThread": "errors",
+    "guarded": "guarded_reply",
+    "guarded_sync": "guarded_reply",
 }
 
 __all__ = [
@@ -68,6 +73,7 @@ __all__ = [
     "AsyncStream",
     "AuditError",
     "AutoGuard",
+    "Blocked",
     "CheckpointError",
     "ConfigError",
     "Engine",
@@ -90,6 +96,8 @@ __all__ = [
     "WrongLoop",
     "WrongThread",
     "__version__",
+    "guarded",
+    "guarded_sync",
 ]
 
 

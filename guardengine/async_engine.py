@@ -6,7 +6,7 @@ import asyncio
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,23 @@ class AsyncEngine:
             timer = self.calls.bind().call_later(deadline - time.monotonic(), self.calls.expire, append)
             turn.add_done_callback(lambda _: timer.cancel())
         return stream  # type: ignore[no-any-return]
+
+    async def restore(self, snapshot: Mapping[str, Any], stream_id: str | None = None) -> AsyncStream:
+        """Go on with a stream of which a snapshot was taken, as `Engine.restore`, and raises as it does. Labels that
+        were owed are computed at once and come into `labels`; so do those that no `step` had returned."""
+        engine, turn = (await self._loaded()).engine, self.calls.new_future()
+
+        def run() -> AsyncStream:
+            state = engine.restore(snapshot, stream_id)._state
+            self.thread.expect_turn(state, turn)
+            return AsyncStream(self, self.thread, state, turn, [])
+
+        try:
+            await asyncio.to_thread(engine.core.fingerprint.weights)  # reads whole files, once
+            return await self.calls.call(run, is_skippable=True)  # type: ignore[no-any-return]
+        except BaseException:
+            self.calls.forget(turn)
+            raise
 
     # -- whole conversations -------------------------------------------------------------------------------
 

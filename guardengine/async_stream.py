@@ -14,7 +14,8 @@ from guardengine.engine_thread import EngineThread
 from guardengine.errors import GuardEngineError
 from guardengine.labels import Label, Role, Verdict
 from guardengine.state import StreamState
-from guardengine.stream import StreamView
+from guardengine.stream import StreamView, snapshot_of
+from guardengine.text_books import Piece
 
 
 class AsyncStream(StreamView):
@@ -57,15 +58,60 @@ class AsyncStream(StreamView):
         - a rollback drops them.
         But for the last case the policy has been told, `verdict` says so, and `stats()["failures"]` counts it.
 
-        Raises InvalidTokens, StreamTooLong, StreamClosed or ConfigError; the stream is then unchanged. Overloaded only
-        where `max_waiting` appends wait to be accepted already.
+        Raises InvalidTokens (also while text is held back), StreamTooLong, StreamClosed or ConfigError; the stream is
+        then unchanged. Overloaded only where `max_waiting` appends wait to be accepted already.
         """
-        calls = self._calls
         ids = self._thread.core.check_token_ids(token_ids)
         check_role(role)
+        return await self._append(timeout_s, ids, role)
+
+    async def append_text(
+        self,
+        delta: str | bytes | bytearray | memoryview,
+        *,
+        is_final: bool = False,
+        timeout_s: float | None = None,
+    ) -> list[Label]:
+        """Feed more of the reply as text, as `Stream.append_text`, and return the labels of the tokens that this fed:
+        [] at once when all of it is held back.
+
+        Text is never lost: cancelled, or out of time while there is no room, it stays in the reply, held back, and is
+        fed with what comes next. `is_final` has not happened then: call `finish_text`. For the rest this waits, fails
+        and is cancelled as `append`. Text is tokenized in the engine's thread. Raises as `Stream.append_text`, but
+        Overloaded only as `append` does, and StreamTooLong also when what has been held back is too much to be fed
+        at once (`rollback(0)` drops it).
+        """
+        text = (
+            bytes(delta) if isinstance(delta, bytearray | memoryview) else delta
+        )  # a copy, as it is read later
+        return await self._append(timeout_s, piece=Piece(text, is_final=is_final, ends_turn=is_final))
+
+    async def append_foreign_ids(
+        self, token_ids: Sequence[int], tokenizer: Any, *, timeout_s: float | None = None
+    ) -> list[Label]:
+        """`append_text` of what `tokenizer` decodes these ids to, as `Stream.append_foreign_ids`.
+
+        Its decode is called in the engine's thread, for which transformers' fast tokenizers are safe unless another
+        thread encodes with padding or truncation at the same time: give this one of its own then.
+        """
+        return await self._append(timeout_s, piece=Piece.of_foreign(token_ids, tokenizer))
+
+    async def finish_text(self, *, end_turn: bool = True, timeout_s: float | None = None) -> list[Label]:
+        """Feed what is held back and the reply's <|im_end|>, as `Stream.finish_text`, and return their labels. What
+        is cancelled or out of time while it waits for room has not happened."""
+        return await self._append(timeout_s, piece=Piece(is_final=True, ends_turn=end_turn))
+
+    async def _append(
+        self,
+        timeout_s: float | None,
+        token_ids: Sequence[int] = (),
+        role: Role = "assistant",
+        piece: Piece | None = None,
+    ) -> list[Label]:
         timeout_s = None if timeout_s is None else check_timeout(timeout_s)
+        calls = self._calls
         calls.check_waiting()
-        append = Append(self._state, calls.new_future(), self._unrecorded, ids, role)
+        append = Append(self._state, calls.new_future(), self._unrecorded, list(token_ids), role, piece)
         if role == "user":
             self._turn = append.future
         return await calls.append(append, timeout_s)
@@ -93,8 +139,7 @@ class AsyncStream(StreamView):
 
         def run() -> AsyncStream:
             branch = thread.core.fork(parent, stream_id)
-            ends = [wanted.position + 1 for wanted in branch.wanted if wanted.role == "user"]
-            thread.expect(Append(branch, turn, [], end=ends[-1] if ends else 0))
+            thread.expect_turn(branch, turn)
             return AsyncStream(self._owner, thread, branch, turn, [])
 
         try:
@@ -108,6 +153,15 @@ class AsyncStream(StreamView):
         cancelled, too. Raises InvalidTokens or StreamClosed."""
         thread, state = self._thread, self._state
         await self._calls.call(lambda: thread.rollback(state, num_tokens), state)
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The stream as a small JSON value with which `AsyncEngine.restore` or `Engine.restore` goes on: of the time
+        after the appends before this call were accepted. As `Stream.snapshot`, and raises as it does."""
+        self._calls.bind()
+        core, state = self._thread.core, self._state
+        # Beside the engine's thread, because the first one reads whole files.
+        await asyncio.to_thread(core.fingerprint.weights)
+        return await self._calls.call(lambda: snapshot_of(core, state), state)  # type: ignore[no-any-return]
 
     async def close(self) -> None:
         """Free the stream's memory. Appends that are waited for raise StreamClosed. Closing twice is fine."""

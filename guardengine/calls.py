@@ -20,19 +20,22 @@ from guardengine.errors import Overloaded, StreamClosed, WrongLoop
 from guardengine.labels import Label, Role
 from guardengine.policy import Failure
 from guardengine.state import StreamState
+from guardengine.text_books import Piece, Settled
 
 Future = asyncio.Future[Any]
 
 
 @dataclass(slots=True, eq=False)
 class Append:
-    """Tokens on their way to their labels: those of one append, or those that a stream was opened with."""
+    """Tokens, or text, on their way to their labels: those of one append, or those that a stream was opened with."""
 
     state: StreamState
     future: Future
     unrecorded: list[Append]  # of its stream: those whose failure the core does not know yet
     token_ids: list[int] = field(default_factory=list)
     role: Role = "assistant"
+    piece: Piece | None = None  # text, instead of token_ids
+    settled: Settled | None = None  # what it comes to, once it was this append's turn
     start: int = 0
     end: int | None = None  # None: not accepted
     is_refused: bool = False  # for lack of room, so far

@@ -8,6 +8,7 @@ behind them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -18,12 +19,13 @@ from guardengine.calls import Append, Call, Calls, Close, Future, Message, Misse
 from guardengine.conversation import feed_more
 from guardengine.core import EngineCore
 from guardengine.engine import Engine
-from guardengine.errors import AuditError, Overloaded, StreamClosed
+from guardengine.errors import AuditError, GuardEngineError, Overloaded, StreamClosed
 from guardengine.gen.answering import Answering, Job
 from guardengine.gen.answers import Mode
 from guardengine.gen.prompts import Prompt
 from guardengine.isolation import step_apart
 from guardengine.state import StreamState
+from guardengine.text_stream import check_nothing_held, feed_settled, hold_text, settle
 
 logger = logging.getLogger("guardengine")
 
@@ -95,6 +97,11 @@ class EngineThread:
             self._results.append((append.future, append.labels(), None))
         else:
             self._accepted.setdefault(append.state, []).append(append)
+
+    def expect_turn(self, state: StreamState, turn: Future) -> None:
+        """Resolve the `turn` of a stream with a history when its latest user turn is read."""
+        ends = [wanted.position + 1 for wanted in state.wanted if wanted.role == "user"]
+        self.expect(Append(state, turn, [], end=ends[-1] if ends else 0))
 
     def rollback(self, state: StreamState, num_tokens: int) -> None:
         """Drop tokens. Appends end with the labels that they keep."""
@@ -252,12 +259,12 @@ class EngineThread:
     def _accept(self, append: Append) -> bool:
         """Feed an append's tokens; False: there is no room for them now."""
         if not self.calls.claim(append):
+            self._keep(append)
             return True  # it was withdrawn
         core, state = self.core, append.state
         start, num_refused = state.num_tokens, core.counters["refused"]
         try:
-            core.check_open(state)
-            core.accept(state, feed_more(self._chat, state, append.token_ids, append.role))
+            self._feed(append)
         except Overloaded:
             if append.is_refused:
                 core.counters["refused"] = num_refused  # counts once
@@ -266,13 +273,36 @@ class EngineThread:
                 append.failure = "overload"
             self.calls.unaccepted.add(append)
             # Cancelled or expired meanwhile: its owner may have tried to claim it just now, in vain.
-            return append.future.done() and self.calls.claim(append)
+            if append.future.done() and self.calls.claim(append):
+                self._keep(append)
+                return True
+            return False
         except Exception as error:
             self._results.append((append.future, None, error))
         else:
-            append.start, append.end = start, state.num_tokens
+            # Without tokens there is nothing to wait for, those before it included.
+            append.start, append.end = start, state.num_tokens if state.num_tokens > start else 0
             self.expect(append)
         return True
+
+    def _feed(self, append: Append) -> None:
+        """Feed tokens, or what text comes to: that is found once, because nothing else happens to the stream while
+        its first append waits for room."""
+        core, state = self.core, append.state
+        core.check_open(state)
+        if append.piece is None:
+            check_nothing_held(state)
+            core.accept(state, feed_more(self._chat, state, append.token_ids, append.role))
+            return
+        if append.settled is None:
+            append.settled = settle(core, self._chat, state, append.piece)
+        feed_settled(core, self._chat, state, append.settled)
+
+    def _keep(self, append: Append) -> None:
+        """Hold the text of an append that was withdrawn, in its turn: a reply has no holes."""
+        if append.piece is not None and not append.state.is_closed:
+            with contextlib.suppress(GuardEngineError):  # what cannot be fed at all; nobody waits to be told
+                hold_text(self.core, self._chat, append.state, append.piece)
 
     def _call(self, call: Call) -> None:
         if call.is_skippable and call.future is not None and call.future.done():

@@ -1,8 +1,12 @@
 """Every error that guardengine raises on purpose.
 
 Each message names the offending value, the limit it broke and what to do about it. An error from a public
-call means that nothing changed: no stream, block or label was touched.
+call means that nothing changed: no stream, block or label was touched. (Blocked is about a reply, not about a call.)
 """
+
+from __future__ import annotations
+
+import typing
 
 
 class GuardEngineError(Exception):
@@ -39,6 +43,14 @@ class Overloaded(GuardEngineError):
 
 class AuditError(GuardEngineError):
     """The audit log cannot be written. Labels that are not in it are not handed out: they come once it can be."""
+
+
+class Blocked(GuardEngineError):
+    """A prompt or reply that its policy blocks, where blocking is to raise. verdict: the Verdict that says why."""
+
+    def __init__(self, message: str, verdict: typing.Any) -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 class WrongThread(GuardEngineError):

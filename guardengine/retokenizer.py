@@ -89,6 +89,11 @@ class Retokenizer:
             start += cut
         return Fed(fed.token_ids, fed.spans, Held(text[start:], partial, num_chars, num_bytes))
 
+    def hold(self, held: Held, delta: str | bytes) -> Held:
+        """What is held back when `delta` is not to settle anything yet. Raises as `feed`."""
+        text, partial = self._decode(held.partial, delta, False)
+        return held._replace(text=held.text + text, partial=partial)
+
     def forget(self) -> None:
         """Forget the ids of pre-tokens. For benchmarks."""
         self._pieces.clear()

@@ -181,7 +181,7 @@ class StreamState:
         del self.policy_states[bisect_left(self.policy_states, num_tokens, key=lambda entry: entry[0]) :]
         del self.wanted[bisect_left(self.wanted, num_tokens, key=_position) :]
         if self.text is not None:
-            self.text.truncate(num_tokens)
+            self.text = self.text.cut(num_tokens)
         # A failure that was let pass cleared tokens before they were computed: not those that come in their place.
         position, state = self.policy_states[-1]
         cleared = min(state.cleared, self.num_assistant_tokens)

@@ -12,15 +12,8 @@ from guardengine.errors import InvalidText
 from guardengine.labels import Label, Role, Verdict
 from guardengine.snapshot import take_snapshot
 from guardengine.state import StreamState
-from guardengine.text_books import Span
-from guardengine.text_stream import (
-    Piece,
-    accept_text,
-    check_nothing_held,
-    cleared_chars,
-    held_text,
-    span_of,
-)
+from guardengine.text_books import Piece, Span
+from guardengine.text_stream import accept_text, check_nothing_held, cleared_chars, held_text, span_of
 
 
 class StreamView:
@@ -65,6 +58,22 @@ class StreamView:
     def verdict(self) -> Verdict:
         """What the stream's policy makes of the labels so far."""
         return self._state.verdict
+
+    def span(self, at: Label | int) -> Span | None:
+        """Where the token of a label, or at a position, stands in the text of its reply; None if it was not fed as
+        text. The <|im_end|> of `finish_text` has an empty span at the end."""
+        return span_of(self._state, at)
+
+    @property
+    def cleared_chars(self) -> int:
+        """How many characters of the latest reply's text may be shown: those wholly in tokens that
+        `verdict.cleared` counts."""
+        return cleared_chars(self._state, self.verdict.cleared)
+
+    @property
+    def held_text(self) -> str:
+        """What `append_text` was given and holds back."""
+        return held_text(self._state)
 
     def __repr__(self) -> str:
         state = self._state
@@ -134,7 +143,7 @@ class Stream(StreamView):
         decode leaves out, such as its own end of text, is left out here. Raises as `append_text`; InvalidTokens for
         ids that it refuses.
         """
-        self._accept(Piece(foreign_ids=token_ids, tokenizer=tokenizer), timeout_s)
+        self._accept(Piece.of_foreign(token_ids, tokenizer), timeout_s)
 
     def finish_text(self, *, end_turn: bool = True, timeout_s: float | None = None) -> None:
         """Feed what `append_text` holds back, and the reply's <|im_end|>: the label there has seen the whole reply.
@@ -147,22 +156,6 @@ class Stream(StreamView):
     def _accept(self, piece: Piece, timeout_s: float | None) -> None:
         with self._core.gate:
             accept_text(self._core, self._chat, self._state, piece, timeout_s)
-
-    def span(self, at: Label | int) -> Span | None:
-        """Where the token of a label, or at a position, stands in the text of its reply; None if it was not fed as
-        text. The <|im_end|> of `finish_text` has an empty span at the end."""
-        return span_of(self._state, at)
-
-    @property
-    def cleared_chars(self) -> int:
-        """How many characters of the latest reply's text may be shown: those wholly in tokens that
-        `verdict.cleared` counts."""
-        return cleared_chars(self._state)
-
-    @property
-    def held_text(self) -> str:
-        """What `append_text` was given and holds back."""
-        return held_text(self._state)
 
     def fork(self, stream_id: str | None = None) -> Stream:
         """Branch off a stream with the same tokens, labels and verdict, sharing the computed KV blocks.
@@ -194,15 +187,8 @@ class Stream(StreamView):
         Raises StreamClosed, CheckpointError when the files have changed since they were loaded, and InvalidText while
         text is held back, which a snapshot does not carry.
         """
-        core, state = self._core, self._state
-        with core.gate:
-            core.check_open(state)
-            if held := held_text(state):
-                raise InvalidText(
-                    f"{len(held)} characters of the reply are held back, and a snapshot holds ids only; call "
-                    "finish_text() first, or take it when held_text is empty"
-                )
-            return take_snapshot(state, core.fingerprint, core.num_undelivered(state))
+        with self._core.gate:
+            return snapshot_of(self._core, self._state)
 
     def close(self) -> None:
         """Free the stream's KV blocks and its place in the engine. Closing twice is fine."""
@@ -214,3 +200,14 @@ class Stream(StreamView):
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def snapshot_of(core: EngineCore, state: StreamState) -> dict[str, Any]:
+    """What `Stream.snapshot` returns. With the engine's gate held."""
+    core.check_open(state)
+    if held := held_text(state):
+        raise InvalidText(
+            f"{len(held)} characters of the reply are held back, and a snapshot holds ids only; call finish_text() "
+            "first, or take it when held_text is empty"
+        )
+    return take_snapshot(state, core.fingerprint, core.num_undelivered(state))

@@ -1,14 +1,16 @@
 """TextBooks: what a stream knows of the text behind its tokens. Plain data; no tokenizer, no engine.
 
-Part of a StreamState, so that fork copies it and rollback truncates it with everything else.
+Part of a StreamState, so that fork copies it and rollback cuts it with everything else. One thread writes, others may
+read meanwhile: books only grow, what is read first is written last, and a rollback puts new books in their place.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from guardengine.foreign_ids import ForeignIds
 
@@ -43,6 +45,31 @@ class Held(NamedTuple):
         return not self.text and not self.partial
 
 
+class Piece(NamedTuple):
+    """More of a reply: text, or ids of the LLM's own tokenizer."""
+
+    text: str | bytes = ""
+    foreign_ids: Sequence[int] = ()
+    tokenizer: Any = None  # that foreign_ids are of
+    is_final: bool = False  # nothing is held back after it
+    ends_turn: bool = False  # the reply's <|im_end|> is fed after it
+
+    @staticmethod
+    def of_foreign(token_ids: Sequence[int], tokenizer: Any) -> Piece:
+        """Raises ConfigError for what cannot decode."""
+        ForeignIds.begin(tokenizer)
+        return Piece(foreign_ids=tuple(token_ids), tokenizer=tokenizer)
+
+
+class Settled(NamedTuple):
+    """What a piece comes to: the tokens to feed, where they stand, and how the reply's text is left."""
+
+    token_ids: list[int]
+    spans: list[Offsets]
+    held: Held
+    foreign: ForeignIds | None
+
+
 @dataclass(slots=True)
 class TextBooks:
     """The text of one stream: what of the current reply is held back, and the spans of tokens that came from text."""
@@ -50,6 +77,9 @@ class TextBooks:
     held: Held = field(default_factory=Held)
     foreign: ForeignIds | None = None  # where the ids of another tokenizer were left
     positions: array[int] = field(default_factory=lambda: array("i"))  # of these tokens, ascending
+    ordinals: array[int] = field(
+        default_factory=lambda: array("i")
+    )  # how many assistant tokens are before each
     spans: list[Offsets] = field(default_factory=list)
 
     @property
@@ -57,28 +87,34 @@ class TextBooks:
         """Whether anything was accepted that no token stands for yet."""
         return not self.held.is_empty or (self.foreign is not None and self.foreign.is_pending)
 
-    def extend(self, start: int, spans: list[Offsets]) -> None:
-        """Record the spans of the tokens at `start` and after."""
-        self.positions.extend(range(start, start + len(spans)))
-        self.spans += spans
+    def extend(self, position: int, ordinal: int, settled: Settled) -> None:
+        """Record that the tokens of a piece were fed from `position` on, `ordinal` assistant tokens being before it."""
+        num_tokens = len(settled.token_ids)
+        self.spans += settled.spans
+        self.ordinals.extend(range(ordinal, ordinal + num_tokens))
+        self.positions.extend(range(position, position + num_tokens))
+        self.held, self.foreign = settled.held, settled.foreign
 
     def span(self, position: int) -> Span | None:
         index = bisect_left(self.positions, position)
         found = index < len(self.positions) and self.positions[index] == position
         return Span(*self.spans[index]) if found else None
 
-    def chars_before(self, reply_start: int, position: int | None) -> int:
-        """How many characters of the reply that begins at `reply_start` are wholly in tokens before `position`
-        (None: in any token)."""
-        first = bisect_left(self.positions, reply_start)
-        if first == len(self.positions):
+    def cleared_chars(self, reply_start: int, cleared: int) -> int:
+        """How many characters of the reply that begins at position `reply_start` are wholly in the first `cleared`
+        assistant tokens of the stream."""
+        num_chars, num_tokens = self.held.num_chars, len(self.positions)
+        first = bisect_left(self.positions, reply_start, 0, num_tokens)
+        if first == num_tokens:
             return 0
-        index = len(self.spans) if position is None else bisect_left(self.positions, position, lo=first)
-        return self.held.num_chars if index == len(self.spans) else self.spans[index][0]
+        index = bisect_left(self.ordinals, cleared, first, num_tokens)
+        if index < num_tokens:
+            return self.spans[index][0]
+        return min(num_chars, self.spans[index - 1][1])
 
-    def truncate(self, num_tokens: int) -> None:
-        """Forget what is held, and all tokens from position `num_tokens` on. A character that is cut counts as gone."""
-        self.foreign = None
+    def cut(self, num_tokens: int) -> TextBooks:
+        """The books without what is held, and without all tokens from position `num_tokens` on. A character that is
+        cut counts as gone."""
         index = bisect_left(self.positions, num_tokens)
         _, _, num_chars, num_bytes = self.held
         if index < len(self.spans):
@@ -86,8 +122,8 @@ class TextBooks:
             # The first token of a later reply; templates stand between two replies.
             if index and not num_chars and self.positions[index - 1] + 1 != self.positions[index]:
                 _, num_chars, _, num_bytes = self.spans[index - 1]
-            del self.positions[index:], self.spans[index:]
-        self.held = Held("", b"", num_chars, num_bytes)
+        held = Held("", b"", num_chars, num_bytes)
+        return TextBooks(held, None, self.positions[:index], self.ordinals[:index], self.spans[:index])
 
     def copy(self) -> TextBooks:
-        return TextBooks(self.held, self.foreign, self.positions[:], self.spans[:])
+        return TextBooks(self.held, self.foreign, self.positions[:], self.ordinals[:], self.spans[:])

@@ -1,12 +1,10 @@
 """Text into a stream's reply: append_text, append_foreign_ids and finish_text, and where its tokens stand in the text.
 
-Functions over a stream's books, as conversation.py has them for ids. Called with the engine's gate held.
+Functions over a stream's books, as conversation.py has them for ids. Called with the engine's gate held, but for those
+that only read.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 from guardengine.chat import ChatTemplate
 from guardengine.conversation import check_reply_open, feed_more
@@ -15,17 +13,7 @@ from guardengine.errors import ConfigError, InvalidTokens
 from guardengine.foreign_ids import ForeignIds
 from guardengine.labels import Label
 from guardengine.state import StreamState
-from guardengine.text_books import Held, Offsets, Span, TextBooks
-
-
-class Piece(NamedTuple):
-    """More of a reply: text, or ids of the LLM's own tokenizer."""
-
-    text: str | bytes = ""
-    foreign_ids: Sequence[int] = ()
-    tokenizer: Any = None  # that foreign_ids are of
-    is_final: bool = False  # nothing is held back after it
-    ends_turn: bool = False  # the reply's <|im_end|> is fed after it
+from guardengine.text_books import Held, Offsets, Piece, Settled, Span, TextBooks
 
 
 def accept_text(
@@ -37,20 +25,12 @@ def accept_text(
 ) -> None:
     """Feed what a piece settles of the reply, and keep the rest. Raises as `Stream.append_text`; nothing has changed
     then."""
-    core.check_open(state)
-    if chat is None:
-        raise ConfigError(
-            "the checkpoint folder has no tokenizer.json, so text cannot be made into ids; add Qwen3's tokenizer.json "
-            "to it, or append Qwen3 token ids"
-        )
-    if not isinstance(piece.text, bytes | bytearray | memoryview):
-        chat.tokenizer.check_text(piece.text)
-    check_reply_open(state)
-    books = state.text or TextBooks()
-    foreign, text = _read_foreign(books.foreign, piece)
-    for part in text:
-        num_chars = len(part) if isinstance(part, str) else len(part) // 4  # at least
-        chat.tokenizer.check_fits(num_chars, core.max_model_len)
+    feed_settled(core, chat, state, settle(core, chat, state, piece), timeout_s)
+
+
+def settle(core: EngineCore, chat: ChatTemplate | None, state: StreamState, piece: Piece) -> Settled:
+    """What a piece comes to on a stream as it is; nothing is changed. Raises as `Stream.append_text`."""
+    chat, books, foreign, text = _read(core, chat, state, piece)
     held = Held() if _begins_reply(state, books) else books.held
     token_ids: list[int] = []
     spans: list[Offsets] = []
@@ -62,10 +42,34 @@ def accept_text(
     if piece.ends_turn and state.turns is not None:
         token_ids.append(chat.end_of_turn_id)
         spans.append((held.num_chars, held.num_chars, held.num_bytes, held.num_bytes))
-    if token_ids:
-        core.accept(state, feed_more(chat, state, token_ids, "assistant"), timeout_s)
+    return Settled(token_ids, spans, held, foreign)
+
+
+def feed_settled(
+    core: EngineCore,
+    chat: ChatTemplate | None,
+    state: StreamState,
+    settled: Settled,
+    timeout_s: float | None = None,
+) -> None:
+    """Feed what a piece came to; the stream must be as it was then. Raises StreamTooLong or Overloaded; nothing has
+    changed then."""
+    num_tokens = len(settled.token_ids)
+    if num_tokens:
+        core.accept(state, feed_more(chat, state, settled.token_ids, "assistant"), timeout_s)
+    books = state.text or TextBooks()
+    books.extend(state.num_tokens - num_tokens, state.num_assistant_tokens - num_tokens, settled)
+    state.text = books
+
+
+def hold_text(core: EngineCore, chat: ChatTemplate | None, state: StreamState, piece: Piece) -> None:
+    """Keep all of a piece's text, to be fed with what comes next. Raises as `Stream.append_text`; nothing has changed
+    then."""
+    chat, books, foreign, text = _read(core, chat, state, piece)
+    held = Held() if _begins_reply(state, books) else books.held
+    for part in text:
+        held = chat.retokenizer.hold(held, part)
     books.held, books.foreign = held, foreign
-    books.extend(state.num_tokens - len(token_ids), spans)
     state.text = books
 
 
@@ -84,19 +88,19 @@ def span_of(state: StreamState, at: Label | int) -> Span | None:
     return None if state.text is None else state.text.span(position)
 
 
-def cleared_chars(state: StreamState) -> int:
-    """How many characters of the latest reply the policy has cleared."""
-    if state.text is None:
+def cleared_chars(state: StreamState, cleared: int) -> int:
+    """How many characters of the latest reply are wholly in the first `cleared` assistant tokens of the stream."""
+    books, turns = state.text, state.turns
+    return 0 if books is None else books.cleared_chars(turns[-1].start if turns else 0, cleared)
+
+
+def accepted_chars(state: StreamState) -> int:
+    """How many characters the reply has so far, those held back included; what is incomplete counts as it would end."""
+    books = state.text
+    if books is None or _begins_reply(state, books):
         return 0
-    reply_start = state.turns[-1].start if state.turns else 0
-    cleared = state.verdict.cleared
-    labels = state.labels[:]
-    if cleared < len(labels):
-        position: int | None = labels[cleared].position
-    else:  # failures that were let pass clear tokens that have no label yet
-        wanted = [wanted.position for wanted in state.wanted[:] if wanted.role == "assistant"]
-        position = wanted[cleared - len(labels)] if cleared - len(labels) < len(wanted) else None
-    return state.text.chars_before(reply_start, position)
+    rest = "" if books.foreign is None else books.foreign.rest()
+    return books.held.num_chars + len(books.held.text) + bool(books.held.partial) + len(rest)
 
 
 def held_text(state: StreamState) -> str:
@@ -110,6 +114,27 @@ def _begins_reply(state: StreamState, books: TextBooks) -> bool:
         return False
     last = state.turns[-1]
     return last.role != "assistant" or last.is_closed
+
+
+def _read(
+    core: EngineCore, chat: ChatTemplate | None, state: StreamState, piece: Piece
+) -> tuple[ChatTemplate, TextBooks, ForeignIds | None, tuple[str, str | bytes]]:
+    """A stream's books, where ids of another tokenizer are left after a piece, and its text, checked."""
+    core.check_open(state)
+    if chat is None:
+        raise ConfigError(
+            "the checkpoint folder has no tokenizer.json, so text cannot be made into ids; add Qwen3's tokenizer.json "
+            "to it, or append Qwen3 token ids"
+        )
+    if not isinstance(piece.text, bytes | bytearray | memoryview):
+        chat.tokenizer.check_text(piece.text)
+    check_reply_open(state)
+    books = state.text or TextBooks()
+    foreign, text = _read_foreign(books.foreign, piece)
+    for part in text:
+        num_chars = len(part) if isinstance(part, str) else len(part) // 4  # at least
+        chat.tokenizer.check_fits(num_chars, core.max_model_len)
+    return chat, books, foreign, text
 
 
 def _read_foreign(

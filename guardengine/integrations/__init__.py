@@ -1,0 +1,1 @@
+"""Where other software's streams, loops and objects meet guardengine. Nothing here is imported by the rest."""
