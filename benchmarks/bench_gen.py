@@ -95,9 +95,8 @@ def main() -> None:
         for name in names
     ]
     print(markdown_table(["answers", "conversations/s", "against transformers"], rows))
-    print(
-        f"choice against greedy: {medians['greedy'] / medians['choice']:.2f}; steps: {steps}; transformers in {hf.model.dtype}"
-    )
+    ratio = medians["greedy"] / medians["choice"]
+    print(f"choice against greedy: {ratio:.2f}; steps: {steps}; transformers in {hf.model.dtype}")
     if arguments.json is not None:
         record = {"machine": machine_stamp(), "batch": len(talks), "seconds": seconds, "steps": steps}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")

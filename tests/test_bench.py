@@ -266,7 +266,7 @@ def test_random_weights_are_made_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert bench_checkpoints.cached_checkpoint("stream-tiny", progress=False, vocab_size=600) != folder
     with pytest.raises(ConfigError, match="stream-tiny"):
-        bench_checkpoints.cached_checkpoint("gen-tiny")
+        bench_checkpoints.cached_checkpoint("nonsense")
 
 
 def test_cache_folder_defaults_to_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
