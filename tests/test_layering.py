@@ -78,6 +78,7 @@ LAYERS = (
     ("async_stream", "shown", "pull_ahead"),
     ("async_engine", "deltas"),
     ("guarded_reply",),
+    ("intervention",),
 )
 
 
