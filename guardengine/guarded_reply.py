@@ -122,7 +122,7 @@ async def append_delta(stream: AsyncStream, delta: str | list[int], timeout_s: f
 
 async def finish_reply(stream: AsyncStream, end_turn: bool, timeout_s: float | None) -> None:
     """Feed what is held back, and the reply's <|im_end|> where there is one to feed."""
-    if end_turn and _can_end_turn(stream):
+    if end_turn and can_end_turn(stream):
         await stream.finish_text(timeout_s=timeout_s)
     elif stream.held_text:
         await stream.finish_text(end_turn=False, timeout_s=timeout_s)
@@ -185,7 +185,7 @@ def _guarded_sync(
             else:
                 if tail := reply.finish():
                     append(tail)
-                if end_turn and _can_end_turn(stream):
+                if end_turn and can_end_turn(stream):
                     stream.finish_text()
                 elif stream.held_text:
                     stream.finish_text(end_turn=False)
@@ -204,7 +204,7 @@ def is_blocked(stream: AsyncStream | Stream) -> bool:
     return stream.verdict.action == "block"
 
 
-def _can_end_turn(stream: AsyncStream | Stream) -> bool:
+def can_end_turn(stream: AsyncStream | Stream) -> bool:
     """Whether there is an <|im_end|> to feed: on a stream opened from messages, unless the LLM's ids had it."""
     turns = stream._state.turns
     return turns is not None and not (turns[-1].role == "assistant" and turns[-1].is_closed)

@@ -89,11 +89,13 @@ def intervene(
             ahead = PullAhead(generate(draft.kept, guidance), max_ahead)
             try:
                 ahead.start()
-                while (deltas := await ahead.take()) and not is_blocked(stream):
+                while deltas := await ahead.take():
                     await append_delta(stream, draft.add(deltas), timeout_s)
                     for shown in draft.take():
                         yield shown
-                if not is_blocked(stream):
+                    if is_blocked(stream):
+                        break
+                else:
                     await finish_reply(stream, end_turn, timeout_s)
             finally:
                 await ahead.close()
