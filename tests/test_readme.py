@@ -41,6 +41,20 @@ def test_the_example_is_the_file_and_runs(checkpoints) -> None:
         assert ours.split()[:2] == readme.split()[:2] or not ours[0].isdigit()  # same positions and ids
 
 
+def test_the_loop_is_the_file_and_runs(checkpoints) -> None:
+    assert block("examples/guarded_loop.py") == (ROOT / "examples" / "guarded_loop.py").read_text()
+    run = subprocess.run(
+        [sys.executable, "-P", str(ROOT / "examples" / "guarded_loop.py"), str(checkpoints())],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    printed, recorded = run.stdout.splitlines(), block("guarded output").splitlines()
+    for lines in (printed, recorded):
+        assert sum(line.startswith("Verdict(") for line in lines) == 2
+        assert all(re.match(r"['\"]|   \[|Verdict\(action=", line) for line in lines)
+
+
 def test_the_tree_is_complete() -> None:
     tree = README[README.index("## The tree") : README.index("Why it is so")]
     named = set(re.findall(r"\b(\w+\.py)\b", tree))
