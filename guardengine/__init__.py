@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         WrongThread,
     )
     from guardengine.guarded_reply import guarded, guarded_sync
+    from guardengine.intervention import intervene
     from guardengine.labels import GenModeration, Label, Moderation, Verdict
     from guardengine.policy import Policy
     from guardengine.stream import Stream
@@ -66,6 +67,7 @@ _HOME = {
     "WrongThread": "errors",
     "guarded": "guarded_reply",
     "guarded_sync": "guarded_reply",
+    "intervene": "intervention",
 }
 
 __all__ = [
@@ -98,6 +100,7 @@ __all__ = [
     "__version__",
     "guarded",
     "guarded_sync",
+    "intervene",
 ]
 
 

@@ -40,28 +40,32 @@ class Reply:
         self._shown: ShownText | ShownIds | ShownForeignIds | None = None  # None: nothing has come yet
         self._is_single = False  # deltas are ints
 
-    def add(self, deltas: Iterable[Any]) -> str | list[int]:
-        """What to append for some deltas, "" or [] for nothing. Raises InvalidText or InvalidTokens for what is neither
-        text nor ids, or not what came before; ConfigError for a tokenizer that cannot decode."""
+    def read(self, deltas: Iterable[Any]) -> str | list[int]:
+        """The text or the ids of some deltas. Raises InvalidText or InvalidTokens for what is neither, or not what came
+        before; ConfigError for a tokenizer that cannot decode."""
         text, ids = "", list[int]()
         for delta in deltas:
-            value = self._read(delta)
+            value = self._value(delta)
             if isinstance(value, str):
                 self._kind(ShownText, value)
                 text += value
             elif value is not None:
                 self._kind(ShownIds if self._shape.tokenizer is None else ShownForeignIds, value)
                 ids += value
+        return text if self._shown is None or isinstance(self._shown, ShownText) else ids
+
+    def add(self, deltas: Iterable[Any]) -> str | list[int]:
+        """What to append for some deltas, "" or [] for nothing. Raises as `read`, and InvalidTokens for ids that their
+        tokenizer refuses."""
+        delta = self.read(deltas)
         match self._shown:
-            case ShownText():
-                self._shown.add(text)
-                return text
-            case ShownIds():
-                self._shown.add(ids)
-                return ids
-            case ShownForeignIds():
-                return self._shown.add(ids)
-        return text
+            case ShownText() if isinstance(delta, str):
+                self._shown.add(delta)
+            case ShownIds() if not isinstance(delta, str):
+                self._shown.add(delta)
+            case ShownForeignIds() if not isinstance(delta, str):
+                return self._shown.add(delta)
+        return delta
 
     def finish(self) -> str:
         """What to append when no more comes."""
@@ -69,13 +73,13 @@ class Reply:
 
     def take(self) -> Sequence[Any]:
         """What may be shown by now of what was not taken yet: deltas, mostly one or none."""
-        return [] if self._shown is None else self._shaped(self._shown.take())
+        return [] if self._shown is None else self.shaped(self._shown.take())
 
     def rest(self) -> Sequence[Any]:
         """All that was not taken yet."""
-        return [] if self._shown is None else self._shaped(self._shown.rest())
+        return [] if self._shown is None else self.shaped(self._shown.rest())
 
-    def _read(self, delta: Any) -> str | list[int] | None:
+    def _value(self, delta: Any) -> str | list[int] | None:
         text, ids, _ = self._shape
         if text is not None:
             value = text(delta)
@@ -109,7 +113,8 @@ class Reply:
         elif type(self._shown) is not kind:
             raise InvalidText(f"a delta is {value!r:.80} after others of another kind; use text or ids only")
 
-    def _shaped(self, shown: str | list[int]) -> Sequence[Any]:
+    def shaped(self, shown: str | list[int]) -> Sequence[Any]:
+        """A part of the reply as deltas of the shape that they came in."""
         if not shown:
             return []
         return shown if self._is_single and not isinstance(shown, str) else [shown]

@@ -59,7 +59,7 @@ def guarded(
     """
     shape = Shape(text, ids, tokenizer)
     shape.check()
-    _check(on_block, substitute)
+    check_on_block(on_block, substitute)
     if not isinstance(stream, AsyncStream):
         raise ConfigError(
             f"stream is {type(stream).__name__}, not an AsyncStream; use guarded_sync with an Engine's stream"
@@ -87,41 +87,45 @@ async def _guarded(
         if is_beside:
             ahead.start()
         await stream.prompt()
-        if not _is_blocked(stream):
+        if not is_blocked(stream):
             ahead.start()
             reply = Reply(stream, shape)
             while deltas := await ahead.take():
-                await _append(stream, reply.add(deltas), timeout_s)
-                is_blocked = _is_blocked(
-                    stream
-                )  # asked first: what a block comes after was cleared before it
+                await append_delta(stream, reply.add(deltas), timeout_s)
+                has_blocked = is_blocked(stream)
                 for shown in reply.take():
                     yield shown
-                if is_blocked:
+                if has_blocked:
                     break
             else:
-                await _append(stream, reply.finish(), timeout_s)
-                if end_turn and _can_end_turn(stream):
-                    await stream.finish_text(timeout_s=timeout_s)
-                elif stream.held_text:
-                    await stream.finish_text(end_turn=False, timeout_s=timeout_s)
-                is_blocked = _is_blocked(stream)
-                for shown in reply.take() if is_blocked else reply.rest():
+                await append_delta(stream, reply.finish(), timeout_s)
+                await finish_reply(stream, end_turn, timeout_s)
+                has_blocked = is_blocked(stream)
+                for shown in reply.take() if has_blocked else reply.rest():
                     yield shown
-            if not is_blocked:
+            if not has_blocked:
                 return
         await ahead.close()  # the LLM need not wait until somebody has read the substitute
-        for shown in _instead(stream.verdict, on_block, substitute):
+        for shown in instead(stream.verdict, on_block, substitute):
             yield shown
     finally:
         await ahead.close()
 
 
-async def _append(stream: AsyncStream, delta: str | list[int], timeout_s: float | None) -> None:
+async def append_delta(stream: AsyncStream, delta: str | list[int], timeout_s: float | None) -> None:
+    """Append text or ids, if there are any."""
     if isinstance(delta, str) and delta:
         await stream.append_text(delta, timeout_s=timeout_s)
     elif not isinstance(delta, str) and delta:
         await stream.append(delta, timeout_s=timeout_s)
+
+
+async def finish_reply(stream: AsyncStream, end_turn: bool, timeout_s: float | None) -> None:
+    """Feed what is held back, and the reply's <|im_end|> where there is one to feed."""
+    if end_turn and can_end_turn(stream):
+        await stream.finish_text(timeout_s=timeout_s)
+    elif stream.held_text:
+        await stream.finish_text(end_turn=False, timeout_s=timeout_s)
 
 
 def guarded_sync(
@@ -143,7 +147,7 @@ def guarded_sync(
     """
     shape = Shape(text, ids, tokenizer)
     shape.check()
-    _check(on_block, substitute)
+    check_on_block(on_block, substitute)
     if not isinstance(stream, Stream):
         raise ConfigError(
             f"stream is {type(stream).__name__}, not an Engine's Stream; use guarded with others"
@@ -169,44 +173,45 @@ def _guarded_sync(
 
     try:
         engine.run()
-        is_blocked = _is_blocked(stream)
-        if not is_blocked:
+        has_blocked = is_blocked(stream)
+        if not has_blocked:
             reply = Reply(stream, shape)
             for delta in source:
                 append(reply.add([delta]))
-                is_blocked = _is_blocked(stream)
+                has_blocked = is_blocked(stream)
                 yield from reply.take()
-                if is_blocked:
+                if has_blocked:
                     break
             else:
                 if tail := reply.finish():
                     append(tail)
-                if end_turn and _can_end_turn(stream):
+                if end_turn and can_end_turn(stream):
                     stream.finish_text()
                 elif stream.held_text:
                     stream.finish_text(end_turn=False)
                 engine.run()
-                is_blocked = _is_blocked(stream)
-                yield from reply.take() if is_blocked else reply.rest()
+                has_blocked = is_blocked(stream)
+                yield from reply.take() if has_blocked else reply.rest()
     finally:
         if callable(close := getattr(source, "close", None)):
             close()
-    if is_blocked:
-        yield from _instead(stream.verdict, on_block, substitute)
+    if has_blocked:
+        yield from instead(stream.verdict, on_block, substitute)
 
 
-def _is_blocked(stream: AsyncStream | Stream) -> bool:
+def is_blocked(stream: AsyncStream | Stream) -> bool:
+    """Whether the stream's policy blocks it by now."""
     return stream.verdict.action == "block"
 
 
-def _can_end_turn(stream: AsyncStream | Stream) -> bool:
+def can_end_turn(stream: AsyncStream | Stream) -> bool:
     """Whether there is an <|im_end|> to feed: on a stream opened from messages, unless the LLM's ids had it."""
     turns = stream._state.turns
     return turns is not None and not (turns[-1].role == "assistant" and turns[-1].is_closed)
 
 
-def _instead(verdict: Verdict, on_block: OnBlock, substitute: Any) -> Sequence[Any]:
-    """What comes in place of what is blocked."""
+def instead(verdict: Verdict, on_block: OnBlock, substitute: Any) -> Sequence[Any]:
+    """What comes in place of what is blocked. Raises Blocked where that was asked for."""
     if on_block == "raise":
         what = "the prompt" if verdict.rule == "prompt" else "the reply"
         category = "" if verdict.category is None else f", {verdict.category}"
@@ -214,7 +219,8 @@ def _instead(verdict: Verdict, on_block: OnBlock, substitute: Any) -> Sequence[A
     return [] if substitute is None else [substitute]
 
 
-def _check(on_block: str, substitute: Any) -> None:
+def check_on_block(on_block: str, substitute: Any) -> None:
+    """Raise ConfigError for what `instead` cannot do."""
     if on_block not in ("stop", "raise"):
         raise ConfigError(
             f"on_block={on_block!r:.80}: choose 'stop' or 'raise'; what to say instead is `substitute`"

@@ -112,6 +112,18 @@ class TextBooks:
             return self.spans[index][0]
         return min(num_chars, self.spans[index - 1][1])
 
+    def cut_before(self, reply_start: int, cleared: int) -> tuple[int, int]:
+        """Where the reply that begins at position `reply_start` can be cut, no character being cut, so that at most the
+        first `cleared` assistant tokens of the stream stay: how many of them do, and how many of its characters."""
+        num_tokens = len(self.positions)
+        first = bisect_left(self.positions, reply_start)
+        index = bisect_left(self.ordinals, cleared, first)
+        while first < index < num_tokens and self.spans[index][0] < self.spans[index - 1][1]:
+            index -= 1
+        if index < num_tokens:
+            return self.ordinals[index], self.spans[index][0]
+        return cleared, self.held.num_chars if index > first else 0
+
     def cut(self, num_tokens: int) -> TextBooks:
         """The books without what is held, and without all tokens from position `num_tokens` on. A character that is
         cut counts as gone."""

@@ -94,6 +94,12 @@ def cleared_chars(state: StreamState, cleared: int) -> int:
     return 0 if books is None else books.cleared_chars(turns[-1].start if turns else 0, cleared)
 
 
+def cut_before(state: StreamState, cleared: int) -> tuple[int, int]:
+    """Where to cut the latest reply's text: see `TextBooks.cut_before`."""
+    books, turns = state.text, state.turns
+    return (cleared, 0) if books is None else books.cut_before(turns[-1].start if turns else 0, cleared)
+
+
 def accepted_chars(state: StreamState) -> int:
     """How many characters the reply has so far, those held back included; what is incomplete counts as it would end."""
     books = state.text

@@ -7,11 +7,12 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
-from itertools import chain, pairwise
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from guarding import BAD_USER, END, Source, bad_prompts, deltas, make_bombs_unsafe, opened
 from launching import Launches, settled, sync_engine, with_engine
 
 from guardengine import AsyncEngine, AsyncStream, Policy, guarded, guarded_sync
@@ -19,11 +20,8 @@ from guardengine.errors import Blocked, ConfigError, InvalidText, InvalidTokens,
 from guardengine.integrations import openai, vllm
 from guardengine.tokenizer import Tokenizer
 
-USER = {"role": "user", "content": "Where?"}
-BAD_USER = {"role": "user", "content": "bomb"}
 SAFE = "The capital is Paris (巴黎是法国的首都)，n'est-ce pas?\n\nprint('cafe\u0301') 👩‍👩‍👧 It's done."
 BAD = SAFE[:30] + " bomb" + SAFE[30:]
-END = 151645
 
 
 @pytest.fixture(scope="module")
@@ -38,63 +36,7 @@ def tokenizer(folder) -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def bombs_are_unsafe(monkeypatch, tokenizer: Tokenizer) -> None:
-    """Whatever random weights say: what is a hit is the token " bomb", and a prompt that is "bomb"."""
-    (bad,) = tokenizer.encode_text(" bomb")
-    prompts: set[int] = set()
-
-    def hit(self: Policy, label: Any) -> str | None:
-        return (
-            "Unsafe"
-            if label.token_id == bad or (label.role == "user" and label.position in prompts)
-            else None
-        )
-
-    monkeypatch.setattr(Policy, "hit", hit)
-    monkeypatch.setattr(f"{__name__}.bad_prompts", prompts)
-
-
-bad_prompts: set[int] = set()  # positions at which prompts of the test end that are to be blocked
-
-
-def deltas(text: Any, rng: random.Random, longest: int = 7) -> list[Any]:
-    places = [0]
-    while places[-1] < len(text):
-        places.append(min(places[-1] + rng.randint(1, longest), len(text)))
-    return [text[start:end] for start, end in pairwise(places)]
-
-
-class Source:
-    """An async iterator that is watched: what was pulled, whether it was closed, and in which task."""
-
-    def __init__(self, items: list[Any], error: Exception | None = None, hangs: bool = False) -> None:
-        self.items, self.error, self.hangs = items, error, hangs
-        self.num_pulled, self.is_closed = 0, False
-        self.tasks: set[Any] = set()
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self._items()
-
-    async def _items(self) -> AsyncIterator[Any]:
-        try:
-            for item in self.items:
-                self.tasks.add(asyncio.current_task())
-                self.num_pulled += 1
-                yield item
-                await asyncio.sleep(0)
-            if self.hangs:
-                await asyncio.Event().wait()
-            if self.error is not None:
-                raise self.error
-        finally:
-            self.tasks.add(asyncio.current_task())
-            self.is_closed = True
-
-
-async def opened(engine: AsyncEngine, message: dict[str, str] = USER, **policy: Any) -> AsyncStream:
-    stream = await engine.open(messages=[message], policy=Policy.strict(**{"debounce": 1, **policy}))
-    if message is BAD_USER:
-        bad_prompts.add(len(stream.token_ids) - 1)
-    return stream
+    make_bombs_unsafe(monkeypatch, tokenizer)
 
 
 async def collect(

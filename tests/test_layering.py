@@ -85,6 +85,7 @@ LAYERS = (
     ("async_stream", "shown", "pull_ahead"),
     ("async_engine", "deltas"),
     ("guarded_reply",),
+    ("intervention",),
 )
 
 

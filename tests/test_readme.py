@@ -41,21 +41,32 @@ def test_the_example_is_the_file_and_runs(checkpoints) -> None:
         assert ours.split()[:2] == readme.split()[:2] or not ours[0].isdigit()  # same positions and ids
 
 
-def test_the_gen_example_is_the_file_and_runs(checkpoints) -> None:
-    assert block("examples/gen.py") == (ROOT / "examples" / "gen.py").read_text()
+def printed_by(example: str, folder: Path) -> list[str]:
+    """What an example prints, which is the file that the README shows."""
+    path = ROOT / "examples" / example
+    assert block(f"examples/{example}") == path.read_text()
     run = subprocess.run(
-        [sys.executable, "-P", str(ROOT / "examples" / "gen.py"), str(checkpoints("gen-tiny"))],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-P", str(path), str(folder)], capture_output=True, text=True, check=True
     )
-    printed, recorded = run.stdout.splitlines(), block("gen output").splitlines()
+    return run.stdout.splitlines()
+
+
+def test_the_gen_example_is_the_file_and_runs(checkpoints) -> None:
+    printed = printed_by("gen.py", checkpoints("gen-tiny"))
+    recorded = block("gen output").splitlines()
     assert len(printed) == len(recorded) == 6
     for output in (printed, recorded):
         for answer, odds, verdict in (output[:3], output[3:]):
             assert re.match(r"'Safety: \w+\\nCategories: ", answer)
             assert odds.startswith("{'Safe': 0.")
             assert verdict.startswith("Verdict(action=")
+
+
+def test_the_loop_is_the_file_and_runs(checkpoints) -> None:
+    printed = printed_by("guarded_loop.py", checkpoints())
+    for lines in (printed, block("guarded output").splitlines()):
+        assert sum(line.startswith("Verdict(") for line in lines) == 2
+        assert all(re.match(r"['\"]|   \[|Verdict\(action=", line) for line in lines)
 
 
 def test_the_tree_is_complete() -> None:
