@@ -78,12 +78,20 @@ def _draw_roc(axes: Any, section: Section) -> None:
         ys = [point.true_positive_rate for point in scores.roc]
         area = f"{scores.area_under_roc:.3f}" if scores.area_under_roc is not None else "-"
         axes.plot(xs, ys, color=color, lw=1.6, label=f"{scores.mode}, area {area}")
+        named: dict[tuple[float, float], list[str]] = {}
         for threshold in _NAMED_THRESHOLDS:
             at = _at(scores.roc, threshold)
-            where = (at.false_positive_rate, at.true_positive_rate)
+            named.setdefault((at.false_positive_rate, at.true_positive_rate), []).append(f"{threshold:g}")
+        for where, thresholds in named.items():
             axes.plot(*where, ".", color=color, ms=7)
             axes.annotate(
-                f"{threshold:g}", where, xytext=(4, -9), textcoords="offset points", fontsize=7, color=color
+                ", ".join(thresholds),
+                where,
+                xytext=(4, -9) if where[0] < 0.9 else (-4, -9),
+                textcoords="offset points",
+                ha="left" if where[0] < 0.9 else "right",
+                fontsize=7,
+                color=color,
             )
     for result in section.rules:
         rate = result.counts.false_positive_rate

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from guardengine.chat import ChatTemplate
@@ -19,7 +18,6 @@ from guardengine.labels import GenModeration, Role
 from guardengine.policy import Policy
 from guardengine.state import Wanted
 from guardengine.thinking import split_thinking
-from guardengine.tokenizer import Tokenizer
 from guardengine.whole_streams import run_feeds
 
 CONVERSATIONS_AT_A_TIME = 16
@@ -61,14 +59,9 @@ class Aim:
 
 
 def lay_out(
-    rows: Sequence[Row], aim: Aim, folder: Path, max_tokens: int, bad_rows: BadRows, progress: Progress
+    rows: Sequence[Row], aim: Aim, chat: ChatTemplate, max_tokens: int, bad_rows: BadRows, progress: Progress
 ) -> list[Judged]:
     """Render conversations for a Stream checkpoint. Raises, or leaves out, what cannot be rendered or is too long."""
-    if not (folder / "tokenizer.json").exists():
-        raise ConfigError(
-            f"{folder} has no tokenizer.json, so text cannot be rendered; add Qwen3's tokenizer.json to it"
-        )
-    chat = ChatTemplate.from_dir(folder, Tokenizer.from_dir(folder))
     laid_out = []
     for row in rows:
         try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from guardengine.chat import ChatTemplate
 from guardengine.checkpoint import open_checkpoint
 from guardengine.engine import Engine
 from guardengine.errors import ConfigError
@@ -22,6 +23,7 @@ from guardengine.evaluate.predict import (
 from guardengine.evaluate.rows import BadRows, Row, read_rows
 from guardengine.evaluate.summary import Report, summarize
 from guardengine.hub import resolve_checkpoint
+from guardengine.tokenizer import Tokenizer
 
 
 def evaluate(
@@ -84,8 +86,13 @@ def _run_stream(
     limit = min(
         options.pop("max_model_len", None) or config.max_position_embeddings, config.max_position_embeddings
     )
+    if not (folder / "tokenizer.json").exists():
+        raise ConfigError(
+            f"{folder} has no tokenizer.json, so text cannot be rendered; add Qwen3's tokenizer.json to it"
+        )
+    chat = ChatTemplate.from_dir(folder, Tokenizer.from_dir(folder))
     with _bar("rendering", len(rows), "row", progress) as bar:
-        laid_out = lay_out(rows, aim, folder, limit, bad_rows, bar.update)
+        laid_out = lay_out(rows, aim, chat, limit, bad_rows, bar.update)
     if not laid_out:
         raise ConfigError("no row can be judged; see the bad rows, or raise max_model_len")
     longest = max(len(each.token_ids) for each in laid_out)
