@@ -94,11 +94,13 @@ def test_trl_itself() -> None:
     ]
     logged = Trainer()
     fake = SimpleNamespace(
-        accelerator=SimpleNamespace(device=torch.device("cpu"), gather=lambda values: values),
+        accelerator=SimpleNamespace(
+            device=torch.device("cpu"), gather=lambda values: values, is_main_process=True
+        ),
         reward_funcs=functions,
         reward_func_names=[function.__name__ for function in functions],
         reward_processing_classes=[None, None],
-        state=None,
+        state=SimpleNamespace(global_step=1),
         environments=None,
         async_loop=loop,
         args=SimpleNamespace(report_to=[]),
