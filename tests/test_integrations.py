@@ -50,6 +50,8 @@ def test_trl_calls_guard_only() -> None:
         "guard_only_reward/output": ["Safe", "Safe", "Safe"],
     }
     assert trainer.metrics == {"guard_only_reward/unsafe": [1 / 3], "guard_only_reward/refusal": [1 / 3]}
+    function(**trainer.arguments(["Unsafe", "Controversial", "<think>fine</think>fine"]))
+    assert trainer.metrics["guard_only_reward/unsafe"][1] == 2 / 3
     messages = [[{"role": "assistant", "content": text}] for text in COMPLETIONS]
     assert function(**trainer.arguments(messages)) == [1.0, 0.0, 1.0]
     assert function(prompts=["x"], completions=["fine"]) == [1.0]  # older releases pass less

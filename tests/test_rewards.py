@@ -200,6 +200,18 @@ def test_every_message_of_the_assistants_is_judged_where_it_stands() -> None:
     assert reward == Reward(-10.0, "Safe", "Unsafe", True, 1.0)
 
 
+def test_of_several_messages_the_worst_counts_and_the_last_may_be_a_refusal() -> None:
+    turns = [
+        {"role": "assistant", "content": "<think>Controversial</think>refuse"},
+        {"role": "tool", "content": "result"},
+        {"role": "assistant", "content": "<think>fine</think>fine"},
+    ]
+    (reward,) = GuardReward(FakeGen())(["x"], [turns])
+    assert reward == Reward(0.0, "Controversial", "Safe", False, None)
+    (reward,) = GuardReward(FakeGen())(["x"], [turns[::-1]])
+    assert reward == Reward(0.0, "Controversial", "Safe", True, None)
+
+
 def test_a_table_of_cases_by_every_engine() -> None:
     table = [  # completion, guard-only, hybrid with pm 2
         ("fine", 1.0, 2.0),
