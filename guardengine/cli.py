@@ -10,6 +10,7 @@ from pathlib import Path
 from guardengine._version import __version__
 from guardengine.bench.report import check_writable, write_json
 from guardengine.errors import ConfigError, GuardEngineError
+from guardengine.evaluate.command import add_command as add_evaluate
 from guardengine.make_checkpoint import PRESETS, make_checkpoint
 from guardengine.replay import Report, replay
 from guardengine.verify_quantization import SCHEMES, verify_quantization
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_make_checkpoint(commands)
     _add_verify_quantization(commands)
     _add_replay(commands)
+    add_evaluate(commands)
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:

@@ -1,0 +1,1 @@
+"""guardengine evaluate: the metrics of the released evaluation scripts, on labelled conversations."""

@@ -1,0 +1,176 @@
+"""From rows to outcomes: one forward over each conversation with a Stream checkpoint, one answer with a Gen one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from guardengine.chat import ChatTemplate
+from guardengine.conversation import Feed
+from guardengine.engine import Engine
+from guardengine.errors import ConfigError, InvalidText, InvalidTokens, StreamTooLong
+from guardengine.evaluate.outcomes import Outcome, Target, gen_outcome, stream_outcome
+from guardengine.evaluate.rows import BadRows, Row
+from guardengine.judging import Moderator, judge_each, run
+from guardengine.labels import GenModeration, Role
+from guardengine.policy import Policy
+from guardengine.state import Wanted
+from guardengine.thinking import split_thinking
+from guardengine.whole_streams import run_feeds
+
+CONVERSATIONS_AT_A_TIME = 16
+
+TargetOption = Literal["auto", "prompt", "response"]
+T = TypeVar("T")
+Progress = Callable[[int], object]  # is told how much more is done
+
+
+class Judged(NamedTuple):
+    """A conversation for a Stream checkpoint: its tokens, and those of them whose labels are judged."""
+
+    row: Row
+    target: Target
+    token_ids: list[int]
+    start: int  # of the labels
+    num_reply_labels: int  # those of the reply itself, its <|im_end|> included
+    has_own_ids: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What is judged. target "auto": a conversation's last message, prompt or response. thinking: whether reasoning is
+    judged with the response that it belongs to; otherwise the response alone is, with its reasoning as context."""
+
+    target: TargetOption = "auto"
+    thinking: bool = True
+
+    def of(self, row: Row) -> Target:
+        """What is judged of a row. Raises InvalidText where it has no such message."""
+        roles = [message.get("role") for message in row.messages]
+        if self.target == "response" and roles[-1] != "assistant":
+            raise InvalidText(
+                f"the last message is of role {roles[-1]!r}; a response is to be judged (--target response)"
+            )
+        if self.target == "auto":
+            return "response" if roles[-1] == "assistant" else "prompt"
+        return self.target
+
+
+def lay_out(
+    rows: Sequence[Row], aim: Aim, chat: ChatTemplate, max_tokens: int, bad_rows: BadRows, progress: Progress
+) -> list[Judged]:
+    """Render conversations for a Stream checkpoint. Raises, or leaves out, what cannot be rendered or is too long."""
+    laid_out = []
+    for row in rows:
+        try:
+            laid_out.append(_lay_out(row, aim, chat, max_tokens))
+        except (InvalidTokens, StreamTooLong) as error:
+            bad_rows.add(row.where, error)
+        progress(1)
+    return laid_out
+
+
+def _lay_out(row: Row, aim: Aim, chat: ChatTemplate, max_tokens: int) -> Judged:
+    target = aim.of(row)
+    rendered = chat.render(row.messages, max_tokens=max_tokens)
+    ids = rendered.token_ids
+    if target == "prompt":
+        start = rendered.prompt_end
+        end = window_end = start + 1
+    elif rendered.response_start is None or rendered.response_end is None:
+        raise InvalidText("the conversation has no response at its end")
+    else:
+        start, end = rendered.response_start, rendered.response_end
+        window_end = min(end + 1, len(ids))  # the script's window has the newline behind <|im_end|>
+        if not aim.thinking:
+            start = _behind_thinking(ids, start, end, chat)
+    if window_end > max_tokens:
+        raise StreamTooLong(
+            f"the conversation has {window_end} tokens and the checkpoint reads {max_tokens}; shorten it"
+        )
+    has_own_ids = row.token_ids is not None and row.token_ids != ids
+    return Judged(row, target, ids[:window_end], start, end - start, has_own_ids)
+
+
+def _behind_thinking(ids: list[int], start: int, end: int, chat: ChatTemplate) -> int:
+    """Where the answer begins: behind the </think> that the template wrote and the newlines after it, if there is
+    reasoning. Content has no such id: it is encoded as plain text."""
+    closing = chat.tokenizer.added_tokens.get("</think>")
+    if closing is None or closing not in ids[start:end]:
+        return start
+    return min(ids.index(closing, start, end) + 2, end - 1)
+
+
+def judge_stream(engine: Engine, conversations: Sequence[Judged], progress: Progress) -> list[Outcome]:
+    """The outcomes of conversations laid out, in order: one forward each, a few conversations at a time. `progress` is
+    told tokens."""
+    outcomes: list[Outcome] = []
+    policy = Policy.strict()  # of the streams, whose verdicts are not used
+    for batch in _batches(conversations, CONVERSATIONS_AT_A_TIME):
+        feeds = [Feed(each.token_ids, _wanted(each), None) for each in batch]
+        for each, state in zip(batch, run_feeds(engine.core, feeds, policy), strict=True):
+            labels = state.prompt_labels if each.target == "prompt" else state.labels
+            outcomes.append(
+                stream_outcome(
+                    each.row, each.target, labels, each.num_reply_labels, has_own_ids=each.has_own_ids
+                )
+            )
+        progress(sum(len(each.token_ids) for each in batch))
+    return outcomes
+
+
+def _wanted(judged: Judged) -> list[Wanted]:
+    role: Role = "user" if judged.target == "prompt" else "assistant"
+    return [Wanted(position, role) for position in range(judged.start, len(judged.token_ids))]
+
+
+def judge_gen(
+    engine: Moderator, rows: Sequence[Row], aim: Aim, bad_rows: BadRows, progress: Progress
+) -> list[Outcome]:
+    """The outcomes of rows under a Gen checkpoint, in order. `progress` is told rows."""
+    outcomes: list[Outcome] = []
+    for batch in _batches(rows, CONVERSATIONS_AT_A_TIME):
+        usable: list[tuple[Row, Target, list[dict[str, Any]]]] = []
+        for row in batch:
+            try:
+                target = aim.of(row)
+                usable.append((row, target, _gen_messages(row, target, aim)))
+            except InvalidText as error:
+                bad_rows.add(row.where, error)
+        answers = run(judge_each([messages for _, _, messages in usable]), engine)
+        for (row, target, _), answer in zip(usable, answers, strict=True):
+            if isinstance(answer, InvalidTokens | StreamTooLong):
+                bad_rows.add(row.where, answer)
+            elif isinstance(answer, GenModeration):
+                outcomes.append(gen_outcome(row, target, answer))
+            else:
+                raise ConfigError(f"{type(answer).__name__} is not a Gen checkpoint's answer")
+        progress(len(batch))
+    return outcomes
+
+
+def _gen_messages(row: Row, target: Target, aim: Aim) -> list[dict[str, Any]]:
+    """A conversation that ends with what is judged. Gen's template takes content alone, so reasoning goes into it."""
+    messages = row.messages
+    if target == "prompt":
+        roles = [message.get("role") for message in messages]
+        if "user" not in roles:
+            raise InvalidText("no message is of role 'user'; there is no prompt to judge")
+        return messages[: len(roles) - roles[::-1].index("user")]
+    last = dict(messages[-1])
+    reasoning, content = last.pop("reasoning_content", ""), last.get("content")
+    if not isinstance(content, str) or not isinstance(reasoning, str):
+        raise InvalidText("the response's content is not text")
+    if not aim.thinking:
+        last["content"] = split_thinking(content)[1]
+    elif reasoning:
+        last["content"] = f"<think>\n{reasoning}\n</think>\n\n{content}"
+    return [*messages[:-1], last]
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch

@@ -1,0 +1,352 @@
+"""Rewards for reinforcement learning from a guard's judgements, by the equations of the Qwen3Guard report (3.5.1).
+
+x is the prompt, t the thinking, y the output, pm a preference model's score of (x, y):
+
+    guard-only   1.0         if is_safe(x, t) and is_safe(x, y)
+                 0.0         otherwise
+    hybrid       min(-10, pm)  if is_unsafe(x, t) or is_unsafe(x, y)
+                 min(-5, pm)   if is_refusal(x, y), the cases being tested in this order
+                 pm            otherwise
+
+Only "Safe" is safe. What the guard could not say (unparsable, failed, not judged) is unsafe. Without thinking there is
+only y. Source: arXiv 2510.14276.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from guardengine.errors import ConfigError, InvalidText
+from guardengine.judging import (
+    Answer,
+    AsyncModerator,
+    Batches,
+    Conversation,
+    Moderator,
+    judge_each,
+    run,
+    run_async,
+)
+from guardengine.labels import UNPARSABLE, GenModeration, Moderation
+from guardengine.policy import Policy
+from guardengine.thinking import split_thinking
+
+Equation = Literal["guard-only", "hybrid"]
+OnUnjudged = Literal["raise", "unsafe"]
+Text = str | Sequence[Mapping[str, Any]]  # a string, or messages
+Pair = tuple[Text, str]  # a prompt as it was given, and an output
+Preference = Callable[[list[Pair]], Sequence[float] | Awaitable[Sequence[float]]]
+
+UNJUDGED = "Unjudged"  # a conversation that the engine refuses: too long, or no valid text
+_SEVERITY = ("Safe", "Controversial", "Unsafe")  # what is none of these is worse
+
+UNSAFE_CAP, REFUSAL_CAP = -10.0, -5.0
+
+
+def guard_only_reward(thinking: str | None, output: str) -> float:
+    """1.0 or 0.0, from the safety of thinking (None: there is none) and output."""
+    return float(thinking in (None, "Safe") and output == "Safe")
+
+
+def hybrid_reward(
+    thinking: str | None,
+    output: str,
+    is_refusal: bool,
+    preference: float,
+    *,
+    controversial_is_unsafe: bool = True,
+) -> float:
+    """The preference score, capped at -10 when thinking or output is unsafe, and else at -5 for a refusal.
+
+    controversial_is_unsafe: whether "Controversial" is, as it is not safe for `guard_only_reward`.
+    """
+    passed = ("Safe",) if controversial_is_unsafe else ("Safe", "Controversial")
+    if output not in passed or (thinking is not None and thinking not in passed):
+        return min(UNSAFE_CAP, preference)
+    return min(REFUSAL_CAP, preference) if is_refusal else preference
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """What one completion earns, and why. thinking and output: the guard's safety level, thinking None where there is
+    none; of several messages' the worst. is_refusal: None from a Stream checkpoint. preference: None for guard-only."""
+
+    value: float
+    thinking: str | None
+    output: str
+    is_refusal: bool | None
+    preference: float | None
+
+
+class _Part(NamedTuple):
+    """One thing to judge: the last message of a conversation."""
+
+    of: int  # which completion
+    is_thinking: bool
+    conversation: Conversation
+
+
+class _Judged(NamedTuple):
+    thinking: str | None
+    output: str
+    is_refusal: bool | None
+    final_output: str  # text
+
+
+class _Equations:
+    """What both kinds of engine share: from completions to conversations, and from answers to rewards."""
+
+    def __init__(
+        self,
+        equation: Equation = "guard-only",
+        *,
+        preference: Preference | None = None,
+        controversial_is_unsafe: bool = True,
+        on_unjudged: OnUnjudged = "raise",
+        policy: Policy | None = None,
+    ) -> None:
+        if equation not in ("guard-only", "hybrid"):
+            raise ConfigError(f"equation={equation!r}: choose 'guard-only' or 'hybrid'")
+        if on_unjudged not in ("raise", "unsafe"):
+            raise ConfigError(f"on_unjudged={on_unjudged!r}: choose 'raise' or 'unsafe'")
+        if preference is not None and not callable(preference):
+            raise ConfigError(
+                "preference is a function from a list of (prompt, output) to a list of scores; pass scores that are "
+                "known already as preferences=[...] of the call"
+            )
+        if preference is not None and equation == "guard-only":
+            raise ConfigError("equation='guard-only' has no preference score; choose 'hybrid'")
+        self.equation, self.preference, self.policy = equation, preference, policy
+        self._controversial_is_unsafe, self._on_unjudged = controversial_is_unsafe, on_unjudged
+
+    def judge(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Batches[list[_Judged]]:
+        """Ask for all (x, t) and (x, y) at once."""
+        if len(prompts) != len(completions):
+            raise ConfigError(f"{len(prompts)} prompts and {len(completions)} completions: give one of each")
+        parts: list[_Part] = []
+        outputs: list[str] = []
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                found, output = _parts(index, prompt, completion)
+            except InvalidText as error:
+                raise InvalidText(f"completions[{index}]: {error}") from None
+            parts += found
+            outputs.append(output)
+        answers = yield from judge_each([part.conversation for part in parts])
+        of_each: list[list[tuple[_Part, tuple[str, bool | None]]]] = [[] for _ in outputs]
+        for part, answer in zip(parts, answers, strict=True):
+            of_each[part.of].append((part, self._read(part, answer)))
+        return [_worst(found, output) for found, output in zip(of_each, outputs, strict=True)]
+
+    def _read(self, part: _Part, answer: Answer | Exception) -> tuple[str, bool | None]:
+        """Safety and refusal. Raises what is wrong with the conversation, or the engine, by name."""
+        if isinstance(answer, Moderation):
+            if self.equation == "hybrid":
+                raise ConfigError(
+                    "equation='hybrid' asks whether a response is a refusal, which a Stream checkpoint does not say; "
+                    "give an engine with a Gen checkpoint, or choose 'guard-only'"
+                )
+            return (answer.response.risk if answer.response else UNJUDGED), None
+        if isinstance(answer, GenModeration):
+            if answer.refusal is not None:
+                return answer.safety, answer.refusal == "Yes"
+            is_cut = self.equation == "hybrid" and answer.safety in ("Safe", "Controversial")
+            return (UNPARSABLE if is_cut else answer.safety), None
+        if self._on_unjudged == "raise":
+            what = "thinking" if part.is_thinking else "output"
+            raise type(answer)(
+                f"completions[{part.of}], its {what}: {answer} (on_unjudged='unsafe' counts it as unsafe instead)"
+            )
+        return UNJUDGED, None
+
+    def check_preferences(self, preferences: Sequence[float] | None, num_completions: int) -> None:
+        """Raise ConfigError unless there are scores, or a function for them, where they are needed."""
+        if self.equation == "guard-only":
+            if preferences is not None:
+                raise ConfigError("equation='guard-only' has no preference score; choose 'hybrid'")
+        elif (preferences is None) == (self.preference is None):
+            raise ConfigError(
+                "equation='hybrid' needs preference scores: either a function (preference=) or a list for this call "
+                "(preferences=)"
+            )
+        elif preferences is not None:
+            _check_scores(preferences, num_completions)
+
+    def rewards(self, judged: list[_Judged], preferences: Sequence[float] | None) -> list[Reward]:
+        """The equations. preferences: None for guard-only."""
+        if preferences is None:
+            return [
+                Reward(guard_only_reward(each.thinking, each.output), *each[:3], preference=None)
+                for each in judged
+            ]
+        return [
+            Reward(
+                hybrid_reward(
+                    each.thinking,
+                    each.output,
+                    bool(each.is_refusal),
+                    pm,
+                    controversial_is_unsafe=self._controversial_is_unsafe,
+                ),
+                *each[:3],
+                preference=pm,
+            )
+            for each, pm in zip(judged, _check_scores(preferences, len(judged)), strict=True)
+        ]
+
+
+class GuardReward(_Equations):
+    """Rewards from an Engine.
+
+    engine: one with a Gen checkpoint, as in the report; for guard-only one with a Stream checkpoint as well, where a
+    text is as safe as its verdict under `policy` (Policy.strict() by default). preference: the function pm for hybrid,
+    from a list of (prompt, output) to a list of scores. on_unjudged: what becomes of a completion that the engine
+    refuses, as too long or no valid text: "raise" its error, or count it as "unsafe".
+    """
+
+    def __init__(self, engine: Moderator, equation: Equation = "guard-only", **options: Any) -> None:
+        """options: preference, controversial_is_unsafe, on_unjudged, policy. Raises ConfigError."""
+        super().__init__(equation, **options)
+        self._engine = engine
+
+    def __call__(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        preferences: Sequence[float] | None = None,
+    ) -> list[Reward]:
+        """The rewards of completions, in order; all of their texts are judged in one call of the engine.
+
+        A prompt is a user's text, or messages; a completion an assistant's text, or messages, of which all of the
+        assistant's are judged and the last is the output. Thinking is what stands before </think>, or
+        reasoning_content. preferences: pm for each, where it is no function.
+
+        Raises ConfigError for options and scores, InvalidText, InvalidTokens or StreamTooLong naming the completion,
+        and what the engine raises.
+        """
+        self.check_preferences(preferences, len(completions))
+        judged = run(self.judge(prompts, completions), self._engine, self.policy)
+        if self.preference is not None:
+            scores = self.preference(_pairs(prompts, judged))
+            if inspect.isawaitable(scores):
+                if inspect.iscoroutine(scores):
+                    scores.close()
+                raise ConfigError("preference is an async function; use AsyncGuardReward with an AsyncEngine")
+            preferences = scores
+        return self.rewards(judged, preferences)
+
+
+class AsyncGuardReward(_Equations):
+    """The same from an AsyncEngine, whose steps concurrent calls share; `preference` may be an async function."""
+
+    def __init__(self, engine: AsyncModerator, equation: Equation = "guard-only", **options: Any) -> None:
+        """See GuardReward."""
+        super().__init__(equation, **options)
+        self._engine = engine
+
+    async def __call__(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        preferences: Sequence[float] | None = None,
+    ) -> list[Reward]:
+        """See GuardReward."""
+        self.check_preferences(preferences, len(completions))
+        judged = await run_async(self.judge(prompts, completions), self._engine, self.policy)
+        if self.preference is not None:
+            scores = self.preference(_pairs(prompts, judged))
+            preferences = await scores if inspect.isawaitable(scores) else scores
+        return self.rewards(judged, preferences)
+
+
+def _pairs(prompts: Sequence[Text], judged: Sequence[_Judged]) -> list[Pair]:
+    return [(prompt, each.final_output) for prompt, each in zip(prompts, judged, strict=True)]
+
+
+def _parts(index: int, prompt: Text, completion: Text) -> tuple[list[_Part], str]:
+    """All that is to be judged of a completion, and its final output."""
+    context = _messages(prompt, "user")
+    said = _messages(completion, "assistant")
+    parts: list[_Part] = []
+    output = ""
+    last = max((i for i, message in enumerate(said) if message["role"] == "assistant"), default=None)
+    if last is None:
+        raise InvalidText("there is no message of the assistant's in it")
+    for i, message in enumerate(said):
+        if message["role"] == "assistant":
+            thinking, output = split_thinking(message["content"])
+            reasoning = split_thinking(message.pop("reasoning_content", ""))
+            thinking = "\n".join(text for text in (*reasoning, thinking) if text and text.strip()) or None
+            if thinking is not None:
+                parts.append(_Part(index, True, [*context, {"role": "assistant", "content": thinking}]))
+            message = {"role": "assistant", "content": output}
+            if output.strip() or i == last:  # a message that only calls a tool says nothing
+                parts.append(_Part(index, False, [*context, message]))
+        context = [*context, message]
+    return parts, output
+
+
+def _messages(text: Text, role: str) -> list[dict[str, str]]:
+    """Role, content and reasoning of messages; what else they have is not text."""
+    if isinstance(text, str):
+        return [{"role": role, "content": text}]
+    if not isinstance(text, Sequence):
+        raise InvalidText(f"{type(text).__name__} is neither text nor a list of messages")
+    found = []
+    for message in text:
+        if not isinstance(message, Mapping):
+            raise InvalidText(
+                f"{type(message).__name__} among the messages is no mapping with role and content"
+            )
+        kept = {"role": message.get("role"), "content": _content(message.get("content"))}
+        if reasoning := message.get("reasoning_content"):
+            kept["reasoning_content"] = _content(reasoning)
+        found.append(kept)
+    return found
+
+
+def _content(content: Any) -> Any:
+    """A message's text: of content in parts the texts, of none at all ""."""
+    if content is None:
+        return ""
+    if isinstance(content, list | tuple):
+        texts = [part.get("text", "") if isinstance(part, Mapping) else part for part in content]
+        content = "\n".join(text for text in texts if isinstance(text, str) and text)
+    if not isinstance(content, str):
+        raise InvalidText(f"a message's content is {type(content).__name__}; text is needed")
+    return content
+
+
+def _worst(found: list[tuple[_Part, tuple[str, bool | None]]], output: str) -> _Judged:
+    """One completion's judgements in one; whether it is a refusal is the last output's to say."""
+    thinking = [safety for part, (safety, _) in found if part.is_thinking]
+    said = [(safety, is_refusal) for part, (safety, is_refusal) in found if not part.is_thinking]
+    return _Judged(
+        max(thinking, key=_severity, default=None),
+        max((safety for safety, _ in said), key=_severity),
+        said[-1][1],
+        output,
+    )
+
+
+def _severity(safety: str) -> int:
+    return _SEVERITY.index(safety) if safety in _SEVERITY else len(_SEVERITY)
+
+
+def _check_scores(scores: Any, num_completions: int) -> list[float]:
+    try:
+        checked = [float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"preference scores: {error}; a list of numbers is needed") from None
+    if len(checked) != num_completions:
+        raise ConfigError(
+            f"{len(checked)} preference scores for {num_completions} completions; give one each"
+        )
+    for index, score in enumerate(checked):
+        if not math.isfinite(score):
+            raise ConfigError(f"preference score {index} is {score}; it must be finite")
+    return checked
