@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from guardengine._version import __version__
+from guardengine.annotate.command import add_command as add_annotate
 from guardengine.bench.report import check_writable, write_json
 from guardengine.errors import ConfigError, GuardEngineError
 from guardengine.make_checkpoint import PRESETS, make_checkpoint
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_make_checkpoint(commands)
     _add_verify_quantization(commands)
     _add_replay(commands)
+    add_annotate(commands)
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:

@@ -41,6 +41,10 @@ class AuditError(GuardEngineError):
     """The audit log cannot be written. Labels that are not in it are not handed out: they come once it can be."""
 
 
+class OutputError(GuardEngineError):
+    """A file of results cannot be written, as on a full disk. What was written before is kept, to go on from."""
+
+
 class WrongThread(GuardEngineError):
     """A call from a thread that does not own the engine, or from inside another call of the engine."""
 
