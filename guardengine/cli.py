@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from guardengine._version import __version__
+from guardengine.annotate.command import add_command as add_annotate
 from guardengine.bench.report import check_writable, write_json
 from guardengine.errors import ConfigError, GuardEngineError
 from guardengine.evaluate.command import add_command as add_evaluate
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_verify_quantization(commands)
     _add_replay(commands)
     add_evaluate(commands)
+    add_annotate(commands)
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:

@@ -53,6 +53,10 @@ class Blocked(GuardEngineError):
         self.verdict = verdict
 
 
+class OutputError(GuardEngineError):
+    """A file of results cannot be written, as on a full disk. What was written before is kept, to go on from."""
+
+
 class WrongThread(GuardEngineError):
     """A call from a thread that does not own the engine, or from inside another call of the engine."""
 

@@ -1,0 +1,183 @@
+"""Writing OUT from the input and the journal: all rows in order, with all of their columns and the guard's.
+
+Written beside their place and renamed when they are whole, so OUT is never seen in part. Doing it again gives the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from guardengine.annotate.journal import Annotation, Entry, Fault, Journal, write_error
+from guardengine.annotate.layout import Layout
+from guardengine.annotate.rows import JsonlSource, Row
+from guardengine.annotate.tables import TableSource
+from guardengine.errors import ConfigError
+
+_EXCERPT_CHARS = 200
+
+Source = JsonlSource | TableSource
+
+
+class Columns(NamedTuple):
+    """The names of the guard's columns."""
+
+    risk: str
+    category: str
+    scores: str
+    first_flag_token: str
+    first_flag_char: str
+
+    @staticmethod
+    def with_prefix(prefix: str) -> Columns:
+        return Columns(*(prefix + name for name in Columns._fields))
+
+    def values(self, entry: Entry) -> dict[str, Any]:
+        """A row's values of these columns; all None where it was not judged."""
+        if isinstance(entry, Fault):
+            return dict.fromkeys(self)
+        return {name: getattr(entry, field) for name, field in zip(self, Columns._fields, strict=True)}
+
+
+class BadRows:
+    """Collects the rows that were not judged into a file of JSON lines."""
+
+    def __init__(self, file: IO[bytes], layout: Layout) -> None:
+        self._file, self._layout = file, layout
+        self.num_rows = 0
+
+    def add(self, row: Row, reason: str) -> None:
+        self.num_rows += 1
+        where = {} if row.line is None else {"file": row.file, "line": row.line}
+        text = (
+            json.dumps({name: row.record.get(name) for name in self._layout.columns}, default=plain)
+            if row.record or row.raw is None
+            else row.raw[: 4 * _EXCERPT_CHARS].decode("utf-8", "backslashreplace")
+        )
+        excerpt = text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + "..."
+        line = {"row": row.number, **where, "reason": reason, "excerpt": excerpt}
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.num_rows = 0
+        self._file.seek(0)
+        self._file.truncate()
+
+
+def write_jsonl(
+    source: Source, journal: Journal, columns: Columns, bad: BadRows, limit: int, file: IO[bytes]
+) -> None:
+    """All rows as JSON lines. Lines that were read as such stay as they are, but for the columns that are added."""
+    for row in first(source.rows(), limit):
+        entry = journal.entry(row.number)
+        if row.fault is not None and isinstance(entry, Annotation):  # in a column that is not judged
+            entry = Fault(row.fault)
+        if isinstance(entry, Fault):
+            bad.add(row, entry.reason)
+        added = json.dumps(columns.values(entry), ensure_ascii=False).encode()
+        if row.raw is None:
+            line = as_json(dict(row.record))[:-1].rstrip() + b", " + added[1:] if row.record else added
+        elif not row.record:
+            line = added
+        elif set(columns) & row.record.keys():  # a bad row, whose own columns of these names make way
+            line = as_json({**row.record, **columns.values(entry)})
+        else:
+            line = row.raw[:-1].rstrip() + b", " + added[1:]
+        file.write(line + b"\n")
+
+
+def first(rows: Iterator[Row], limit: int) -> Iterator[Row]:
+    """The first `limit` rows."""
+    for row in rows:
+        if row.number >= limit:
+            return
+        yield row
+
+
+def as_json(record: Mapping[str, Any]) -> bytes:
+    """A record as a JSON object. What JSON has no numbers for (NaN, infinities) is null; see `plain` for the rest."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False, default=plain)
+    except ValueError:
+        text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=plain)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def plain(value: Any) -> Any:
+    """Values that JSON does not have: times in ISO format, bytes in base64, all else as Python prints it."""
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class Output:
+    """OUT and OUT.bad.jsonl, as files beside their places until `finish` puts them there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bad_path = Path(f"{path}.bad.jsonl")
+
+    def write(self, write: Callable[[IO[bytes], IO[bytes]], int]) -> int:
+        """Let `write` fill OUT and the bad rows' file and say how many these are, then put both in place.
+
+        Returns that number. Raises OutputError where a file cannot be written; what was there before is unchanged then.
+        """
+        temporaries = [Path(f"{path}.tmp") for path in (self.path, self.bad_path)]
+        try:
+            with open_new(temporaries[0]) as out, open_new(temporaries[1]) as bad:
+                num_bad = write(out, bad)
+                for file in (out, bad):
+                    file.flush()
+                    os.fsync(file.fileno())
+            if num_bad:
+                os.replace(temporaries[1], self.bad_path)
+            else:
+                self.bad_path.unlink(missing_ok=True)
+            os.replace(temporaries[0], self.path)
+            _sync_folder(self.path.parent)
+            return num_bad
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        finally:
+            for temporary in temporaries:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+
+
+def open_new(path: Path) -> IO[bytes]:
+    return path.open("wb")
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that the rename is on the disk before the journal goes."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_columns(columns: Columns, present: list[str]) -> None:
+    """Raise ConfigError where the input has one of the columns that are to be added."""
+    for name in columns:
+        if name in present:
+            raise ConfigError(f"the input has a column {name!r} already; give another --prefix than its")

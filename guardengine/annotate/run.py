@@ -1,0 +1,300 @@
+"""annotate(): a data set through a checkpoint, from the first row or from where an earlier run stopped."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from guardengine._version import __version__
+from guardengine.annotate.assembly import (
+    BadRows,
+    Columns,
+    Output,
+    Source,
+    check_columns,
+    first,
+    write_jsonl,
+)
+from guardengine.annotate.digests import checkpoint_digest, identities, input_digest
+from guardengine.annotate.folders import data_files
+from guardengine.annotate.journal import Fault, Journal
+from guardengine.annotate.judging import LONG_CHARS, Judge, judge
+from guardengine.annotate.layout import BadRow, Layout, Messages, choose_layout, conversation_of
+from guardengine.annotate.parquet_out import GuardColumns, LinesToParquet, write_table
+from guardengine.annotate.response_chars import ResponseChars
+from guardengine.annotate.rows import JsonlSource, Row
+from guardengine.annotate.tables import TableSource
+from guardengine.engine import Engine
+from guardengine.errors import ConfigError
+from guardengine.hub import resolve_checkpoint
+from guardengine.policy import Policy
+
+DEFAULT_WINDOW_ROWS = 2048
+# Text of so many characters, about 16,000 tokens, goes to the engine in one call: many steps, of which the last alone
+# is not full, and labels of some 20 MB.
+_CALL_CHARS = 1 << 16
+_MIN_CHARS = 64  # what the template adds to a conversation
+
+Loader = Callable[[Path], AbstractContextManager[Judge]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What `annotate` does beside its defaults; `guardengine annotate --help` explains each.
+
+    Annotations depend on all but window_rows and num_threads, so that a run is gone on with only under the same.
+    """
+
+    layout: Layout = field(default_factory=Layout)  # columns that are named; others are found
+    split: str | None = None
+    policy: str = "strict"
+    debounce: int = 2
+    prefix: str = "guard_"
+    limit: int | None = None
+    revision: str | None = None
+    backend: str = "auto"
+    quantization: str | None = None
+    num_threads: int | None = None
+    window_rows: int = DEFAULT_WINDOW_ROWS  # rows that are sorted by length together
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("strict", "loose"):
+            raise ConfigError(f"--policy {self.policy}: strict or loose is needed")
+        if self.limit is not None and self.limit < 0:
+            raise ConfigError(f"--limit {self.limit}: a number of rows from 0 is needed")
+        if not 1 <= self.window_rows <= 2**20:
+            raise ConfigError(f"--batch-rows {self.window_rows}: from 1 to {2**20} is needed")
+
+    def make_policy(self) -> Policy:
+        make = Policy.strict if self.policy == "strict" else Policy.loose
+        return make(debounce=self.debounce)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was done. num_resumed: rows that an earlier run had judged. num_tokens, seconds: of this run's judging.
+
+    risks: rows by risk. as_text: columns of mixed types, which are JSON text in a Parquet file.
+    """
+
+    layout: Layout
+    num_rows: int
+    num_bad: int
+    num_resumed: int
+    num_tokens: int
+    seconds: float
+    risks: dict[str, int]
+    as_text: tuple[str, ...] = ()
+
+
+def annotate(
+    input_path: str | Path,
+    output_path: str | Path,
+    checkpoint: str | Path,
+    options: Options | None = None,
+    *,
+    restart: bool = False,
+    progress: bool = False,
+    load: Loader | None = None,
+) -> Report:
+    """Annotate a data set: JSON lines, Parquet or Arrow files, or a folder of them.
+
+    The output is JSON lines or Parquet by its suffix, with all columns and rows of the input in the same order.
+
+    Until all rows are judged only the journal beside `output_path` (its name and ".partial") grows; a run that was
+    killed, or had no disk space left, goes on from there when it is started again with the same input, checkpoint and
+    options. restart: drop such a journal, and a finished output. load: makes the engine of a checkpoint's folder.
+
+    Raises ConfigError for what is wrong with input and options, CheckpointError, and OutputError for what cannot be
+    written.
+    """
+    options = options or Options()
+    policy = options.make_policy()
+    given, out = Path(input_path), Path(output_path)
+    journal_path = Path(f"{out}.partial")
+    _check_output(given, out, journal_path, restart)
+    files = data_files(given, options.split)
+    source = _open_source(files, out)
+    before = identities(files)
+    names, sample = source.sample()
+    layout = choose_layout(options.layout, names, sample)
+    columns = Columns.with_prefix(options.prefix)
+    check_columns(columns, names)
+    folder = resolve_checkpoint(checkpoint, options.revision)
+    num_rows = source.num_rows()
+    if options.limit is not None:
+        num_rows = min(num_rows, options.limit)
+    header = {
+        "version": __version__,
+        "input": input_digest(files, given, progress=progress),
+        "checkpoint": checkpoint_digest(folder, progress=progress),
+        "options": _recorded(options, layout),
+        "rows": num_rows,
+    }
+    load = load or _loader(options, progress)
+    with Journal.open(journal_path, header, num_rows, restart=restart) as journal:
+        num_resumed, num_tokens, start = journal.num_done, 0, time.perf_counter()
+        if num_resumed < num_rows:
+            with load(folder) as engine:
+                start = time.perf_counter()
+                run = _Run(source, layout, columns, policy, engine, ResponseChars(folder), journal)
+                num_tokens = run.judge_rows(num_rows, options.window_rows, progress=progress)
+        seconds = time.perf_counter() - start
+        if identities(files) != before:
+            raise ConfigError(f"{given} was written to meanwhile; give --restart to annotate what it is now")
+        num_bad, as_text = _write_output(source, out, layout, columns, journal, num_rows)
+        journal.remove()
+        risks = dict(journal.counts)
+    return Report(layout, num_rows, num_bad, num_resumed, num_tokens, seconds, risks, as_text)
+
+
+class _Run:
+    """Judges the rows that a journal does not have yet."""
+
+    def __init__(
+        self,
+        source: Source,
+        layout: Layout,
+        columns: Columns,
+        policy: Policy,
+        engine: Judge,
+        chars: ResponseChars,
+        journal: Journal,
+    ) -> None:
+        self._source, self._layout, self._columns = source, layout, columns
+        self._policy, self._engine, self._chars, self._journal = policy, engine, chars, journal
+
+    def judge_rows(self, num_rows: int, window_rows: int, *, progress: bool) -> int:
+        """Judge and append them, window by window. Returns how many tokens were computed."""
+        journal = self._journal
+        num_tokens = 0
+        with tqdm(
+            total=num_rows, initial=journal.num_done, desc="annotate", unit="row", disable=not progress
+        ) as bar:
+            for window in self._windows(num_rows, window_rows):
+                faults = [(number, item) for number, item in window if isinstance(item, Fault)]
+                journal.append(faults)
+                bar.update(len(faults))
+                items = [(number, item) for number, item in window if not isinstance(item, Fault)]
+                for call in calls(items):
+                    entries, num_new = judge(
+                        self._engine, [messages for _, messages in call], self._policy, self._chars
+                    )
+                    journal.append(zip((number for number, _ in call), entries, strict=True))
+                    num_tokens += num_new
+                    bar.set_postfix(tokens=num_tokens, bad=journal.num_faults, refresh=False)
+                    bar.update(len(call))
+        return num_tokens
+
+    def _windows(self, num_rows: int, window_rows: int) -> Iterator[list[tuple[int, Messages | Fault]]]:
+        window: list[tuple[int, Messages | Fault]] = []
+        for row in first(self._source.rows(self._layout.columns), num_rows):
+            if self._journal.has(row.number):
+                continue
+            window.append((row.number, self._conversation(row)))
+            if len(window) == window_rows:
+                yield window
+                window = []
+        yield window
+
+    def _conversation(self, row: Row) -> Messages | Fault:
+        if row.fault is not None:
+            return Fault(row.fault)
+        for name in self._columns:
+            if name in row.record:
+                return Fault(f"has a column {name!r} already, which is to be added")
+        try:
+            return conversation_of(self._layout, row.record)
+        except BadRow as error:
+            return Fault(str(error))
+
+
+def calls(items: list[tuple[int, Messages]]) -> Iterator[list[tuple[int, Messages]]]:
+    """Conversations in the groups that the engine is given at a time: of about equal lengths, those with very long
+    text alone. Groups come in random order, the same each time, so that a progress bar's estimate is fair."""
+    sizes = {
+        number: _MIN_CHARS + sum(len(message["content"]) for message in messages)
+        for number, messages in items
+    }
+    groups: list[list[tuple[int, Messages]]] = []
+    room = 0
+    for item in sorted(items, key=lambda item: sizes[item[0]]):
+        size = sizes[item[0]]
+        if not groups or size > room:
+            groups.append([])
+            room = _CALL_CHARS
+        groups[-1].append(item)
+        room = 0 if size > LONG_CHARS else room - size
+    random.Random(len(groups)).shuffle(groups)
+    yield from groups
+
+
+def _check_output(given: Path, out: Path, journal: Path, restart: bool) -> None:
+    if out.suffix.lower() not in (".jsonl", ".parquet"):
+        raise ConfigError(f"{out}: OUT must end in .jsonl or .parquet, which says how it is written")
+    if out.is_dir() or not out.parent.is_dir():
+        problem = "is a folder" if out.is_dir() else f"cannot be written: {out.parent} is not a folder"
+        raise ConfigError(f"{out} {problem}; give a file in a folder that exists")
+    place = out.resolve()
+    if place == given.resolve() or (given.is_dir() and place.is_relative_to(given.resolve())):
+        raise ConfigError(f"{out} is, or lies in, the input {given}; give another OUT")
+    if out.exists() and not journal.exists() and not restart:
+        raise ConfigError(f"{out} is there already; give --restart to annotate once more, or another OUT")
+
+
+def _open_source(files: list[Path], out: Path) -> Source:
+    is_table = files[0].suffix.lower() in (".parquet", ".arrow")
+    if out.suffix.lower() == ".parquet":
+        GuardColumns(Columns.with_prefix(""), ())  # pyarrow is there
+    return TableSource(files) if is_table else JsonlSource(files)
+
+
+def _recorded(options: Options, layout: Layout) -> dict[str, Any]:
+    """The options that a journal is begun with."""
+    values = asdict(options) | {"layout": asdict(layout)}
+    del values["window_rows"], values["num_threads"], values["revision"]
+    return values
+
+
+def _loader(options: Options, progress: bool) -> Loader:
+    def load(folder: Path) -> Engine:
+        return Engine.from_pretrained(
+            folder,
+            backend=options.backend,
+            quantization=options.quantization,
+            num_threads=options.num_threads,
+            progress=progress,
+        )
+
+    return load
+
+
+def _write_output(
+    source: Source, out: Path, layout: Layout, columns: Columns, journal: Journal, num_rows: int
+) -> tuple[int, tuple[str, ...]]:
+    """Write OUT and the bad rows' file. Returns how many these are, and the columns that were made into text."""
+    as_text: list[str] = []
+
+    def write(file: IO[bytes], bad_file: IO[bytes]) -> int:
+        bad = BadRows(bad_file, layout)
+        if out.suffix.lower() == ".jsonl":
+            write_jsonl(source, journal, columns, bad, num_rows, file)
+        else:
+            guard = GuardColumns(columns, list(journal.score_names))
+            if isinstance(source, JsonlSource):
+                lines = LinesToParquet(source, guard, num_rows)
+                lines.leave_out(columns)
+                lines.write(journal, bad, file)
+                as_text.extend(sorted(lines.as_text))
+            else:
+                write_table(source, journal, guard, bad, num_rows, file)
+        return bad.num_rows
+
+    return Output(out).write(write), tuple(as_text)
