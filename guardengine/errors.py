@@ -53,6 +53,10 @@ class Blocked(GuardEngineError):
         self.verdict = verdict
 
 
+class ServerError(GuardEngineError):
+    """A server that cannot be reached, refused the API key, or failed. Raised by the clients of `guardengine serve`."""
+
+
 class WrongThread(GuardEngineError):
     """A call from a thread that does not own the engine, or from inside another call of the engine."""
 
