@@ -23,9 +23,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     moderator = commands.add_parser(
         "moderate",
         help="judge a text, or a reply while it comes in",
-        description="Judge a prompt: TEXT, --file, or stdin. With --prompt the text is the reply to it, judged token "
-        "by token, from stdin while it comes in. Exits with 0 where the policy allows it, 1 where it flags or blocks, 2 "
-        "for errors.",
+        description="Judge a prompt: TEXT, a --file, stdin. With --prompt the text is the reply to it, judged by "
+        "token, from stdin while it comes in. Exits with 0 where the policy allows it, 1 where it flags or blocks, and "
+        "2 for errors.",
     )
     moderator.add_argument("text", nargs="?", metavar="TEXT", help="-, or nothing: stdin")
     moderator.add_argument("--file", type=Path, metavar="FILE", help="instead of TEXT")

@@ -41,8 +41,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     server = commands.add_parser(
         "serve",
         help="serve a checkpoint over HTTP and WebSocket",
-        description="Serve a Stream checkpoint (moderations, guard, live streams) or a Gen checkpoint (chat "
-        "completions), or both. SIGTERM lets streams finish; a second one ends at once. The page of the API is at /docs.",
+        description="Serve a Stream checkpoint (moderations, guard, live streams), a Gen checkpoint (chat completions) "
+        "or both. SIGTERM lets streams finish; a second one ends at once. The page of the API is at /docs.",
     )
     server.add_argument("checkpoint", metavar="CHECKPOINT", help="Stream or Gen: a folder, or a hub id")
     server.add_argument("--revision", help="of a hub id")
