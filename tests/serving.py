@@ -61,7 +61,7 @@ class Served:
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.server.drain)
-        self._thread.join(30)
+        self._thread.join(20)
         assert not self._thread.is_alive()
 
     def http(self, **options: Any) -> httpx.Client:

@@ -11,11 +11,13 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from guardengine.server.service import Service
 
 logger = logging.getLogger("guardengine.server")
 
+_CUT_OFF_S = 2.0
 _CLOSE_S = 5  # for uvicorn to close connections whose work has ended
 
 
@@ -36,7 +38,7 @@ class GuardServer(uvicorn.Server):
                 host=host,
                 port=port,
                 http=Protocol,
-                ws="websockets-sansio",
+                ws=_CutOffProtocol,
                 lifespan="on",
                 access_log=False,  # its lines have whole addresses; Limits logs instead
                 log_level="warning",
@@ -76,6 +78,16 @@ class GuardServer(uvicorn.Server):
         bound: socket.socket = self.servers[0].sockets[0]
         host, port = bound.getsockname()[:2]
         return host, port
+
+
+class _CutOffProtocol(WebSocketsSansIOProtocol):
+    """Does not wait for a client to read what is left once its WebSocket is closed: one that never does would keep its
+    socket, and what is buffered for it, for good."""
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "websocket.close":
+            self.loop.call_later(_CUT_OFF_S, self.transport.abort)
+        await super().send(message)
 
 
 class _TimedProtocol(HttpToolsProtocol):

@@ -125,8 +125,7 @@ class StreamSession:
                     reason = "stream_closed"
                 finally:
                     await self._stream.close()
-                self._link.forget(self.name)
-                await self._emit("closed", reason=reason)
+                await self._emit("closed", reason=reason)  # it counts until the client has room for this
         finally:
             self._link.forget(self.name)
             service.metrics.streams.dec()
