@@ -395,7 +395,18 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 KEYS = st.sampled_from(
-    ["stream", "text", "token_ids", "role", "messages", "policy", "history", "num_tokens", "retry", "new_stream"]
+    [
+        "stream",
+        "text",
+        "token_ids",
+        "role",
+        "messages",
+        "policy",
+        "history",
+        "num_tokens",
+        "retry",
+        "new_stream",
+    ]
 )
 FRAMES = st.builds(
     lambda kind, more: {"type": kind, "stream": "s", **more},

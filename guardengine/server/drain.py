@@ -71,6 +71,8 @@ class Drain:
 
     async def until_quiet(self) -> bool:
         """Wait until nothing is under way, at most until the deadline; whether that came about."""
+        if self._quiet.is_set():
+            return True
         try:
             await asyncio.wait_for(self._quiet.wait(), self.left_s)
         except TimeoutError:

@@ -111,7 +111,7 @@ async def _begin(engine: AsyncEngine, messages: Sequence[Message], whose: Whose)
 async def _finish(
     stream: AsyncStream, whose: Whose, reply: str | None, shift: int, has_reply: bool
 ) -> Judged:
-    async with stream:
+    try:
         if reply is not None:
             await stream.append_text(reply, is_final=True, timeout_s=whose.timeout_s)
         elif has_reply:
@@ -119,7 +119,7 @@ async def _finish(
         prompt, labels = await stream.prompt(), stream.labels
         # A verdict's rule says whether tokens went unjudged, where they were let pass as well.
         is_complete = prompt is not None and not stream.num_pending_tokens
-        return Judged(
+        judged = Judged(
             prompt,
             labels,
             [stream.span(label) for label in labels],
@@ -129,6 +129,16 @@ async def _finish(
             is_complete,
             len(stream.token_ids),
         )
+    except BaseException:
+        drop(stream)
+        raise
+    await stream.close()
+    return judged
+
+
+def drop(stream: AsyncStream) -> None:
+    """Close a stream without waiting for it: the engine may hang, and whoever is cancelled must not hang with it."""
+    stream._calls.abandon(stream._state)
 
 
 def _plain_reply(messages: Sequence[Message]) -> tuple[str | None, int]:

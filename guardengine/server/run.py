@@ -58,7 +58,6 @@ class GuardServer(uvicorn.Server):
         if self._service.drain.has_begun:
             super().handle_exit(sig, frame)
             return
-        self._captured_signals.append(sig)
         asyncio.get_running_loop().call_soon_threadsafe(self.drain)
 
     def drain(self) -> None:
@@ -88,6 +87,8 @@ class _CutOffProtocol(WebSocketsSansIOProtocol):
         if message["type"] == "websocket.close":
             self.loop.call_later(_CUT_OFF_S, self.transport.abort)
         await super().send(message)
+        if message["type"] == "websocket.http.response.body":
+            self.handshake_complete = True  # a refusal completes it too; else each is logged as a fault
 
 
 class _TimedProtocol(HttpToolsProtocol):

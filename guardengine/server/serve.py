@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,13 @@ def serve(
     paths = _by_kind(resolve_checkpoint(checkpoint, revision), gen, gen_revision)
     if not settings.api_keys and host not in _LOOPBACK:
         logger.warning("no API keys: whoever reaches %s:%d may call; see --api-key-file", host, port)
-    return asyncio.run(_serve(paths, host, port, options or {}, settings, ssl_certfile, ssl_keyfile))
+    with _bound(host, port) as listener:
+        return asyncio.run(_serve(paths, listener, options or {}, settings, ssl_certfile, ssl_keyfile))
 
 
 async def _serve(
     paths: dict[str, Path],
-    host: str,
-    port: int,
+    listener: socket.socket,
     options: dict[str, Any],
     settings: ServerSettings,
     ssl_certfile: str | None,
@@ -63,25 +64,39 @@ async def _serve(
             own = {name: value for name, value in options.items() if kind == "stream" or name != "audit_log"}
             engines[kind] = await AsyncEngine.from_pretrained(path, **own)
         app = create_app(engines.get("stream"), gen=engines.get("gen"), settings=settings)
-        server = GuardServer(app, host=host, port=port, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
-        running = asyncio.create_task(server.serve())
+        server = GuardServer(app, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
+        running = asyncio.create_task(server.serve([listener]))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
         if server.started:
             scheme = "http" if ssl_certfile is None else "https"
-            bound, at = server.address
+            bound, at = listener.getsockname()[:2]
             names = ", ".join(app.state.service.engines)
             print(f"guardengine serves {names} on {scheme}://{_shown(bound)}:{at}", flush=True)
         try:
             await running
-        except SystemExit:  # uvicorn's way to say that it could not begin; its log says why
-            raise ConfigError(
-                f"cannot listen on {host}:{port}; is the port in use? --port 0 takes any"
-            ) from None
+        except OSError as error:  # of the certificate's files
+            raise ConfigError(f"cannot serve: {error}") from None
     finally:
         for engine in engines.values():
             await engine.close(drain=False)
     return 0
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that nobody can connect to yet. Asked for first: loading takes longer than finding a port in use."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error}); is the port in use? --port 0 takes any"
+        ) from None
+    return found
 
 
 def _by_kind(path: Path, gen: str | None, gen_revision: str | None) -> dict[str, Path]:

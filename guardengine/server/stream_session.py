@@ -18,6 +18,7 @@ from guardengine.errors import ConfigError, GuardEngineError, StreamClosed
 from guardengine.labels import Label, Verdict
 from guardengine.policy import Policy
 from guardengine.server import wire
+from guardengine.server.judging import drop
 from guardengine.server.long_texts import check_long
 from guardengine.server.schemas import plain_messages
 from guardengine.server.service import Service
@@ -123,8 +124,10 @@ class StreamSession:
                 except StreamClosed as error:  # by its idle time, or with the engine
                     await self._refuse(error, None)
                     reason = "stream_closed"
-                finally:
-                    await self._stream.close()
+                except BaseException:
+                    drop(self._stream)
+                    raise
+                await self._stream.close()
                 await self._emit("closed", reason=reason)  # it counts until the client has room for this
         finally:
             self._link.forget(self.name)
@@ -192,7 +195,7 @@ class StreamSession:
             self._told.num_labels = min(opening.num_labels, len(stream.labels))
             await self._tell("finished" if self._told.is_finished else "labels")
         except BaseException:
-            await stream.close()
+            drop(stream)
             raise
 
     async def _repeat(self, past: PastAppend | PastFinish | PastRollback) -> None:
