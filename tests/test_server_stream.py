@@ -1,4 +1,4 @@
-"""guardengine.v1 on a real WebSocket: labels and spans, many streams, fork, rollback, history, refusals, backpressure."""
+"""guardengine.v1 on a real WebSocket: labels and spans, many streams, fork, rollback, history, refusals, room."""
 
 from __future__ import annotations
 

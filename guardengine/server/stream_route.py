@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
@@ -79,10 +80,8 @@ class Connection:
                 close = (1011, "the server failed")
                 log_error(error, with_message=self._service.settings.log_text)
             finally:
-                sessions = [session.task for session in self._sessions.values() if session.task is not None]
-                for task in (*tasks, *sessions):
-                    task.cancel()
-                await asyncio.gather(*tasks, *sessions, return_exceptions=True)
+                await _end(tasks)  # first, as one of them makes sessions
+                await _end([session.task for session in self._sessions.values() if session.task is not None])
             with contextlib.suppress(Exception):  # gone already
                 await asyncio.wait_for(self._websocket.close(*close), 1.0)
 
@@ -96,7 +95,8 @@ class Connection:
             self._drain()
         while True:
             try:
-                message = await asyncio.wait_for(self._websocket.receive(), settings.idle_timeout_s)
+                async with asyncio.timeout(settings.idle_timeout_s):  # wait_for may swallow a cancellation
+                    message = await self._websocket.receive()
             except TimeoutError:
                 if self._sessions:
                     continue
@@ -201,6 +201,12 @@ class Connection:
                 "max_streams_per_connection": settings.max_streams_per_connection,
             },
         }
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _check_origin(websocket: WebSocket, service: Service) -> None:
