@@ -10,10 +10,12 @@ from pathlib import Path
 from guardengine._version import __version__
 from guardengine.annotate.command import add_command as add_annotate
 from guardengine.bench.report import check_writable, write_json
+from guardengine.client.command import add_command as add_moderate
 from guardengine.errors import ConfigError, GuardEngineError
 from guardengine.evaluate.command import add_command as add_evaluate
 from guardengine.make_checkpoint import PRESETS, make_checkpoint
 from guardengine.replay import Report, replay
+from guardengine.server.command import add_command as add_serve
 from guardengine.verify_quantization import SCHEMES, verify_quantization
 from guardengine.verify_report import markdown
 
@@ -31,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_replay(commands)
     add_evaluate(commands)
     add_annotate(commands)
+    add_serve(commands)
+    add_moderate(commands)
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:

@@ -57,6 +57,10 @@ class OutputError(GuardEngineError):
     """A file of results cannot be written, as on a full disk. What was written before is kept, to go on from."""
 
 
+class ServerError(GuardEngineError):
+    """A server that cannot be reached, refused the API key, or failed. Raised by the clients of `guardengine serve`."""
+
+
 class WrongThread(GuardEngineError):
     """A call from a thread that does not own the engine, or from inside another call of the engine."""
 

@@ -31,10 +31,10 @@ def make_bombs_unsafe(monkeypatch: Any, tokenizer: Tokenizer) -> None:
 
 
 async def opened(engine: AsyncEngine, message: dict[str, str] = USER, **policy: Any) -> AsyncStream:
-    stream = await engine.open(messages=[message], policy=Policy.strict(**{"debounce": 1, **policy}))
-    if message is BAD_USER:
-        bad_prompts.add(len(stream.token_ids) - 1)
-    return stream
+    if message is BAD_USER:  # before the engine may have read it
+        await engine.stats()
+        bad_prompts.add(engine.engine._chat.render([message]).prompt_end)  # type: ignore[union-attr]
+    return await engine.open(messages=[message], policy=Policy.strict(**{"debounce": 1, **policy}))
 
 
 def deltas(text: Any, rng: random.Random, longest: int = 7) -> list[Any]:

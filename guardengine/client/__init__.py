@@ -1,0 +1,33 @@
+"""guardengine.client: GuardClient and AsyncGuardClient for `guardengine serve`. `pip install 'guardengine[client]'`.
+
+Neither needs torch, nor anything else of the engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from guardengine.client.async_client import AsyncGuardClient, AsyncGuardStream
+    from guardengine.client.conversation import Update
+    from guardengine.client.sync_client import GuardClient, GuardStream
+
+_HOME = {
+    "AsyncGuardClient": "async_client",
+    "AsyncGuardStream": "async_client",
+    "GuardClient": "sync_client",
+    "GuardStream": "sync_client",
+    "Update": "conversation",
+}
+
+__all__ = ["AsyncGuardClient", "AsyncGuardStream", "GuardClient", "GuardStream", "Update"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from guardengine.client.requests import check_installed
+
+    check_installed()
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,131 @@
+"""create_app(): the ASGI application around engines, for uvicorn, or for whatever serves or wraps one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from guardengine._version import __version__
+from guardengine.async_engine import AsyncEngine
+from guardengine.errors import ConfigError, GuardEngineError
+from guardengine.server import chat_routes, guard_routes, operations, stream_route
+from guardengine.server.auth import Authentication
+from guardengine.server.limits import Limits, log_error
+from guardengine.server.replies import AsciiJson, reply_of
+from guardengine.server.schemas import ErrorResponse
+from guardengine.server.service import Service
+from guardengine.server.settings import ServerSettings
+from guardengine.server.statuses import Refusal, refusal_of
+
+_STATUSES = (400, 401, 404, 408, 413, 429, 500, 503, 504)
+
+
+def create_app(
+    engine: AsyncEngine | None = None,
+    *,
+    gen: AsyncEngine | None = None,
+    settings: ServerSettings | None = None,
+) -> FastAPI:
+    """The application. `app.state.service` is what its requests share (see service.py): more routes may use it.
+
+    engine: of a Stream checkpoint; gen: of a Gen checkpoint. Either may be loading still. The app takes them over: it
+    waits for them when it starts and closes them when it ends, both in the server's event loop.
+
+    Raises ConfigError without an engine.
+    """
+    if engine is None and gen is None:
+        raise ConfigError(
+            "create_app() needs the AsyncEngine of a Stream checkpoint, or one of a Gen checkpoint"
+        )
+    service = Service(engine, gen, settings or ServerSettings())
+    app = FastAPI(
+        title="guardengine",
+        version=__version__,
+        description="Safety moderation with Qwen3Guard. The WebSocket at /v1/guard/stream is described in "
+        "docs/PROTOCOL.md.",
+        lifespan=_lifespan,
+        redoc_url=None,
+        responses={status: {"model": ErrorResponse} for status in _STATUSES},
+        separate_input_output_schemas=False,
+    )
+    app.state.service = service
+    for module in (operations, guard_routes, chat_routes, stream_route):
+        app.include_router(module.router)
+    for kind in (GuardEngineError, Refusal, TimeoutError):
+        app.add_exception_handler(kind, _refuse)
+    app.add_exception_handler(RequestValidationError, _refuse_form)
+    app.add_exception_handler(HTTPException, _refuse_http)
+    # The last one added is the outermost: no key, no body read.
+    app.add_middleware(Limits, service=service, paths=frozenset(app.openapi()["paths"]))
+    app.add_middleware(Authentication, service=service)
+    if service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    engines = list(service.engines.values())
+    try:
+        for engine in engines:
+            await engine
+        yield
+    finally:
+        service.drain.begin()
+        for engine in engines:
+            await engine.close(timeout_s=service.settings.drain_timeout_s)
+
+
+async def _refuse(request: Request, error: Exception) -> AsciiJson:
+    service: Service = request.app.state.service
+    refusal = refusal_of(error, service.settings.retry_after_s)
+    service.metrics.refused.labels(refusal.code).inc()
+    if refusal.status == 500 and isinstance(error, GuardEngineError):  # others are raised on, to Limits
+        log_error(error, with_message=service.settings.log_text)
+    return reply_of(refusal)
+
+
+async def _refuse_form(request: Request, error: Any) -> AsciiJson:
+    """A body of another form than the schema's. The answer names the place and never quotes what was there."""
+    first = error.errors()[0]
+    param = _place(first["loc"]) or None
+    if first["type"] == "json_invalid":
+        refusal = Refusal(400, "the body is not JSON", "invalid_json")
+    else:
+        refusal = Refusal(
+            400, f"{param or 'the body'}: {first['msg']}; see /openapi.json", "invalid_request", param=param
+        )
+    return await _refuse(request, refusal)
+
+
+def _place(steps: Iterable[Any]) -> str:
+    """Where in a body something is, as input[2].text."""
+    place = ""
+    for step in steps:
+        if isinstance(step, int):
+            place += f"[{step}]"
+        elif step not in ("body", "str") and "[" not in step:  # pydantic's names for what a value might be
+            place += f".{step}" if place else step
+    return place[:200]
+
+
+async def _refuse_http(request: Request, error: Any) -> AsciiJson:
+    """What the framework raises: no such path, another method, a body that cannot be parsed."""
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    code = codes.get(error.status_code, "invalid_request")
+    refusal = Refusal(error.status_code, str(error.detail), code)
+    service: Service = request.app.state.service
+    service.metrics.refused.labels(code).inc()
+    return reply_of(refusal, getattr(error, "headers", None))
