@@ -184,19 +184,17 @@ class Connection:
             self._is_drained.set()
 
     def _hello(self) -> dict[str, Any]:
-        heads, settings = self._engine.engine._heads, self._service.settings
+        core, settings = self._engine.engine.core, self._service.settings
+        columns = core.readout.columns
         return {
             "type": "hello",
             "protocol": PROTOCOL,
             "version": __version__,
             "model": settings.model_name,
-            "risks": list(heads.response_risks),
-            "categories": {
-                "user": list(heads.query_categories),
-                "assistant": list(heads.response_categories),
-            },
+            "risks": list(columns["assistant"].risks),
+            "categories": {role: list(columns[role].categories) for role in ("user", "assistant")},
             "limits": {
-                "max_model_len": self._engine.engine.core.max_model_len,
+                "max_model_len": core.max_model_len,
                 "max_frame_bytes": settings.max_frame_bytes,
                 "max_streams_per_connection": settings.max_streams_per_connection,
             },
