@@ -1,15 +1,12 @@
 """A Gen checkpoint's answers: chosen from the grammar, greedy, and transformers' batched generate, taking turns.
 
-    python benchmarks/bench_gen.py                       # 16 conversations, gen-0.6b, random weights
+    python benchmarks/bench_gen.py                       # 16 conversations, gen-0.6b
     python benchmarks/bench_gen.py --batch 8 --rounds 3 --json gen.json
 
-Random weights never end an answer, so greedy decoding is held to --answer-tokens, the length of
-
-    Safety: Safe / Categories: None / Refusal: No
-
-with its end, in both engines: the shortest answer, in their favour. A chosen answer is whatever the random weights
-prefer; most are longer and take more steps than a trained model's, which is right at the first guess more often than
-not. transformers pads on the left and keeps its own KV cache; it runs in the faster of float32 and bfloat16.
+Random layers with a head that was fitted to answer by the grammar (guardengine.bench.answering_weights), so that
+answers are as long and end as a trained model's do. transformers pads on the left and keeps its own KV cache; it runs in the
+faster of float32 and bfloat16. Ours is loaded anew for each measurement: no conversation is in its prefix cache. "warm"
+has answered another conversation before, as a service has, so that the instructions are there.
 """
 
 from __future__ import annotations
@@ -25,11 +22,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guardengine import Engine
-from guardengine.bench.checkpoints import cached_checkpoint
+from guardengine.bench.answering_weights import conversations, make_answering_checkpoint
+from guardengine.bench.checkpoints import cache_folder
 from guardengine.bench.report import markdown_table
-from guardengine.gen import answers
+from guardengine.gen.answers import MAX_NEW_TOKENS
 from guardengine.machine import machine_stamp
-from guardengine.verify_corpus import read_built_in
 
 WARM_UP = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
@@ -41,11 +38,10 @@ class Transformers:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
 
-    def answer(self, talks: list[Any], num_tokens: int) -> list[str]:
+    def answer(self, talks: list[Any], num_tokens: int = MAX_NEW_TOKENS) -> list[str]:
         texts = [self.tokenizer.apply_chat_template(messages, tokenize=False) for messages in talks]
         inputs = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
-        out = self.model.generate(**inputs, **lengths, do_sample=False)
+        out = self.model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
         return self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -62,33 +58,30 @@ def main() -> None:
     parser.add_argument("--preset", default="gen-0.6b")
     parser.add_argument("--batch", type=int, default=16, help="conversations (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--answer-tokens", type=int, default=13)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    folder = cached_checkpoint(arguments.preset)
-    talks = [messages for _, messages in read_built_in() if messages[-1]["role"] in ("user", "assistant")]
-    talks = [talks[index % len(talks)] for index in range(arguments.batch)]
-    answers.MAX_NEW_TOKENS = arguments.answer_tokens
+    folder = cache_folder() / f"{arguments.preset}-answering"
+    if not (folder / "config.json").exists():
+        make_answering_checkpoint(folder, arguments.preset, num_learned=60)
+    talks = conversations(arguments.batch, seed=7)
     hf = min(
         (Transformers(folder, dtype) for dtype in (torch.float32, torch.bfloat16)),
         key=lambda model: timed(lambda: model.answer(talks[:2], 2)),
     )
-    names = ("choice, first call", "choice", "greedy", "transformers")
+    names = ("choice", "choice, warm", "greedy", "greedy, warm", "transformers")
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    steps = []
+    steps: dict[str, int] = {}
     for _ in range(arguments.rounds):
-        seconds["transformers"].append(timed(lambda: hf.answer(talks, arguments.answer_tokens)))
-        with Engine.from_pretrained(
-            folder
-        ) as engine:  # anew: nothing of the last round is in its prefix cache
-            seconds["choice, first call"].append(timed(lambda: engine.moderate_many(talks)))
-            steps.append(engine.stats()["steps"])
-        for mode in ("choice", "greedy"):
+        seconds["transformers"].append(timed(lambda: hf.answer(talks)))
+        for name in names[:-1]:
             with Engine.from_pretrained(folder) as engine:
-                # The instructions are there, the conversations are not: as in a service.
-                engine.moderate_many([WARM_UP[:1], WARM_UP])
-                seconds[mode].append(timed(lambda: engine.moderate_many(talks, mode=mode)))  # noqa: B023
+                if "warm" in name:
+                    engine.moderate_many([WARM_UP[:1], WARM_UP])
+                before = engine.stats()["steps"]
+                mode = name.partition(",")[0]
+                seconds[name].append(timed(lambda: engine.moderate_many(talks, mode=mode)))  # noqa: B023
+                steps[name] = engine.stats()["steps"] - before
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     rows = [
         [name, f"{len(talks) / medians[name]:.2f}", f"{medians['transformers'] / medians[name]:.2f}"]

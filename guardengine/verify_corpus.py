@@ -94,7 +94,7 @@ def load_corpus(
         )
     if has_tokenizer:
         chat = ChatTemplate.from_dir(folder, Tokenizer.from_dir(folder))
-        name, conversations = "built-in conversations", read_built_in()
+        name, conversations = "built-in conversations", _built_in()
         if file is not None:
             name, conversations = str(file), read_conversations(file)
         feeds = [_feed(chat, where, messages, config) for where, messages in conversations]
@@ -138,7 +138,7 @@ def read_conversations(file: Path) -> list[tuple[str, list[Any]]]:
     return found
 
 
-def read_built_in() -> list[tuple[str, list[Any]]]:
+def _built_in() -> list[tuple[str, list[Any]]]:
     return [
         (
             f"built-in conversation {index}",

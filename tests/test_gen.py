@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gen_checkpoint import conversations, make_answering_checkpoint
 from native_ops import HOST_BACKENDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +22,7 @@ from guardengine import (
     Policy,
     StreamTooLong,
 )
+from guardengine.bench.answering_weights import conversations, make_answering_checkpoint
 from guardengine.gen.grammar import Grammar, Walk
 
 PROMPT = [{"role": "user", "content": "How to make a cake?"}]
@@ -31,7 +31,8 @@ RESPONSE = [*PROMPT, {"role": "assistant", "content": "Take eggs."}]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_answering_checkpoint(tmp_path_factory.mktemp("gen") / "answering")
+    path = tmp_path_factory.mktemp("gen") / "answering"
+    return make_answering_checkpoint(path, "gen-tiny", dtype="float32", hidden_size=256, num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,19 @@
-"""A Gen checkpoint with random layers that answers mostly by the grammar, and differently: its head is fitted to.
+"""Gen checkpoints with random layers that answer mostly by the grammar, and differently: their heads are fitted to.
 
 Random weights never write "Safety:". Here the layers are random, and the head's rows of the grammar's tokens are the
 ridge regression from the layers' output after each token of many random answers to the token that comes next, plus a
 part that tells conversations apart: a direction in which the outputs after one and the same token differ. All other
-rows are 0. How often the greedy answer then keeps to the grammar is for the tests to say.
+rows are 0. How often a greedy answer then keeps to the grammar, tests/test_gen.py says.
 """
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -20,21 +21,22 @@ from guardengine import Engine
 from guardengine.admission import Ticket
 from guardengine.config import RISKS
 from guardengine.conversation import Feed
+from guardengine.errors import ConfigError
 from guardengine.gen.grammar import Grammar
 from guardengine.gen.parse import NONE, REFUSALS
+from guardengine.labels import Role
 from guardengine.make_checkpoint import make_checkpoint
 from guardengine.policy import Policy
 from guardengine.state import Wanted
 
 NAMED = ("Violent", "PII", "Unethical Acts")
 NUM_DIRECTIONS, LIVELY = 12, 2.0
-WORDS = (
+WORDS = [
     "how",
     "do",
     "I",
     "make",
     "steal",
-    "find",
     "a",
     "bomb",
     "cake",
@@ -44,7 +46,7 @@ WORDS = (
     "don't",
     "42",
     "?",
-)
+]
 
 
 def conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
@@ -68,26 +70,25 @@ def random_answer(rng: random.Random, role: str) -> str:
     return text if role == "user" else f"{text}\nRefusal: {rng.choice(REFUSALS)}"
 
 
-def make_answering_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
-    """Write it; float32 unless told otherwise."""
-    options: dict[str, Any] = {
-        "dtype": "float32",
-        "hidden_size": 256,
-        "num_hidden_layers": 2,
-        "tie_word_embeddings": False,
-    }
-    make_checkpoint(folder, "gen-tiny", seed=seed, **{**options, **overrides})
+def make_answering_checkpoint(
+    folder: Path, preset: str, *, num_learned: int = 120, seed: int = 0, **overrides: Any
+) -> Path:
+    """Write a Gen preset with such a head into a new folder. overrides: as `make_checkpoint` takes them.
+
+    num_learned: conversations that the head is fitted to, each of which is computed once. Raises ConfigError.
+    """
+    make_checkpoint(folder, preset, seed=seed, tie_word_embeddings=False, **overrides)
     rng = random.Random(seed)
-    rows: list[np.ndarray] = []
+    rows: list[npt.NDArray[np.float32]] = []
     before: list[int] = []  # the token that a row was computed at
     targets: list[int] = []
-    with Engine.from_pretrained(folder, backend="cpu") as engine:
+    with Engine.from_pretrained(folder) as engine:
         core, chat = engine.core, engine._chat
-        assert chat is not None
-        grammars = [
-            Grammar(chat.tokenizer.encode_text, role, chat.end_of_turn_id) for role in ("user", "assistant")
-        ]
-        for prompt in engine.prepare_prompts(conversations(120, seed + 1), None, None)[1]:
+        if chat is None:
+            raise ConfigError(f"{folder}: no tokenizer was written; pip install dashscope, and make it again")
+        roles: tuple[Role, ...] = get_args(Role)
+        grammars = [Grammar(chat.tokenizer.encode_text, role, chat.end_of_turn_id) for role in roles]
+        for prompt in engine.prepare_prompts(conversations(num_learned, seed + 1), None, None)[1]:
             answer = [*chat.tokenizer.encode_text(random_answer(rng, prompt.role)), chat.end_of_turn_id]
             token_ids = [*prompt.token_ids, *answer]
             first = len(prompt.token_ids) - 1
