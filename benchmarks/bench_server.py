@@ -28,7 +28,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from guardengine import AsyncEngine
 from guardengine.bench.report import write_json
-from guardengine.machine import describe_machine
+from guardengine.machine import machine_stamp
 from guardengine.make_checkpoint import make_checkpoint
 
 PROMPT = [151644, 872, 198, 9707, 11, 1246, 311, 1936, 264, 12764, 30, 151645]
@@ -57,7 +57,7 @@ def main() -> None:
 
 def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     asked = {name: value for name, value in vars(options).items() if name != "json"}
-    result: dict[str, Any] = {"machine": describe_machine(), "options": asked, "moderations": [], "streams": []}
+    result: dict[str, Any] = {"machine": machine_stamp(), "options": asked, "moderations": [], "streams": []}
     with server(checkpoint) as url:
         for in_flight in options.in_flight:
             row = asyncio.run(moderations(url, options.requests, in_flight))
