@@ -37,7 +37,9 @@ LIMITS = {"max_num_streams": 4096, "kv_cache_bytes": 2**28, "max_model_len": 512
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--connections", type=int, default=1000, help="WebSockets open, a stream each")
     parser.add_argument("--active", type=int, default=64, help="of them, that append at a time")
     parser.add_argument("--tokens", type=int, default=100, help="appended by each active one, one at a time")
@@ -106,7 +108,11 @@ async def moderations(url: str, num_requests: int, in_flight: int) -> dict[str, 
 
     began = time.perf_counter()
     await asyncio.gather(*(ask(first) for first in range(in_flight)))
-    return {"in_flight": in_flight, "per_s": num_requests / (time.perf_counter() - began), "ms": percentiles(took)}
+    return {
+        "in_flight": in_flight,
+        "per_s": num_requests / (time.perf_counter() - began),
+        "ms": percentiles(took),
+    }
 
 
 async def engine_streams(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:

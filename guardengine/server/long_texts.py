@@ -21,10 +21,8 @@ async def check_long(engine: AsyncEngine, texts: Iterable[object]) -> None:
         return
     for text in texts:
         if isinstance(text, str) and len(text) > _LONG:
-            num_tokens = await asyncio.to_thread(
-                lambda text=text: len(chat.tokenizer.encode_text(text, max_tokens=most))
-            )
-            if num_tokens > most:
+            ids = await asyncio.to_thread(chat.tokenizer.encode_text, text, max_tokens=most)
+            if len(ids) > most:
                 raise StreamTooLong(
-                    f"a text of {num_tokens} tokens, max_model_len={most}; shorten it, or split the conversation"
+                    f"a text of {len(ids)} tokens, max_model_len={most}; shorten it, or split the conversation"
                 )
