@@ -4,7 +4,7 @@
     python benchmarks/bench_gen.py --batch 8 --rounds 3 --json gen.json
 
 Random layers with a head that was fitted to answer by the grammar (guardengine.bench.answering_weights), so that
-answers are as long and end as a trained model's do. transformers pads on the left, keeps its own KV cache and runs in the
+answers are as long and end as a trained model's do. transformers pads on the left, has its own KV cache and runs in the
 faster of float32 and bfloat16. Ours is loaded anew for each measurement: no conversation is in its prefix cache. "warm"
 has answered another conversation before, as a service has, so that the instructions are there.
 """

@@ -172,6 +172,46 @@ def test_no_transformers_or_pickle_at_run_time() -> None:
             assert not {name for name in imports(path) if name.startswith("guardengine.integrations")}, path
 
 
+# What the extra `server` brings, and the parts of the server that must not need it.
+WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "httpx", "websockets"}
+WEB_FREE = (
+    "__init__",
+    "command",
+    "settings",
+    "taxonomy",
+    "wire",
+    "statuses",
+    "judging",
+    "long_texts",
+    "drain",
+    "requirements",
+)
+
+
+def test_only_server_and_client_know_the_web() -> None:
+    for path in MODULES:
+        names = imports(path)
+        folder = path.parent.name
+        if folder not in ("server", "client") or (folder == "server" and path.stem in WEB_FREE):
+            assert not {name.partition(".")[0] for name in names} & WEB, path
+        # Beside the command line, which names them, nothing needs either.
+        if folder not in ("server", "client") and path != PACKAGE / "cli.py":
+            assert not {n for n in names if n.startswith(("guardengine.server", "guardengine.client"))}, path
+        if folder == "server":
+            assert not {name for name in names if name.startswith("guardengine.client")}, path
+            assert "torch" not in names, path
+
+
+@pytest.mark.parametrize(
+    "name", ["server.command", "server.settings", "server.wire", "client", "client.command"]
+)
+def test_the_web_is_imported_when_it_is_used(name: str) -> None:
+    code = (
+        f"import sys, guardengine.{name}; sys.exit(bool(set({sorted(WEB | {'torch'})!r}) & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
 def test_no_asserts_as_checks() -> None:
     """`python -O` removes asserts, so library code must not rely on them."""
     for path in MODULES:

@@ -334,6 +334,8 @@ def test_streams_of_a_connection_are_limited_and_closed_with_it(server) -> None:
             c.send("open", f"s{index}", token_ids=[1, 2, 3])
         c.send("open", "one more", token_ids=[1])
         assert c.until("error")["error"]["code"] == "overloaded"
+        while len([event for event in c.seen if event["type"] == "labels"]) < 40:
+            c.next()
     deadline = 200
     while server.run(server.engine.stats())["streams_open"] and deadline:
         deadline -= 1

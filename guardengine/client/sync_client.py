@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +91,7 @@ class GuardStream:
     def __init__(self, client: GuardClient, conversation: Conversation) -> None:
         self._client, self.conversation = client, conversation
         self._socket: ClientConnection | None = None
+        self._connection = contextlib.ExitStack()  # that closes it
         self.is_closed = False
 
     @property
@@ -132,8 +134,7 @@ class GuardStream:
 
     def close(self) -> None:
         self.is_closed = True
-        if self._socket is not None:
-            self._socket.close()
+        self._connection.close()
 
     def __enter__(self) -> GuardStream:
         return self
@@ -171,8 +172,7 @@ class GuardStream:
                 self._connect()
                 return
             except (*_LOST, Overloaded) as error:
-                if self._socket is not None:
-                    self._socket.close()
+                self._connection.close()
                 refusal = handshake_error(error)
                 if refusal is not None and not isinstance(refusal, Overloaded):
                     raise refusal from None
@@ -187,13 +187,16 @@ class GuardStream:
 
     def _connect(self) -> None:
         address = self._client.address
-        self._socket = connect(
-            address.websocket,
-            additional_headers=address.headers,
-            subprotocols=[websockets.Subprotocol(PROTOCOL)],
-            compression=None,
-            max_size=None,
-            open_timeout=self._client.timeout_s,
+        self._connection.close()
+        self._socket = self._connection.enter_context(
+            connect(
+                address.websocket,
+                additional_headers=address.headers,
+                subprotocols=[websockets.Subprotocol(PROTOCOL)],
+                compression=None,
+                max_size=None,
+                open_timeout=self._client.timeout_s,
+            )
         )
         self._send(self.conversation.open_frame())
         self._until_done()

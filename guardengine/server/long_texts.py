@@ -22,8 +22,7 @@ async def check_long(engine: AsyncEngine, texts: Iterable[object]) -> None:
     for text in texts:
         if isinstance(text, str) and len(text) > _LONG:
             ids = await asyncio.to_thread(chat.tokenizer.encode_text, text, max_tokens=most)
-            num_tokens = len(ids)
-            if num_tokens > most:
+            if len(ids) > most:
                 raise StreamTooLong(
-                    f"a text of {num_tokens} tokens, max_model_len={most}; shorten it, or split the conversation"
+                    f"a text of {len(ids)} tokens, max_model_len={most}; shorten it, or split the conversation"
                 )

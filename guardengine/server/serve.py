@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import socket
@@ -64,6 +65,9 @@ async def _serve(
             own = {name: value for name, value in options.items() if kind == "stream" or name != "audit_log"}
             engines[kind] = await AsyncEngine.from_pretrained(path, **own)
         app = create_app(engines.get("stream"), gen=engines.get("gen"), settings=settings)
+        # What loading has made stays: looking through it again and again for garbage takes hundreds of milliseconds.
+        gc.collect()
+        gc.freeze()
         server = GuardServer(app, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
         running = asyncio.create_task(server.serve([listener]))
         while not server.started and not running.done():
