@@ -1,0 +1,93 @@
+"""For tests of annotating: an engine that answers at once, and data sets on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from guardengine import GenModeration, InvalidText, Policy, StreamTooLong, Verdict
+from guardengine.annotate.run import Options, Report, annotate
+from guardengine.labels import UNPARSABLE
+
+GUARD = ["guard_risk", "guard_category", "guard_scores", "guard_first_flag_token", "guard_first_flag_char"]
+
+
+class FakeGen:
+    """Answers as a Gen checkpoint does, from a digest of the last message. `calls`: the sizes of the batches that it
+    answered. Content "refuse" is refused, "endless" is too long, "gibberish" has no answer."""
+
+    def __init__(self, on_call: Callable[[], None] = lambda: None) -> None:
+        self.calls: list[int] = []
+        self._on_call = on_call
+
+    def moderate_many(
+        self, conversations: Sequence[Any], policy: Policy | None = None
+    ) -> list[GenModeration]:
+        assert policy is not None
+        for index, messages in enumerate(conversations):
+            if messages[-1]["content"] == "refuse":
+                raise InvalidText(f"conversations[{index}]: messages[0]: refused")
+            if messages[-1]["content"] == "endless":
+                raise StreamTooLong("a stream of 9999 tokens exceeds max_model_len=99")
+        self._on_call()
+        self.calls.append(len(conversations))
+        return [self._answer(messages, policy) for messages in conversations]
+
+    def _answer(self, messages: Any, policy: Policy) -> GenModeration:
+        content = messages[-1]["content"]
+        number = hashlib.sha256(content.encode()).digest()[0]
+        safety = ("Safe", "Unsafe", "Controversial")[number % 3]
+        is_hit = safety not in policy.safe_risks
+        verdict = Verdict("allow", "Safe", None, None, "none", 0)
+        if is_hit:
+            verdict = Verdict("block", safety, "Violent", None, "gen", 0)
+        if content == "gibberish":
+            safety, verdict = UNPARSABLE, Verdict("block", "Unknown", None, None, "unparsable", 0)
+        return GenModeration(
+            role=messages[-1]["role"],
+            safety=safety,
+            categories=() if safety in ("Safe", UNPARSABLE) else ("Violent", "PII"),
+            refusal=None,
+            safety_probs={} if safety == UNPARSABLE else {"Safe": number / 256, "Unsafe": 1 - number / 256},
+            category_probs={},
+            refusal_probs={},
+            text="",
+            verdict=verdict,
+            num_prompt_tokens=len(content),
+            num_answer_tokens=3,
+        )
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """A folder that has a digest, and no weights."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def run(
+    source: Path, out: Path, checkpoint: Path, engine: Any = None, *, restart: bool = False, **options: Any
+) -> Report:
+    engine = FakeGen() if engine is None else engine
+    load: Callable[[Path], AbstractContextManager[Any]] = lambda _: nullcontext(engine)  # noqa: E731
+    return annotate(source, out, checkpoint, Options(**options), restart=restart, load=load)
+
+
+def write_lines(path: Path, rows: Sequence[Any]) -> Path:
+    """JSON lines: objects as JSON, bytes as they are."""
+    path.write_bytes(
+        b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+    )
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def guard_values(row: dict[str, Any]) -> list[Any]:
+    return [row[name] for name in GUARD]
