@@ -60,9 +60,9 @@ def answer_of(found: GenModeration, tokenizer: Tokenizer, max_tokens: int | None
 def logprobs_of(answer: Answer, tokenizer: Tokenizer, num_top: int) -> list[dict[str, Any]]:
     """OpenAI's logprobs.content for an answer.
 
-    Only where the answer's grammar has a choice is there a probability: that of a safety level, of the first category,
-    of a refusal, among the choices that the grammar has there. It is the first token's of what was chosen; what the
-    grammar leaves no choice about has 0.0. An answer out of the grammar has no choices and 0.0 everywhere.
+    Probabilities are of the choices that the answer's grammar has: of a safety level, of the first category and of a
+    refusal, among what may stand there. The first token of what was chosen has it; all others have 0.0, categories
+    after the first included, of which nothing is known. An answer out of the grammar has 0.0 everywhere.
     """
     choices = dict(_choices(answer.found))
     content, at = [], 0
