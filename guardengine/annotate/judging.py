@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 from guardengine.annotate.journal import Annotation, Entry, Fault
 from guardengine.annotate.layout import Messages
 from guardengine.annotate.response_chars import ResponseChars
-from guardengine.errors import InvalidTokens, StreamTooLong
+from guardengine.errors import GuardEngineError
+from guardengine.judging import Moderator, judge_each, run
 from guardengine.labels import UNPARSABLE, GenModeration, Label, Moderation
 from guardengine.policy import Policy
 
@@ -16,35 +16,23 @@ from guardengine.policy import Policy
 LONG_CHARS = 1 << 15
 
 
-class Judge(Protocol):
-    """What is needed of an Engine."""
-
-    def moderate_many(
-        self, conversations: Sequence[Any], policy: Policy | None = None
-    ) -> Sequence[Moderation | GenModeration]: ...
-
-
 def judge(
-    engine: Judge, conversations: Sequence[Messages], policy: Policy, chars: ResponseChars
+    engine: Moderator, conversations: Sequence[Messages], policy: Policy, chars: ResponseChars
 ) -> tuple[list[Entry], int]:
     """The entry of each conversation, and how many tokens were computed.
 
-    What the engine refuses is a Fault of the row to blame: it refuses before it computes, so half of the conversations
-    are tried at a time until that is found. Every other error is raised.
+    What the engine refuses is a Fault of the row to blame. Every other error is raised.
     """
-    try:
-        answers = engine.moderate_many(conversations, policy)
-    except (InvalidTokens, StreamTooLong) as error:
-        if len(conversations) == 1:
-            return [Fault(str(error).removeprefix("conversations[0]: "))], 0
-        middle = len(conversations) // 2
-        entries, num_tokens = judge(engine, conversations[:middle], policy, chars)
-        more, num_more_tokens = judge(engine, conversations[middle:], policy, chars)
-        return entries + more, num_tokens + num_more_tokens
-    pairs = zip(conversations, answers, strict=True)
-    return [annotation(answer, messages, policy, chars) for messages, answer in pairs], sum(
-        map(_num_tokens, answers)
-    )
+    entries: list[Entry] = []
+    num_tokens = 0
+    answers = run(judge_each(list(conversations)), engine, policy)
+    for messages, answer in zip(conversations, answers, strict=True):
+        if isinstance(answer, GuardEngineError):
+            entries.append(Fault(str(answer).removeprefix("conversations[0]: ")))
+        else:
+            entries.append(annotation(answer, messages, policy, chars))
+            num_tokens += _num_tokens(answer)
+    return entries, num_tokens
 
 
 def annotation(

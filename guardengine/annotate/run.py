@@ -25,7 +25,7 @@ from guardengine.annotate.assembly import (
 from guardengine.annotate.digests import checkpoint_digest, identities, input_digest
 from guardengine.annotate.folders import data_files
 from guardengine.annotate.journal import Fault, Journal
-from guardengine.annotate.judging import LONG_CHARS, Judge, judge
+from guardengine.annotate.judging import LONG_CHARS, judge
 from guardengine.annotate.layout import BadRow, Layout, Messages, choose_layout, conversation_of
 from guardengine.annotate.parquet_out import GuardColumns, LinesToParquet, write_table
 from guardengine.annotate.response_chars import ResponseChars
@@ -34,6 +34,7 @@ from guardengine.annotate.tables import TableSource
 from guardengine.engine import Engine
 from guardengine.errors import ConfigError
 from guardengine.hub import resolve_checkpoint
+from guardengine.judging import Moderator
 from guardengine.policy import Policy
 
 DEFAULT_WINDOW_ROWS = 2048
@@ -42,7 +43,7 @@ DEFAULT_WINDOW_ROWS = 2048
 _CALL_CHARS = 1 << 16
 _MIN_CHARS = 64  # what the template adds to a conversation
 
-Loader = Callable[[Path], AbstractContextManager[Judge]]
+Loader = Callable[[Path], AbstractContextManager[Moderator]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +165,7 @@ class _Run:
         layout: Layout,
         columns: Columns,
         policy: Policy,
-        engine: Judge,
+        engine: Moderator,
         chars: ResponseChars,
         journal: Journal,
     ) -> None:

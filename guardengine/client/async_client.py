@@ -11,7 +11,7 @@ import httpx
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
-from guardengine.client.conversation import PROTOCOL, Conversation, Update
+from guardengine.client.conversation import PROTOCOL, Conversation, ConversationView, Update
 from guardengine.client.requests import (
     Address,
     Json,
@@ -94,7 +94,7 @@ class AsyncGuardClient:
         return json_of(response.status_code, response.json)
 
 
-class AsyncGuardStream:
+class AsyncGuardStream(ConversationView):
     """A stream of an AsyncGuardClient, on a connection of its own. Also an async context manager that closes it.
 
     When the connection is lost it goes on with another one. `prompt`, `labels`, `verdict` and `cleared_chars` are those
@@ -106,22 +106,6 @@ class AsyncGuardStream:
         self._socket: ClientConnection | None = None
         self._turn = asyncio.Lock()
         self.is_closed = False
-
-    @property
-    def prompt(self) -> Json | None:
-        return self.conversation.prompt
-
-    @property
-    def labels(self) -> list[Json]:
-        return self.conversation.labels
-
-    @property
-    def verdict(self) -> Json:
-        return self.conversation.verdict
-
-    @property
-    def cleared_chars(self) -> int:
-        return self.conversation.cleared_chars
 
     async def append(
         self, text: str | None = None, *, token_ids: Sequence[int] | None = None, role: str = "assistant"

@@ -145,3 +145,25 @@ class Conversation:
     def update(self, num_before: int) -> Update:
         """What is new since there were so many labels."""
         return Update(self.labels[num_before:], self.verdict, self.cleared_chars, self.held_chars)
+
+
+class ConversationView:
+    """What can be read of a client's stream: its `conversation`, whichever way its operations wait."""
+
+    conversation: Conversation
+
+    @property
+    def prompt(self) -> Json | None:
+        return self.conversation.prompt
+
+    @property
+    def labels(self) -> list[Json]:
+        return self.conversation.labels
+
+    @property
+    def verdict(self) -> Json:
+        return self.conversation.verdict
+
+    @property
+    def cleared_chars(self) -> int:
+        return self.conversation.cleared_chars

@@ -13,7 +13,7 @@ import websockets
 from websockets.sync.client import ClientConnection, connect
 
 from guardengine.client.async_client import handshake_error
-from guardengine.client.conversation import PROTOCOL, Conversation, Update
+from guardengine.client.conversation import PROTOCOL, Conversation, ConversationView, Update
 from guardengine.client.requests import Address, Json, guard_body, json_of, moderations_body
 from guardengine.errors import ConfigError, GuardEngineError, Overloaded, ServerError, StreamClosed
 
@@ -81,7 +81,7 @@ class GuardClient:
         return json_of(response.status_code, response.json)
 
 
-class GuardStream:
+class GuardStream(ConversationView):
     """A stream of a GuardClient, on a connection of its own. Also a context manager that closes it.
 
     When the connection is lost it goes on with another one. `prompt`, `labels`, `verdict` and `cleared_chars` are those
@@ -93,22 +93,6 @@ class GuardStream:
         self._socket: ClientConnection | None = None
         self._connection = contextlib.ExitStack()  # that closes it
         self.is_closed = False
-
-    @property
-    def prompt(self) -> Json | None:
-        return self.conversation.prompt
-
-    @property
-    def labels(self) -> list[Json]:
-        return self.conversation.labels
-
-    @property
-    def verdict(self) -> Json:
-        return self.conversation.verdict
-
-    @property
-    def cleared_chars(self) -> int:
-        return self.conversation.cleared_chars
 
     def append(
         self, text: str | None = None, *, token_ids: Sequence[int] | None = None, role: str = "assistant"
