@@ -2,7 +2,7 @@
 
 For checkpoints made here (random weights), which come without a tokenizer. In: the ranks file of the installed
 package, found without importing it. Out: tokenizer.json and tokenizer_config.json as the released models have
-them. Nothing is downloaded and nothing is cached.
+them. Nothing is downloaded, and nothing kept but the last tokenizer.json.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import binascii
 import importlib.util
 import json
 import logging
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +60,7 @@ _MARKUP_TOKENS = (
 def write_tokenizer_files(
     directory: Path, model_max_length: int, kind: Literal["stream", "gen"] = "stream"
 ) -> bool:
-    """Write tokenizer.json and tokenizer_config.json into `directory`; takes a few seconds.
+    """Write tokenizer.json and tokenizer_config.json into `directory`; takes a few seconds the first time.
 
     Returns False, having written nothing, when the package with the ranks is not installed.
     Raises CheckpointError when its file is not the vocabulary expected.
@@ -68,14 +69,22 @@ def write_tokenizer_files(
     if path is None:
         logger.info("no Qwen vocabulary at hand (pip install dashscope): no tokenizer files written")
         return False
-    tokenizer = tokenizer_json(_read_ranks(path))
-    for name, content in (
-        ("tokenizer.json", tokenizer),
-        ("tokenizer_config.json", _tokenizer_config(model_max_length, SHIPPED[kind])),
+    for name, text in (
+        ("tokenizer.json", _tokenizer_text(path, path.stat().st_mtime_ns)),
+        ("tokenizer_config.json", _as_text(_tokenizer_config(model_max_length, SHIPPED[kind]))),
     ):
-        text = json.dumps(content, ensure_ascii=False, indent=2)
         (directory / name).write_text(text, encoding="utf-8", newline="\n")
     return True
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_text(path: Path, modified_ns: int) -> str:
+    """tokenizer.json of a ranks file. Kept: whoever makes one checkpoint often makes another."""
+    return _as_text(tokenizer_json(_read_ranks(path)))
+
+
+def _as_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, indent=2)
 
 
 def tokenizer_json(ranks: dict[bytes, int]) -> dict[str, Any]:
