@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--preset", default="gen-0.6b")
     parser.add_argument("--batch", type=int, default=16, help="conversations (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quantization", choices=("int8", "w8a8"), help="of ours (default: none)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -75,7 +76,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         seconds["transformers"].append(timed(lambda: hf.answer(talks)))
         for name in names[:-1]:
-            with Engine.from_pretrained(folder) as engine:
+            with Engine.from_pretrained(folder, quantization=arguments.quantization) as engine:
                 if "warm" in name:
                     engine.moderate_many([WARM_UP[:1], WARM_UP])
                 before = engine.stats()["steps"]
@@ -91,7 +92,14 @@ def main() -> None:
     ratio = medians["greedy"] / medians["choice"]
     print(f"choice against greedy: {ratio:.2f}; steps: {steps}; transformers in {hf.model.dtype}")
     if arguments.json is not None:
-        record = {"machine": machine_stamp(), "batch": len(talks), "seconds": seconds, "steps": steps}
+        record = {
+            "machine": machine_stamp(),
+            "batch": len(talks),
+            "quantization": arguments.quantization,
+            "transformers_dtype": str(hf.model.dtype),
+            "seconds": seconds,
+            "steps": steps,
+        }
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from guardengine import (
     Engine,
     GenModeration,
     InvalidText,
+    Overloaded,
     Policy,
     StreamTooLong,
 )
 from guardengine.bench.answering_weights import conversations, make_answering_checkpoint
+from guardengine.core import EngineCore
 from guardengine.gen.grammar import Grammar, Walk
 
 PROMPT = [{"role": "user", "content": "How to make a cake?"}]
@@ -190,6 +193,27 @@ def test_a_small_cache_delays_and_changes_nothing(folder: Path) -> None:
         for mode, answers in expected.items():
             assert engine.moderate_many(talks, mode=mode) == answers  # type: ignore[arg-type]
             engine.check_integrity()
+        assert engine.stats()["streams_open"] == 0
+
+
+def test_an_answer_begins_again_where_its_stream_was_closed_for_being_idle(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it may be while it waits for room."""
+    talks = conversations(4, 6)
+    accept, refusals = EngineCore.accept, itertools.chain([False, True, True], itertools.repeat(False))
+
+    def full_at_times(core: EngineCore, *arguments: Any, is_new: bool = False) -> None:
+        if not is_new and next(refusals):
+            raise Overloaded("full")
+        accept(core, *arguments, is_new=is_new)
+
+    with Engine.from_pretrained(folder, idle_ttl_s=1e-6) as engine:
+        expected = engine.moderate_many(talks, mode="greedy")
+        monkeypatch.setattr(EngineCore, "accept", full_at_times)
+        assert engine.moderate_many(talks, mode="greedy") == expected
+        assert engine.stats()["expired"] > 0
+        engine.check_integrity()
         assert engine.stats()["streams_open"] == 0
 
 

@@ -9,6 +9,7 @@ rows are 0. How often a greedy answer then keeps to the grammar, tests/test_gen.
 from __future__ import annotations
 
 import random
+import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -75,9 +76,21 @@ def make_answering_checkpoint(
 ) -> Path:
     """Write a Gen preset with such a head into a new folder. overrides: as `make_checkpoint` takes them.
 
-    num_learned: conversations that the head is fitted to, each of which is computed once. Raises ConfigError.
+    num_learned: conversations that the head is fitted to, each of which is computed once. The folder is there once
+    all of it is. Raises ConfigError.
     """
-    make_checkpoint(folder, preset, seed=seed, tie_word_embeddings=False, **overrides)
+    if folder.exists():
+        raise ConfigError(f"{folder} exists: name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent:
+        unfitted = Path(parent, folder.name)
+        make_checkpoint(unfitted, preset, seed=seed, tie_word_embeddings=False, **overrides)
+        _fit_head(unfitted, num_learned, seed)
+        unfitted.rename(folder)
+    return folder
+
+
+def _fit_head(folder: Path, num_learned: int, seed: int) -> None:
     rng = random.Random(seed)
     rows: list[npt.NDArray[np.float32]] = []
     before: list[int] = []  # the token that a row was computed at
@@ -119,4 +132,3 @@ def make_answering_checkpoint(
     head[names] = torch.from_numpy(fitted).to(head.dtype)
     tensors["lm_head.weight"] = head
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder

@@ -122,6 +122,8 @@ class Answering:
         """Read what the last steps have computed, feed what follows, and open what waits as far as there is room."""
         for role in [role for role, state in self._warming.items() if not state.num_pending_tokens]:
             self._core.close_stream(self._warming.pop(role))
+        for job in [job for job in self._running if _state(job).is_closed]:
+            self._begin_again(job)  # it waited for room for longer than idle_ttl_s
         ready = [job for job in self._running if job.move is None and not _state(job).num_pending_tokens]
         for job, logits in self._read(ready):
             job.move = job.answer.advance(logits)
@@ -209,14 +211,16 @@ class Answering:
 
     def _make_way(self, stalled: Sequence[Job]) -> None:
         """None can go on for want of the others' blocks: the newest begins again when there is room."""
-        job = stalled[-1]
-        self._stop(job)
-        job.answer = self._answer(job.prompt.role, job.mode)
-        self._waiting.appendleft(job)
+        self._begin_again(stalled[-1])
         for other in stalled[:-1]:
             self._feed(other)
         if not self._running:
             self._open()
+
+    def _begin_again(self, job: Job) -> None:
+        self._stop(job)
+        job.answer = self._answer(job.prompt.role, job.mode)
+        self._waiting.appendleft(job)
 
     def _end(self, job: Job) -> None:
         self._stop(job)
