@@ -205,6 +205,9 @@ class Retokenizer:
 
     def _learn(self, words: list[str]) -> list[_Piece]:
         """Encode successive words in one call, and remember each that is not too long."""
+        if len(words) > 1 and words[-1].isspace() and words[-2].isspace():
+            # A digit or the like follows, or else they were one word; without it they would be.
+            return self._learn(words[:-1]) + self._learn(words[-1:])
         if len(self._pieces) >= _MAX_CACHED:
             self._pieces.clear()
         token_ids, offsets = self._tokenizer.encode_with_offsets("".join(words))

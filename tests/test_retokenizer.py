@@ -200,6 +200,14 @@ def test_what_is_held(retokenizer: Retokenizer, text: str, held: str) -> None:
     assert retokenizer.feed(Held(), text).held.text == held
 
 
+@pytest.mark.parametrize("space", [" ", "\t", "\u3000", "\u2028"])
+def test_white_space_before_a_digit(tokenizer: Tokenizer, space: str) -> None:
+    """Its last character is a pre-token of its own, also where it is learnt together with those before it."""
+    retokenizer = Retokenizer(tokenizer)
+    for text in (f"½{space * 2}1", f"x{space}\t½", space, f"{space}3", f"a{space * 3}½"):
+        assert feed(retokenizer, list(text))[0] == tokenizer.encode_text(text)
+
+
 def test_bytes_wait_for_the_character(retokenizer: Retokenizer) -> None:
     data = "价𝔘".encode()
     held = retokenizer.feed(Held(), data[:2]).held
