@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
-# Two processes: the tests are small, and most of them use one core.
-PYTEST := $(BIN)/python -P -m pytest -q -n 2
+# Two processes: the tests are small, and most of them use one core. A file stays in one, which makes its fixtures once.
+PYTEST := $(BIN)/python -P -m pytest -q -n 2 --dist loadfile
 
 .PHONY: help install bench test test-emulated test-gpu-interpreted test-gpu-compiled gpu-kernels gpu-check test-asan wheel lint types \
   format clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,8 @@ def listed(gpu: str) -> list[Compiled]:
     return found
 
 
-def compile_listed(*, unchecked: bool) -> Table:
-    """Every configuration for every GPU, or for those that are checked, in one pool of processes."""
-    gpus = [gpu for gpu in GPUS if unchecked or GPUS[gpu].is_checked]
+def compile_listed(gpus: list[str]) -> Table:
+    """Every configuration for these GPUs, in one pool of processes."""
     recorded = [
         (gpu, configuration.name, launch)
         for gpu in gpus
@@ -47,10 +47,29 @@ def compile_listed(*, unchecked: bool) -> Table:
 
 def load() -> dict[str, Any]:
     """gpu -> configuration -> launches, as recorded; nothing where nothing is recorded for this Triton."""
-    if not RECORD.exists():
-        return {}
-    content = json.loads(RECORD.read_text())
+    content = _content()
     return content["gpus"] if content["triton"] == TRITON_VERSION else {}
+
+
+def _content() -> dict[str, Any]:
+    if not RECORD.exists():
+        return {"triton": None, "sources": None, "gpus": {}}
+    content: dict[str, Any] = json.loads(RECORD.read_text())
+    return content
+
+
+def sources() -> str:
+    """Digest of all that decides what kernels compile to, but for Triton: their files, and the one that compiles."""
+    digest = hashlib.sha256()
+    for file in [*sorted((ROOT / "kernels").rglob("*.py")), ROOT / "tests" / "kernel_compiler.py"]:
+        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def is_of_these_sources() -> bool:
+    """Whether the record was made of the kernels as they are, so that compiling them again could only repeat it."""
+    content = _content()
+    return (content["triton"], content.get("sources")) == (TRITON_VERSION, sources())
 
 
 def problems(gpu: str, table: Table, before: dict[str, Any]) -> list[str]:
@@ -106,7 +125,9 @@ def write(table: Table) -> None:
         for gpu, kernels in content.items()
     ]
     RECORD.write_text(
-        f'{{\n  "triton": "{TRITON_VERSION}",\n  "gpus": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
+        f'{{\n  "triton": "{TRITON_VERSION}",\n  "sources": "{sources()}",\n  "gpus": {{\n'
+        + ",\n".join(lines)
+        + "\n  }\n}\n"
     )
     PAGE.write_text(render(table))
 
@@ -114,7 +135,7 @@ def write(table: Table) -> None:
 HEADING = f"""# GPU kernels as compiled
 
 Every Triton kernel in the configurations that the published models use, compiled ahead of time by Triton
-{TRITON_VERSION}, without a GPU. `make gpu-kernels` writes this page; `make test` compiles again and fails when a
+{TRITON_VERSION}, without a GPU. `make gpu-kernels` writes this page; `make test` compiles again (one GPU's\nonly while their sources are those of this record) and fails when a
 kernel of small steps (bold) spills registers (on sm_86 and sm_120 up to eight instructions outside of loops may), one
 wants more shared memory than the GPU has or has lost its
 matrix instructions or 16-byte loads, or when any number here grew. Nothing here is a measurement of speed. gfx942 is
