@@ -26,7 +26,7 @@ import guardengine.annotate.run
 PACKAGE = str(Path(guardengine.annotate.run.__file__).parent)
 # Where files are written, every line that runs is chosen, at its first or last time; elsewhere some are, at random.
 WRITING = {".jsonl": ("journal.py", "output.py"), ".parquet": ("output.py",)}
-NUM_ELSEWHERE = 15
+NUM_ELSEWHERE = 8
 ROWS: list[Any] = [{"prompt": f"Prompt {'na ' * (i * 7 % 11)}{i}", "i": i} for i in range(24)]
 ROWS[5], ROWS[17], ROWS[20] = {"prompt": None}, b'{"prompt": "torn', {"prompt": "refuse"}
 Point = tuple[str, int]
