@@ -22,6 +22,7 @@ from typing import Any
 from annotating import FakeGen, checkpoint_folder, run, write_lines
 
 import guardengine.annotate.run
+from guardengine.annotate.journal import Journal
 
 PACKAGE = str(Path(guardengine.annotate.run.__file__).parent)
 # Where files are written, every line that runs is chosen, at its first or last time; elsewhere some are, at random.
@@ -112,6 +113,11 @@ def kill_often(folder: Path, suffix: str, rng: random.Random) -> int:
     expected = files()
     assert len(expected) == 2
 
+    of_records = {line for *_, line in Journal._record.__code__.co_lines()}
+    last_record = max(
+        i for i, (name, line) in enumerate(lines) if name == "journal.py" and line in of_records
+    )
+
     places = chosen(lines, WRITING[suffix], rng)
     num_killed = 0
     for index in places:
@@ -119,6 +125,8 @@ def kill_often(folder: Path, suffix: str, rng: random.Random) -> int:
         num_killed += killed_at(annotate, index)
         if files() == expected:  # killed when all was done: OUT is there, and is not written again
             continue
+        if index > last_record and not out.exists():  # all rows are judged, and are not to be judged again
+            assert journal.read_bytes().count(b"\n") == 1 + len(ROWS)
         if out.exists():
             assert files()[out.name] == expected[out.name]
         if rng.random() < 0.5:

@@ -53,6 +53,8 @@ def is_written(files: Files, problem: str) -> bool:
         return True
     assert problem in found
     assert "run the same command again, which goes on where this one stopped" in found
+    if files.journal.exists() and (left := files.journal.read_bytes()):
+        assert left.endswith(b"\n")  # nothing half written
     names = {path.name for path in files.folder.glob("out*")}
     if names != {files.out.name, files.bad.name, files.journal.name}:  # all is there, but not known to last
         assert names <= {files.journal.name}

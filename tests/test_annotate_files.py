@@ -135,7 +135,8 @@ def test_bad_lines_among_good_ones_keep_their_places(fake: Path, tmp_path: Path)
         assert [line["line"] for line in bad] == [1002, 1003, 1004, 1005]
         assert [line["row"] for line in bad] == [1001, 1002, 1003, 1004]
         assert "has a column 'guard_risk' already" in bad[0]["reason"]
-    found = read_lines(tmp_path / "out.jsonl")  # all of it is UTF-8
+    (tmp_path / "out.jsonl").read_text("utf-8")
+    found = read_lines(tmp_path / "out.jsonl")
     assert found[1001] == {"prompt": "a", "x": "\ud800", "y": None, **dict.fromkeys(GUARD)}
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["guard_risk"] for row in rows] == [row["guard_risk"] for row in found]
@@ -280,14 +281,14 @@ def test_parts_of_several_schemas(fake: Path, tmp_path: Path) -> None:
     ("values", "match"),
     [
         ((pa.array([1]), pa.array(["t"])), "columns of different types .*x has incompatible types"),
-        ((pa.array([2**60 + 1]), pa.array([1.5])), "column 'x' is int64, and elsewhere double"),
+        ((pa.array([1] * 5000 + [2**60 + 1]), pa.array([1.5])), "column 'x' is int64, and elsewhere double"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_anything_is_judged(
     fake: Path, tmp_path: Path, values: tuple[Any, Any], match: str
 ) -> None:
     for number, value in enumerate(values):
-        write_parquet(tmp_path / f"in/{number}.parquet", pa.table({"prompt": ["a"], "x": value}))
+        write_parquet(tmp_path / f"in/{number}.parquet", pa.table({"prompt": ["a"] * len(value), "x": value}))
     gen = FakeGen()
     with pytest.raises(ConfigError, match=match):
         run(tmp_path / "in", tmp_path / "out.parquet", fake, gen)
