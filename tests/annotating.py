@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from guardengine import GenModeration, InvalidText, Policy, StreamTooLong, Verdict
 from guardengine.annotate.run import Options, Report, annotate
@@ -91,3 +94,65 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def guard_values(row: dict[str, Any]) -> list[Any]:
     return [row[name] for name in GUARD]
+
+
+ROWS: list[Any] = [
+    {
+        "prompt": f"Prompt {i}",
+        "response": f"Yes {'na ' * (i * 7 % 11)}{i}",
+        "pad": random.Random(i).randbytes(300).hex(),
+    }
+    for i in range(60)
+]  # padded, so that OUT is larger than the journal
+ROWS[7], ROWS[41] = {"prompt": None, "response": "x"}, b'{"prompt": "torn'
+NUM_BAD = 2
+
+
+class Files:
+    """A data set, where it is to be written, and what is written when nothing happens."""
+
+    def __init__(self, folder: Path, suffix: str = ".jsonl") -> None:
+        self.folder = folder
+        self.checkpoint = checkpoint_folder(folder / "fake")
+        self.source = write_lines(folder / "in.jsonl", ROWS)
+        self.out = folder / f"out{suffix}"
+        self.journal = Path(f"{self.out}.partial")
+        self.bad = Path(f"{self.out}.bad.jsonl")
+        whole = folder / f"whole{suffix}"
+        assert self.run(out=whole).num_bad == NUM_BAD
+        self.expected = whole.read_bytes(), Path(f"{whole}.bad.jsonl").read_bytes()
+
+    def run(self, engine: Any = None, out: Path | None = None, **options: Any) -> Any:
+        options = {"window_rows": 6, **options}
+        return run(self.source, out or self.out, self.checkpoint, engine, **options)
+
+    def stop_after(self, num_calls: int) -> None:
+        """Annotate until the engine was asked so often."""
+        calls = iter(range(num_calls))
+
+        def fail() -> None:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            self.run(FakeGen(fail))
+        assert not self.out.exists()
+
+    def num_journaled(self) -> int:
+        return max(0, self.journal.read_bytes().count(b"\n") - 1) if self.journal.exists() else 0
+
+    def finish(self) -> None:
+        """Go on, and check that no row is judged twice, that all are written once, and that nothing is left over."""
+        num_before = self.num_journaled()
+        gen = FakeGen()
+        report = self.run(gen)
+        assert report.num_resumed == num_before
+        assert len(ROWS) - NUM_BAD <= num_before + sum(gen.calls) <= len(ROWS)
+        self.check()
+
+    def check(self) -> None:
+        assert (self.out.read_bytes(), self.bad.read_bytes()) == self.expected
+        assert sorted(path.name for path in self.folder.glob(f"{self.out.name}*")) == [
+            self.out.name,
+            self.bad.name,
+        ]

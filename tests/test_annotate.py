@@ -1,4 +1,4 @@
-"""guardengine annotate: what is written for a row, by Stream and Gen, and what becomes of rows that are unfit."""
+"""guardengine annotate: what is written for a row, by Stream and Gen; the columns, and the command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from annotating import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardengine import ConfigError, Engine, Label, Overloaded, Policy
+from guardengine import ConfigError, Engine, Label, Policy
 from guardengine.annotate.judging import scored_label
 from guardengine.annotate.layout import Layout
 from guardengine.annotate.response_chars import ResponseChars
@@ -50,6 +50,16 @@ def engine(checkpoint: Path) -> Any:
     with Engine.from_pretrained(checkpoint, kv_cache_bytes=2**23, max_model_len=512, num_threads=1) as engine:
         yield engine
         engine.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path) -> Tokenizer:
+    return Tokenizer.from_dir(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def chars(checkpoint: Path) -> ResponseChars:
+    return ResponseChars(checkpoint)
 
 
 @pytest.fixture
@@ -102,13 +112,10 @@ def test_rows_keep_their_order_and_columns_and_get_the_engines_verdicts(
             )
     assert 3 < num_flagged < len(rows)
     assert report.num_tokens > 500
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl", "out.jsonl"] or len(
-        list(tmp_path.iterdir())
-    ) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
-def test_characters_are_those_that_a_stream_reports(engine: Engine, checkpoint: Path) -> None:
-    chars = ResponseChars(checkpoint)
+def test_characters_are_those_that_a_stream_reports(engine: Engine, chars: ResponseChars) -> None:
     for text in TEXTS:
         with engine.open(messages=[{"role": "user", "content": "?"}]) as stream:
             stream.append_text(text)
@@ -134,9 +141,8 @@ def test_characters_are_those_that_a_stream_reports(engine: Engine, checkpoint: 
     ],
 )
 def test_characters_are_found_where_the_template_changes_the_text(
-    checkpoint: Path, text: str, reasoning: str | None
+    checkpoint: Path, tokenizer: Tokenizer, chars: ResponseChars, text: str, reasoning: str | None
 ) -> None:
-    tokenizer = Tokenizer.from_dir(checkpoint)
     message = {"role": "assistant", "content": text}
     if reasoning is not None:
         message["reasoning_content"] = reasoning
@@ -144,7 +150,6 @@ def test_characters_are_found_where_the_template_changes_the_text(
         [{"role": "user", "content": "?"}, message]
     )
     ids = rendered.token_ids[rendered.response_start : rendered.response_end - 1]
-    chars = ResponseChars(checkpoint)
     starts = [chars.start_of(text, ids, index) for index in range(len(ids) + 1)]
     assert starts[-1] == len(text)
     own = [start for start in starts if start is not None]
@@ -225,6 +230,32 @@ def test_messages_are_judged_by_their_last(engine: Engine, checkpoint: Path, tmp
     assert response["guard_scores"] == scored_label(expected.labels, Policy.strict()).risk_probs
 
 
+def test_a_gen_checkpoint(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [{"prompt": f"Prompt {i}", "response": TEXTS[i]} for i in range(4)] + [{"prompt": "x"}]
+    source, out, checkpoint = (
+        write_lines(tmp_path / "in.jsonl", rows),
+        tmp_path / "out.jsonl",
+        checkpoints("gen-tiny"),
+    )
+    with Engine.from_pretrained(checkpoint, kv_cache_bytes=2**23, num_threads=1) as gen:
+        report = run(source, out, checkpoint, gen)
+        expected = [
+            gen.moderate(
+                [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row["response"]},
+                ]
+            )
+            for row in rows[:4]
+        ]
+    assert (report.num_rows, report.num_bad) == (5, 1)
+    for row, answer in zip(read_lines(out)[:4], expected, strict=True):
+        assert row["guard_scores"] == pytest.approx(answer.safety_probs)
+        assert row["guard_risk"] == answer.verdict.risk
+        if answer.verdict.risk != "Safe":
+            assert row["guard_category"] == ", ".join(answer.categories)
+
+
 def test_gen_answers(fake: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}"} for i in range(20)] + [{"prompt": "gibberish"}]
     source = write_lines(tmp_path / "in.jsonl", rows)
@@ -248,117 +279,7 @@ def test_gen_answers(fake: Path, tmp_path: Path) -> None:
     assert len(set(report.risks)) == 3
 
 
-# -- bad rows ----------------------------------------------------------------------------------------------
-
 GOOD = {"prompt": "Good day", "response": "Good day to you"}
-BAD: list[tuple[Any, str]] = [
-    ({"response": "no prompt"}, "there is no column 'prompt'"),
-    ({"prompt": None, "response": "x"}, "column 'prompt' is null"),
-    ({"prompt": "x", "response": None}, "column 'response' is null"),
-    ({"prompt": "", "response": "x"}, "column 'prompt' is empty"),
-    ({"prompt": "x", "response": " \n"}, "column 'response' is empty"),
-    ({"prompt": 7, "response": "x"}, "column 'prompt' is int, not text"),
-    ({"prompt": ["x"], "response": "x"}, "column 'prompt' is list, not text"),
-    (b'{"prompt": "\\ud800", "response": "x"}', "lone surrogate at character 0"),
-    (b'{"prompt": "\xff\xfe", "response": "x"}', "not valid UTF-8 at byte 12"),
-    (b'{"prompt": "x", "respo', "not valid JSON"),
-    (b"[1, 2]", "a JSON list, not an object"),
-    (b'"text"', "a JSON str, not an object"),
-    (b"[" * 100_000, "nested too deeply"),
-    ({"prompt": "refuse"}, "there is no column 'response'"),
-    ({"prompt": "x", "response": "refuse"}, "messages[0]: refused"),
-    ({"prompt": "x", "response": "endless"}, "exceeds max_model_len=99"),
-]
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_bad_rows_are_kept_and_reported_and_fail_alone(fake: Path, tmp_path: Path, suffix: str) -> None:
-    rows: list[Any] = [GOOD] * 5
-    for bad, _ in BAD:
-        rows += [bad, b"", GOOD]  # blank lines are no rows
-    source, out = write_lines(tmp_path / "in.jsonl", rows), tmp_path / f"out{suffix}"
-    report = run(source, out, fake)
-    if suffix == ".jsonl":
-        found = read_lines(out)
-    else:
-        import pyarrow.parquet
-
-        found = pyarrow.parquet.read_table(out).to_pylist()
-    assert report.num_bad == len(BAD)
-    assert report.num_rows == len(found) == 5 + 2 * len(BAD)
-    reported = read_lines(tmp_path / f"out{suffix}.bad.jsonl")
-    assert [line["row"] for line in reported] == list(range(5, len(found), 2))
-    for line, (bad, reason) in zip(reported, BAD, strict=True):
-        assert reason in line["reason"], bad
-        assert line["line"] == 6 + 3 * ((line["row"] - 5) // 2)
-        assert line["excerpt"]
-        row = found[line["row"]]
-        assert guard_values(row) == [None] * 5
-        if suffix == ".jsonl" and isinstance(bad, dict):
-            assert {name: row[name] for name in bad if name not in GUARD} == {
-                name: value for name, value in bad.items() if name not in GUARD
-            }
-    good = [row for row in found if row["guard_risk"] is not None]
-    assert len(good) == 5 + len(BAD)
-    assert len({json.dumps(guard_values(row)) for row in good}) == 1
-
-
-def test_the_engines_own_refusals(engine: Engine, checkpoint: Path, tmp_path: Path) -> None:
-    def chat(*turns: tuple[str, str]) -> dict[str, Any]:
-        return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-    rows = [
-        chat(("user", "Hello")),
-        chat(("user", "x" * 1_000_000)),
-        chat(("assistant", "no prompt")),
-        chat(("user", "Hello"), ("narrator", "Meanwhile")),
-        chat(("user", "Hello"), ("system", "unread")),
-        chat(("user", "Hello"), ("assistant", "dropped <think>a</think> b </think> c")),
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
-        {
-            "messages": [
-                {"role": "user", "content": "x"},
-                {"role": "assistant", "content": "", "tool_calls": [1]},
-            ]
-        },
-        {"messages": []},
-        {"messages": ["Hello"]},
-        chat(("user", "Hello"), ("assistant", "Good day")),
-    ]
-    report = run(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", checkpoint, engine)
-    found = read_lines(tmp_path / "out.jsonl")
-    judged = [index for index, row in enumerate(found) if row["guard_risk"] is not None]
-    assert judged == [0, 10]
-    assert report.num_bad == 9
-    reasons = [line["reason"] for line in read_lines(tmp_path / "out.jsonl.bad.jsonl")]
-    for reason, part in zip(
-        reasons,
-        (
-            *(
-                "cannot fit into 512 tokens",
-                "role 'user'",
-                "'narrator'",
-                "system message",
-                "leaves out a part",
-            ),
-            *("list, not text", "'tool_calls'", "an empty list", "is str, not an object"),
-        ),
-        strict=True,
-    ):
-        assert part in reason
-        assert "conversations[" not in reason
-
-
-def test_other_errors_are_not_the_rows(fake: Path, tmp_path: Path) -> None:
-    def overload() -> None:
-        raise Overloaded("no room")
-
-    source = write_lines(tmp_path / "in.jsonl", [GOOD] * 3)
-    with pytest.raises(Overloaded):
-        run(source, tmp_path / "out.jsonl", fake, FakeGen(overload))
-    assert not (tmp_path / "out.jsonl").exists()
-    assert run(source, tmp_path / "out.jsonl", fake).num_rows == 3
-
 
 # -- options and the command -------------------------------------------------------------------------------
 
@@ -398,7 +319,7 @@ def test_limit_prefix_and_empty_inputs(fake: Path, tmp_path: Path) -> None:
     assert list(found[0])[1:] == [name.replace("guard_", "gen_") for name in GUARD]
     assert run(source, tmp_path / "none.jsonl", fake, limit=0).num_rows == 0
     assert (tmp_path / "none.jsonl").read_bytes() == b""
-    with pytest.raises(ConfigError, match="--prompt-column"):
+    with pytest.raises(ConfigError, match="rows are needed"):
         run(write_lines(tmp_path / "empty.jsonl", []), tmp_path / "out2.jsonl", fake)
 
 
@@ -411,24 +332,6 @@ def test_calls_hold_rows_of_like_length_and_long_ones_alone(fake: Path, tmp_path
     assert max(gen.calls) > 200
 
 
-@pytest.mark.parametrize(
-    ("out", "match"),
-    [
-        ("out.csv", "must end in .jsonl or .parquet"),
-        ("missing/out.jsonl", "is not a folder"),
-        ("in.jsonl", "lies in, the input"),
-        ("there.jsonl", "--restart"),
-    ],
-)
-def test_outputs_that_are_refused(fake: Path, tmp_path: Path, out: str, match: str) -> None:
-    source = write_lines(tmp_path / "in.jsonl", [GOOD])
-    (tmp_path / "there.jsonl").write_text("mine")
-    with pytest.raises(ConfigError, match=match):
-        run(source, tmp_path / out, fake)
-    assert (tmp_path / "there.jsonl").read_text() == "mine"
-    assert read_lines(source) == [GOOD]
-
-
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_lines(tmp_path / "in.jsonl", [GOOD, {"prompt": "x"}, GOOD])
     arguments = ["annotate", str(source), str(tmp_path / "out.jsonl"), "--checkpoint", str(checkpoint)]
@@ -439,7 +342,6 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "1 rows were not judged" in printed.err
     assert main(arguments) == 2
     assert "--restart" in capsys.readouterr().err
-    assert main([*arguments, "--restart", "--allow-bad-rows", "1"]) == 0
     assert main([*arguments, "--restart", "--policy", "loose", "--debounce", "0"]) == 2
     assert main(["annotate", str(tmp_path / "no"), "x.jsonl", "--checkpoint", str(checkpoint)]) == 2
     assert "no such file or folder" in capsys.readouterr().err

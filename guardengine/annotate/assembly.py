@@ -1,22 +1,15 @@
-"""Writing OUT from the input and the journal: all rows in order, with all of their columns and the guard's.
-
-Written beside their place and renamed when they are whole, so OUT is never seen in part. Doing it again gives the same
-bytes.
-"""
+"""What OUT holds, as JSON lines: all rows in order with all their columns and the guard's; and the bad rows' file."""
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import datetime
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from guardengine.annotate.journal import Annotation, Entry, Fault, Journal, write_error
+from guardengine.annotate.journal import Annotation, Entry, Fault
 from guardengine.annotate.layout import Layout
 from guardengine.annotate.rows import JsonlSource, Row
 from guardengine.annotate.tables import TableSource
@@ -25,6 +18,7 @@ from guardengine.errors import ConfigError
 _EXCERPT_CHARS = 200
 
 Source = JsonlSource | TableSource
+EntryOf = Callable[[int], Entry]  # by a row's number
 
 
 class Columns(NamedTuple):
@@ -74,11 +68,11 @@ class BadRows:
 
 
 def write_jsonl(
-    source: Source, journal: Journal, columns: Columns, bad: BadRows, limit: int, file: IO[bytes]
+    source: Source, entry_of: EntryOf, columns: Columns, bad: BadRows, limit: int, file: IO[bytes]
 ) -> None:
     """All rows as JSON lines. Lines that were read as such stay as they are, but for the columns that are added."""
     for row in first(source.rows(), limit):
-        entry = journal.entry(row.number)
+        entry = entry_of(row.number)
         if row.fault is not None and isinstance(entry, Annotation):  # in a column that is not judged
             entry = Fault(row.fault)
         if isinstance(entry, Fault):
@@ -109,7 +103,10 @@ def as_json(record: Mapping[str, Any]) -> bytes:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False, default=plain)
     except ValueError:
         text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=plain)
-    return text.encode("utf-8", "surrogatepass")
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # lone surrogates stay the escapes that they were
+        return json.dumps(_finite(record), default=plain).encode()
 
 
 def plain(value: Any) -> Any:
@@ -127,53 +124,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-class Output:
-    """OUT and OUT.bad.jsonl, as files beside their places until `finish` puts them there."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bad_path = Path(f"{path}.bad.jsonl")
-
-    def write(self, write: Callable[[IO[bytes], IO[bytes]], int]) -> int:
-        """Let `write` fill OUT and the bad rows' file and say how many these are, then put both in place.
-
-        Returns that number. Raises OutputError where a file cannot be written; what was there before is unchanged then.
-        """
-        temporaries = [Path(f"{path}.tmp") for path in (self.path, self.bad_path)]
-        try:
-            with open_new(temporaries[0]) as out, open_new(temporaries[1]) as bad:
-                num_bad = write(out, bad)
-                for file in (out, bad):
-                    file.flush()
-                    os.fsync(file.fileno())
-            if num_bad:
-                os.replace(temporaries[1], self.bad_path)
-            else:
-                self.bad_path.unlink(missing_ok=True)
-            os.replace(temporaries[0], self.path)
-            _sync_folder(self.path.parent)
-            return num_bad
-        except OSError as error:
-            raise write_error(self.path, error) from error
-        finally:
-            for temporary in temporaries:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-
-
-def open_new(path: Path) -> IO[bytes]:
-    return path.open("wb")
-
-
-def _sync_folder(folder: Path) -> None:
-    """So that the rename is on the disk before the journal goes."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_columns(columns: Columns, present: list[str]) -> None:

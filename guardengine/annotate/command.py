@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from guardengine.errors import ConfigError
+
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the parser of `guardengine`."""
@@ -80,6 +82,8 @@ def _annotate(arguments: argparse.Namespace) -> int:
     from guardengine.annotate.layout import Layout
     from guardengine.annotate.run import Options, annotate
 
+    if arguments.allow_bad_rows < 0:
+        raise ConfigError(f"--allow-bad-rows {arguments.allow_bad_rows}: a number of rows from 0 is needed")
     options = Options(
         layout=Layout(arguments.prompt_column, arguments.response_column, arguments.messages_column),
         split=arguments.split,

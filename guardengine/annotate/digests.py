@@ -55,9 +55,25 @@ def files_digest(files: Sequence[Path], root: Path, shown_as: str | None) -> str
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def identities(files: Sequence[Path]) -> list[tuple[int, int, int]]:
-    """What files are known by while nobody writes to them: inode, size, time. Raises ConfigError."""
-    try:
-        return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
-    except OSError as error:
-        raise ConfigError(f"the input cannot be read any more ({error})") from error
+class Watched:
+    """The input's files, which nobody is to write to from now on."""
+
+    def __init__(self, given: Path, files: Sequence[Path]) -> None:
+        """given: as the user named the files. Raises ConfigError where they cannot be read."""
+        self._given, self._files = given, files
+        self._before = self._identities()
+
+    def check(self) -> None:
+        """Raises ConfigError where one was written to, replaced or taken away."""
+        if self._identities() != self._before:
+            raise ConfigError(
+                f"{self._given} was written to meanwhile; give --restart to annotate what it is now"
+            )
+
+    def _identities(self) -> list[tuple[int, int, int]]:
+        try:
+            return [
+                (status.st_ino, status.st_size, status.st_mtime_ns) for status in map(os.stat, self._files)
+            ]
+        except OSError as error:
+            raise ConfigError(f"{self._given} cannot be read ({error})") from error

@@ -25,6 +25,7 @@ import numpy as np
 from guardengine.errors import ConfigError, OutputError
 
 FORMAT = 1
+_OPENING = b'{"format": '  # of every journal, however little a kill has left of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,15 @@ Entry = Annotation | Fault
 class Journal:
     """The journal of one run over `num_rows` rows. Made by `open`; a context manager, which closes the file.
 
-    counts: annotated rows by risk. num_faults: rows that were not judged. score_names: all keys of scores, in the
-    order in which they came.
+    is_new: whether it was begun by `open`. counts: annotated rows by risk. num_faults: rows that were not judged.
+    score_names: all keys of scores, in the order in which they came.
     """
 
     def __init__(self, path: Path, file: io.FileIO, num_rows: int) -> None:
         self.path, self._file = path, file
         self._offsets = np.full(num_rows, -1, np.int64)  # of a row's line; -1: to be judged
         self._size = 0
+        self.is_new = False
         self.counts: Counter[str] = Counter()
         self.num_faults = 0
         self.score_names: dict[str, None] = {}
@@ -67,8 +69,8 @@ class Journal:
     def open(path: Path, header: Mapping[str, Any], num_rows: int, *, restart: bool) -> Journal:
         """Open or begin the journal at `path`; what it holds must be of the same header, unless `restart` drops it.
 
-        Raises ConfigError for one of another run, one that is damaged, or one that another process writes to, and
-        OutputError where it cannot be written.
+        Raises ConfigError for one of another run, one that is damaged, one that another process writes to, and for a
+        file that is no journal, which is left as it is even on `restart`; OutputError where it cannot be written.
         """
         try:
             file = open_file(path)
@@ -92,6 +94,8 @@ class Journal:
 
     def entry(self, row: int) -> Entry:
         """What was appended for a row."""
+        if not self.has(row):
+            raise RuntimeError(f"row {row} has not been judged")
         line = os.pread(self._file.fileno(), 4096, self._offsets[row])
         while b"\n" not in line:
             line += os.pread(self._file.fileno(), 1 << 16, self._offsets[row] + len(line))
@@ -139,13 +143,26 @@ class Journal:
         try:
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):  # such as file systems without locks
-                return
+            is_ours = error.errno not in (errno.EAGAIN, errno.EACCES)  # such as file systems without locks
+        else:
+            is_ours = self._is_at_path()  # or else whoever had it locked has finished, and removed it
+        if not is_ours:
             raise ConfigError(
                 f"{self.path} is in use by another process, which writes the same OUT; wait for it, or give another OUT"
-            ) from None
+            )
+
+    def _is_at_path(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def _begin(self, header: dict[str, Any], restart: bool) -> None:
+        opening = os.pread(self._file.fileno(), len(_OPENING), 0)
+        if opening != _OPENING[: len(opening)]:
+            raise ConfigError(
+                f"{self.path} is there and is not the journal of an annotation; remove it, or give another OUT"
+            )
         if restart:
             self._file.truncate(0)
         whole = 0  # bytes in whole lines
@@ -161,17 +178,16 @@ class Journal:
         self._file.truncate(whole)
         self._size = whole
         if not whole:
+            self.is_new = True
             self._write(json.dumps(header).encode() + b"\n")
 
     def _check_header(self, line: bytes, header: dict[str, Any]) -> None:
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise ConfigError(
-                f"{self.path} is not the journal of an annotation; remove it, or give another OUT"
-            )
+            raise self._damaged(1)
         changes = [
             f"{name.replace('_', '-')} ({_shown(found.get(name))}, now {_shown(header.get(name))})"
             for name in (*header, *(found.keys() - header.keys()))
@@ -188,14 +204,17 @@ class Journal:
             fields = json.loads(line)
             row = fields["row"]
             entry = Fault(fields["fault"]) if "fault" in fields else Annotation(**fields["annotation"])
-            if not 0 <= row < len(self._offsets):
+            if type(row) is not int or not 0 <= row < len(self._offsets):
                 raise ValueError
-        except (ValueError, TypeError, KeyError):
-            raise ConfigError(
-                f"{self.path}, line {number}: damaged; give --restart to begin anew, or another OUT"
-            ) from None
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise self._damaged(number) from None
         if not self.has(row):
             self._record(row, offset, entry)
+
+    def _damaged(self, number: int) -> ConfigError:
+        return ConfigError(
+            f"{self.path}, line {number}: damaged; give --restart to begin anew, or another OUT"
+        )
 
     def _record(self, row: int, offset: int, entry: Entry) -> None:
         self._offsets[row] = offset

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from guardengine.annotate.assembly import BadRows, Columns, first
-from guardengine.annotate.journal import Entry, Fault, Journal
+from guardengine.annotate.assembly import BadRows, Columns, EntryOf, first
+from guardengine.annotate.journal import Entry, Fault
 from guardengine.annotate.rows import JsonlSource, Row
 from guardengine.annotate.tables import TableSource, arrow, python_rows
 
@@ -48,7 +48,7 @@ class GuardColumns:
 
 
 def write_table(
-    source: TableSource, journal: Journal, guard: GuardColumns, bad: BadRows, limit: int, file: IO[bytes]
+    source: TableSource, entry_of: EntryOf, guard: GuardColumns, bad: BadRows, limit: int, file: IO[bytes]
 ) -> None:
     """All rows of a table, its columns and their types as they are."""
     pa = arrow()
@@ -59,7 +59,7 @@ def write_table(
             batch = batch.slice(0, limit - number)
             if not batch.num_rows:
                 break
-            entries = [journal.entry(row) for row in range(number, number + batch.num_rows)]
+            entries = [entry_of(row) for row in range(number, number + batch.num_rows)]
             for index, entry in enumerate(entries):
                 if isinstance(entry, Fault):
                     record, _ = next(python_rows(batch.slice(index, 1)))
@@ -88,11 +88,11 @@ class LinesToParquet:
         for name in names:
             self._types.pop(name, None)
 
-    def write(self, journal: Journal, bad: BadRows, file: IO[bytes]) -> None:
+    def write(self, entry_of: EntryOf, bad: BadRows, file: IO[bytes]) -> None:
         """Write all rows. Text that is no valid Unicode makes a row bad: Parquet cannot hold it and has U+FFFD."""
         while True:
             try:
-                return self._write(journal, bad, file)
+                return self._write(entry_of, bad, file)
             except _Unwritable as error:  # such as whole numbers that floating-point ones do not hold
                 self.as_text.add(str(error))
                 bad.clear()
@@ -111,14 +111,14 @@ class LinesToParquet:
         if rows:
             yield rows
 
-    def _write(self, journal: Journal, bad: BadRows, file: IO[bytes]) -> None:
+    def _write(self, entry_of: EntryOf, bad: BadRows, file: IO[bytes]) -> None:
         pa = self._pa
         schema = pa.schema([pa.field(name, self._type(name)) for name in self._types] + self._guard.fields)
         with pa.parquet.ParquetWriter(file, schema) as writer:
             for rows in self._batches():
                 entries = []
                 for row in rows:
-                    entry = journal.entry(row.number)
+                    entry = entry_of(row.number)
                     if row.fault is not None and not isinstance(entry, Fault):
                         entry = Fault(row.fault)
                     if isinstance(entry, Fault):

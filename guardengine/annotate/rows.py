@@ -12,6 +12,15 @@ from guardengine.errors import ConfigError
 
 SAMPLE_ROWS = 1000
 _BOM = b"\xef\xbb\xbf"
+# How files begin that are no lines of UTF-8, and what to do with them.
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "compressed with gzip; decompress it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; decompress it",
+    b"PAR1": "Parquet; name it .parquet",
+    b"ARROW1": "Arrow; name it .arrow",
+    b"\xff\xfe": "UTF-16; convert it to UTF-8",
+    b"\xfe\xff": "UTF-16; convert it to UTF-8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +49,23 @@ class JsonlSource:
         return sum(1 for _ in self._lines())
 
     def sample(self) -> tuple[list[str], list[Mapping[str, Any]]]:
-        """The columns of the first rows, and these."""
+        """The columns of the first rows, and these. Raises ConfigError where none can be read."""
         columns: dict[str, None] = {}
         rows: list[Mapping[str, Any]] = []
+        faults: list[str] = []
         for row in self.rows():
             if row.fault is None:
                 columns |= dict.fromkeys(row.record)
                 rows.append(row.record)
+            else:
+                faults.append(f"{row.file}, line {row.line}: {row.fault}")
             if row.number + 1 >= SAMPLE_ROWS:
                 break
+        if not rows:
+            problem = (
+                f"none of the first {len(faults)} can be read ({faults[0]})" if faults else "there is none"
+            )
+            raise ConfigError(f"{self.files[0]}: rows are needed, one JSON object a line, and {problem}")
         return list(columns), rows
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -62,11 +79,19 @@ class JsonlSource:
             try:
                 with path.open("rb") as file:
                     for number, line in enumerate(file, 1):
+                        if number == 1:
+                            _check_format(path, line)
                         raw = (line.removeprefix(_BOM) if number == 1 else line).strip(b" \t\r\n")
                         if raw:
                             yield path, number, raw
             except OSError as error:
                 raise ConfigError(f"{path} cannot be read ({error})") from error
+
+
+def _check_format(path: Path, line: bytes) -> None:
+    for opening, what in _OTHER_FORMATS.items():
+        if line.startswith(opening):
+            raise ConfigError(f"{path} is not JSON lines but {what}")
 
 
 def parse_line(raw: bytes) -> tuple[dict[str, Any], str | None]:

@@ -8,29 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from guardengine._version import __version__
-from guardengine.annotate.assembly import (
-    BadRows,
-    Columns,
-    Output,
-    Source,
-    check_columns,
-    first,
-    write_jsonl,
-)
-from guardengine.annotate.digests import checkpoint_digest, identities, input_digest
+from guardengine.annotate.assembly import Columns, Source, check_columns, first
+from guardengine.annotate.digests import Watched, checkpoint_digest, input_digest
 from guardengine.annotate.folders import data_files
 from guardengine.annotate.journal import Fault, Journal
 from guardengine.annotate.judging import LONG_CHARS, judge
 from guardengine.annotate.layout import BadRow, Layout, Messages, choose_layout, conversation_of
-from guardengine.annotate.parquet_out import GuardColumns, LinesToParquet, write_table
+from guardengine.annotate.output import Output, write_output
 from guardengine.annotate.response_chars import ResponseChars
 from guardengine.annotate.rows import JsonlSource, Row
-from guardengine.annotate.tables import TableSource
+from guardengine.annotate.tables import TableSource, arrow
 from guardengine.engine import Engine
 from guardengine.errors import ConfigError
 from guardengine.hub import resolve_checkpoint
@@ -122,8 +114,9 @@ def annotate(
     journal_path = Path(f"{out}.partial")
     _check_output(given, out, journal_path, restart)
     files = data_files(given, options.split)
+    _check_apart(files, [*Output(out).places, journal_path])
+    watched = Watched(given, files)
     source = _open_source(files, out)
-    before = identities(files)
     names, sample = source.sample()
     layout = choose_layout(options.layout, names, sample)
     columns = Columns.with_prefix(options.prefix)
@@ -136,11 +129,14 @@ def annotate(
         "version": __version__,
         "input": input_digest(files, given, progress=progress),
         "checkpoint": checkpoint_digest(folder, progress=progress),
-        "options": _recorded(options, layout),
+        **_recorded(options, layout),
         "rows": num_rows,
     }
     load = load or _loader(options, progress)
     with Journal.open(journal_path, header, num_rows, restart=restart) as journal:
+        if journal.is_new and not restart and out.exists():  # which another process has finished meanwhile
+            journal.remove()
+            raise _is_there(out)
         num_resumed, num_tokens, start = journal.num_done, 0, time.perf_counter()
         if num_resumed < num_rows:
             with load(folder) as engine:
@@ -148,12 +144,14 @@ def annotate(
                 run = _Run(source, layout, columns, policy, engine, ResponseChars(folder), journal)
                 num_tokens = run.judge_rows(num_rows, options.window_rows, progress=progress)
         seconds = time.perf_counter() - start
-        if identities(files) != before:
-            raise ConfigError(f"{given} was written to meanwhile; give --restart to annotate what it is now")
-        num_bad, as_text = _write_output(source, out, layout, columns, journal, num_rows)
+
+        watched.check()
+        written = write_output(
+            source, out, layout, columns, journal, num_rows, before_placing=watched.check, progress=progress
+        )
         journal.remove()
         risks = dict(journal.counts)
-    return Report(layout, num_rows, num_bad, num_resumed, num_tokens, seconds, risks, as_text)
+    return Report(layout, num_rows, written.num_bad, num_resumed, num_tokens, seconds, risks, written.as_text)
 
 
 class _Run:
@@ -247,20 +245,33 @@ def _check_output(given: Path, out: Path, journal: Path, restart: bool) -> None:
     if place == given.resolve() or (given.is_dir() and place.is_relative_to(given.resolve())):
         raise ConfigError(f"{out} is, or lies in, the input {given}; give another OUT")
     if out.exists() and not journal.exists() and not restart:
-        raise ConfigError(f"{out} is there already; give --restart to annotate once more, or another OUT")
+        raise _is_there(out)
+
+
+def _is_there(out: Path) -> ConfigError:
+    return ConfigError(f"{out} is there already; give --restart to annotate once more, or another OUT")
+
+
+def _check_apart(files: list[Path], places: list[Path]) -> None:
+    """Raise ConfigError where a file that is read is one of those that are written, such as OUT.bad.jsonl."""
+    inputs = {file.resolve() for file in files}
+    for place in places:
+        if place.resolve() in inputs:
+            raise ConfigError(f"{place}, which this OUT needs, is a file of the input; give another OUT")
 
 
 def _open_source(files: list[Path], out: Path) -> Source:
     is_table = files[0].suffix.lower() in (".parquet", ".arrow")
     if out.suffix.lower() == ".parquet":
-        GuardColumns(Columns.with_prefix(""), ())  # pyarrow is there
+        arrow()  # which raises now rather than when all is judged
     return TableSource(files) if is_table else JsonlSource(files)
 
 
 def _recorded(options: Options, layout: Layout) -> dict[str, Any]:
-    """The options that a journal is begun with."""
-    values = asdict(options) | {"layout": asdict(layout)}
-    del values["window_rows"], values["num_threads"], values["revision"]
+    """The options that a journal is begun with, by their names on the command line."""
+    values = asdict(options) | {f"{role}_column": name for role, name in asdict(layout).items()}
+    for name in ("layout", "window_rows", "num_threads", "revision"):
+        del values[name]
     return values
 
 
@@ -275,27 +286,3 @@ def _loader(options: Options, progress: bool) -> Loader:
         )
 
     return load
-
-
-def _write_output(
-    source: Source, out: Path, layout: Layout, columns: Columns, journal: Journal, num_rows: int
-) -> tuple[int, tuple[str, ...]]:
-    """Write OUT and the bad rows' file. Returns how many these are, and the columns that were made into text."""
-    as_text: list[str] = []
-
-    def write(file: IO[bytes], bad_file: IO[bytes]) -> int:
-        bad = BadRows(bad_file, layout)
-        if out.suffix.lower() == ".jsonl":
-            write_jsonl(source, journal, columns, bad, num_rows, file)
-        else:
-            guard = GuardColumns(columns, list(journal.score_names))
-            if isinstance(source, JsonlSource):
-                lines = LinesToParquet(source, guard, num_rows)
-                lines.leave_out(columns)
-                lines.write(journal, bad, file)
-                as_text.extend(sorted(lines.as_text))
-            else:
-                write_table(source, journal, guard, bad, num_rows, file)
-        return bad.num_rows
-
-    return Output(out).write(write), tuple(as_text)

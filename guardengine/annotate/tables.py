@@ -11,6 +11,7 @@ from guardengine.annotate.rows import SAMPLE_ROWS, Row
 from guardengine.errors import ConfigError
 
 _BATCH_ROWS = 4096
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def arrow() -> Any:
@@ -30,13 +31,19 @@ class TableSource:
     """The rows of Parquet files, or of Arrow files (stream or file format), under one schema."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """Reads the schemas. Raises ConfigError for files that are damaged or do not belong together."""
+        """Reads the schemas, and columns that are of another type in other files.
+
+        Raises ConfigError for files that are damaged or do not belong together.
+        """
         self.files = list(files)
         pa = self._pa = arrow()
         schemas = []
         for path in self.files:
             with _reading(path):
                 schemas.append(self._schema(path))
+            names = schemas[-1].names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ConfigError(f"{path} has several columns named {twice[0]!r}; rename or drop one")
         try:
             self.schema = pa.unify_schemas(schemas, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -44,6 +51,12 @@ class TableSource:
                 f"{self.files[0].parent}: its files have columns of different types ({error}); give one of them"
             ) from error
         self.schema = self.schema.with_metadata(schemas[0].metadata)
+        for path, schema in zip(self.files, schemas, strict=True):
+            # Whether values fit into the common type is said now, not when all rows have been judged.
+            cast = [field for field in self.schema if field.name in schema.names]
+            if cast := [field for field in cast if field.type != schema.field(field.name).type]:
+                for _ in self._cast_batches(path, cast):
+                    pass
 
     def num_rows(self) -> int:
         pa = self._pa
@@ -57,12 +70,14 @@ class TableSource:
         return total
 
     def sample(self) -> tuple[list[str], list[Mapping[str, Any]]]:
-        """The columns, and the first rows."""
+        """The columns, and the first rows. Raises ConfigError where there is none."""
         rows = []
         for row in self.rows():
             rows.append(row.record)
             if row.number + 1 >= SAMPLE_ROWS:
                 break
+        if not rows:
+            raise ConfigError(f"{self.files[0]}: rows are needed, and there is none")
         return list(self.schema.names), rows
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -75,21 +90,29 @@ class TableSource:
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
         """All rows as record batches of the one schema, or of these columns of it."""
-        pa = self._pa
         fields = [self.schema.field(name) for name in columns or self.schema.names]
+        schema = self._pa.schema(fields, None if columns else self.schema.metadata)
         for path in self.files:
-            with _reading(path):
-                for batch in self._batches(path, columns):
-                    arrays = []
-                    for field in fields:
-                        index = batch.schema.get_field_index(field.name)
-                        if index < 0:
-                            arrays.append(pa.nulls(batch.num_rows, field.type))
-                        else:
-                            array = batch.column(index)
-                            arrays.append(array if array.type == field.type else array.cast(field.type))
-                    schema = pa.schema(fields, None if columns else self.schema.metadata)
-                    yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+            for arrays in self._cast_batches(path, fields):
+                yield self._pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    def _cast_batches(self, path: Path, fields: Sequence[Any]) -> Iterator[list[Any]]:
+        """A file's columns in the types of the fields; nulls for those that it does not have."""
+        pa = self._pa
+        with _reading(path):
+            for batch in self._batches(path, [field.name for field in fields]):
+                arrays = []
+                for field in fields:
+                    index = batch.schema.get_field_index(field.name)
+                    array = pa.nulls(batch.num_rows, field.type) if index < 0 else batch.column(index)
+                    try:
+                        arrays.append(array if array.type == field.type else array.cast(field.type))
+                    except pa.ArrowException as error:
+                        raise ConfigError(
+                            f"{path}: column {field.name!r} is {array.type}, and elsewhere {field.type}, which does "
+                            f"not hold all of its values ({error}); give files of one type"
+                        ) from error
+                yield arrays
 
     def _schema(self, path: Path) -> Any:
         if path.suffix.lower() == ".parquet":
@@ -107,6 +130,8 @@ class TableSource:
             return
         with self._pa.OSFile(str(path)) as file:
             reader = self._open_arrow(file)
+            if _is_stream(reader) and not _ends_as_stream(path):
+                raise ConfigError(f"{path} has no end, so rows may be missing: whoever wrote it was stopped")
             for batch in _arrow_batches(reader):
                 for start in range(0, batch.num_rows, _BATCH_ROWS):
                     yield batch.slice(start, _BATCH_ROWS)
@@ -131,14 +156,13 @@ def python_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
                 cell = batch.column(name)[index]
                 try:
                     record[name] = cell.as_py()
-                except (ValueError, OverflowError) as error:
-                    kind = (
-                        "not valid UTF-8"
-                        if isinstance(error, UnicodeDecodeError)
-                        else f"not readable: {error}"
-                    )
-                    fault = fault or f"column {name!r} is {kind}"
+                except UnicodeDecodeError:
+                    fault = fault or f"column {name!r} is not valid UTF-8"
                     record[name] = _replaced(cell)
+                except (ValueError, OverflowError) as error:
+                    record[name] = _as_text(cell)
+                    if record[name] is None:
+                        fault = fault or f"column {name!r} is not readable: {error}"
             yield record, fault
         return
     for row in rows:
@@ -146,17 +170,38 @@ def python_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
 
 
 def _replaced(cell: Any) -> str | None:
-    """Text with U+FFFD for what is not UTF-8; None for other values that cannot be read."""
+    """Text with U+FFFD for what is not UTF-8; None for lists and structs that hold such text."""
     buffer = getattr(cell, "as_buffer", None)
     return None if buffer is None else buffer().to_pybytes().decode("utf-8", "replace")
 
 
+def _as_text(cell: Any) -> str | None:
+    """A value that Python's types do not hold, such as a time in nanoseconds, as Arrow writes it; or None."""
+    pa = arrow()
+    try:
+        text: str = pa.compute.cast(cell, pa.string()).as_py()
+    except pa.ArrowException:
+        return None
+    return text.replace(" ", "T", 1) if pa.types.is_timestamp(cell.type) else text
+
+
 def _arrow_batches(reader: Any) -> Iterator[Any]:
-    if hasattr(reader, "num_record_batches"):  # the file format
+    if _is_stream(reader):
+        yield from reader
+    else:
         for index in range(reader.num_record_batches):
             yield reader.get_batch(index)
-    else:
-        yield from reader
+
+
+def _is_stream(reader: Any) -> bool:
+    return not hasattr(reader, "num_record_batches")
+
+
+def _ends_as_stream(path: Path) -> bool:
+    """A stream that is cut off between two batches reads like one that has fewer."""
+    with path.open("rb") as file:
+        file.seek(-min(len(_END_OF_STREAM), path.stat().st_size), 2)
+        return file.read() == _END_OF_STREAM
 
 
 @contextmanager
