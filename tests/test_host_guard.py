@@ -61,9 +61,7 @@ def run(request, folder, server, monkeypatch) -> Any:
 
 def chunk(content: str | None = None, finish: str | None = None, **delta: Any) -> ChatCompletionChunk:
     choice = {"index": 0, "delta": {"content": content, **delta}, "finish_reason": finish}
-    return ChatCompletionChunk(
-        id="c", created=1, model="m", object="chat.completion.chunk", choices=[choice]
-    )
+    return ChatCompletionChunk(id="c", created=1, model="m", object="chat.completion.chunk", choices=[choice])
 
 
 def chunks(text: str, seed: int = 0) -> list[ChatCompletionChunk]:
@@ -187,12 +185,15 @@ def test_a_consumer_that_leaves_closes_the_source_and_the_stream(run) -> None:
 
 def test_an_error_of_the_source_comes_after_what_was_cleared(run) -> None:
     async def use(guard: Guard) -> None:
-        found = []
-        with pytest.raises(RuntimeError, match="lost"):
-            async for item in guard.show(
-                Source(chunks(GOOD)[:9], error=RuntimeError("lost")), [USER], text=chunk_text
-            ):
+        found: list[Any] = []
+
+        async def consume() -> None:
+            source = Source(chunks(GOOD)[:9], error=RuntimeError("lost"))
+            async for item in guard.show(source, [USER], text=chunk_text):
                 found.append(item)
+
+        with pytest.raises(RuntimeError, match="lost"):
+            await consume()
         assert GOOD.startswith(text_of(found))
 
     run(use)

@@ -1,6 +1,6 @@
-"""The guardrail for LiteLLM, called as its proxy calls it. Needs litellm, whose pins are not ours: see docs/INTEGRATIONS.md.
+"""The guardrail for LiteLLM, called as its proxy calls it, and in the proxy itself, before a fake upstream.
 
-With `litellm[proxy]` the proxy itself runs too, before a fake upstream.
+Needs litellm[proxy], whose pins are not ours: see docs/INTEGRATIONS.md.
 """
 
 from __future__ import annotations
@@ -238,9 +238,7 @@ class Upstream(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = BAD if "bad" in body["messages"][-1]["content"] else GOOD
         self.send_response(200)
-        self.send_header(
-            "Content-Type", "text/event-stream" if body.get("stream") else "application/json"
-        )
+        self.send_header("Content-Type", "text/event-stream" if body.get("stream") else "application/json")
         self.end_headers()
         base = {"id": "c", "created": 1, "model": "m"}
         if not body.get("stream"):

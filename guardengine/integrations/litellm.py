@@ -227,7 +227,9 @@ class GuardEngineGuardrail(CustomGuardrail):
     @staticmethod
     def _text(chunk: Any) -> str | None:
         if not hasattr(chunk, "choices"):
-            raise ConfigError(f"the stream has {type(chunk).__name__}, which is no chunk of a chat completion")
+            raise ConfigError(
+                f"the stream has {type(chunk).__name__}, which is no chunk of a chat completion"
+            )
         return chunk_text(chunk) or getattr(next(iter(chunk.choices), None), "text", None)
 
     def _error(self, error: GuardEngineError) -> GuardrailRaisedException:

@@ -36,7 +36,9 @@ def message_text(message: Any) -> str | None:
     if message is None:
         return None
     reasoning = next((text for name in _REASONING if (text := _get(message, name))), "")
-    return f"{reasoning}{_get(message, 'content') or ''}{_get(message, 'refusal') or ''}{_calls_text(message)}"
+    return (
+        f"{reasoning}{_get(message, 'content') or ''}{_get(message, 'refusal') or ''}{_calls_text(message)}"
+    )
 
 
 def split_chunk(chunk: Any, num_chars: int) -> tuple[Any, Any] | None:
