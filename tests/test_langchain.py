@@ -30,7 +30,7 @@ class Tooled(FakeMessagesListChatModel):
     seen: list[Any] = []  # noqa: RUF012 - pydantic copies it
 
     def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
-        return self.bind(tools=[{"name": tool.__name__} for tool in tools])
+        return self.bind(tools=[{"name": getattr(tool, "name", None) or tool.__name__} for tool in tools])
 
     def _generate(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         self.seen.append((messages, kwargs))

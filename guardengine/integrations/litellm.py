@@ -38,10 +38,10 @@ OnBlock = Literal["content_filter", "raise"]
 class GuardEngineGuardrail(CustomGuardrail):
     """A CustomGuardrail. Its options may stand in the proxy's YAML:
 
-    api_base, api_key: a running `guardengine serve`. checkpoint (with engine_options): an engine in this process. engine:
-    the same, made by yourself, for the proxy's event loop.
-    policy: as in `Guard`. unreachable_fallback: LiteLLM's "fail_closed" (default) or "fail_open", for a guard that cannot
-    be reached or has no room. timeout, reconnect_s: seconds, as `timeout_s` and `reconnect_s` there.
+    api_base, api_key: a running `guardengine serve`. checkpoint (with engine_options): an engine in this process.
+    engine: the same, made by yourself, for the proxy's event loop.
+    policy: as in `Guard`. unreachable_fallback: LiteLLM's "fail_closed" (default) or "fail_open", for a guard that
+    cannot be reached or has no room. timeout, reconnect_s: seconds, as `timeout_s` and `reconnect_s` there.
     on_block: how a stream ends whose reply is blocked after some of it went out: "content_filter" (default), a last
     chunk with that finish_reason and `substitute`, if given, as its content; "raise", the error frame that the proxy
     makes of an exception. All else that is blocked raises GuardrailRaisedException, status 400.
@@ -123,8 +123,7 @@ class GuardEngineGuardrail(CustomGuardrail):
     async def async_post_call_streaming_iterator_hook(
         self, user_api_key_dict: Any, response: Any, request_data: dict[str, Any]
     ) -> AsyncGenerator[Any, None]:
-        """Hand on the chunks whose text is cleared; end the stream when its reply is blocked. The LLM's stream is closed
-        then."""
+        """Hand on the chunks whose text is cleared; end the stream, and close the LLM's, when its reply is blocked."""
         last: Any = None
         shown = self.guard.show(
             response, self._messages(request_data), text=self._text, split=split_chunk, check_prompt="beside"
