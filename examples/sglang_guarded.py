@@ -15,12 +15,11 @@ async def main(model, checkpoint, prompt):
     rendered = llm.tokenizer_manager.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
-    async with AsyncEngine.from_pretrained(checkpoint) as engine:
-        async with await engine.open(messages) as stream:
-            outputs = deltas(llm, rendered, {"max_new_tokens": 512})
-            async for text in guarded(outputs, stream, substitute=" [removed]"):  # a block aborts the request
-                print(text, end="", flush=True)
-            print("\n", stream.verdict)
+    async with AsyncEngine.from_pretrained(checkpoint) as engine, await engine.open(messages) as stream:
+        outputs = deltas(llm, rendered, {"max_new_tokens": 512})
+        async for text in guarded(outputs, stream, substitute=" [removed]"):  # a block aborts the request
+            print(text, end="", flush=True)
+        print("\n", stream.verdict)
     llm.shutdown()
 
 

@@ -19,12 +19,11 @@ async def main(model, checkpoint, prompt):
     tokenizer = AutoTokenizer.from_pretrained(model)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     params = SamplingParams(max_tokens=512, output_kind=RequestOutputKind.DELTA)
-    async with AsyncEngine.from_pretrained(checkpoint) as engine:
-        async with await engine.open(messages) as stream:
-            outputs = generate(llm, rendered, params, uuid.uuid4().hex)
-            async for text in guarded(outputs, stream, text=delta_text, substitute=" [removed]"):
-                print(text, end="", flush=True)  # a block aborts the request
-            print("\n", stream.verdict)
+    async with AsyncEngine.from_pretrained(checkpoint) as engine, await engine.open(messages) as stream:
+        outputs = generate(llm, rendered, params, uuid.uuid4().hex)
+        async for text in guarded(outputs, stream, text=delta_text, substitute=" [removed]"):
+            print(text, end="", flush=True)  # a block aborts the request
+        print("\n", stream.verdict)
     llm.shutdown()
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from guarding import BAD_USER, USER, make_bombs_unsafe, opened
+from guarding import BAD_USER, make_bombs_unsafe, opened
 
 from guardengine import AsyncEngine, guarded
 from guardengine.errors import ConfigError

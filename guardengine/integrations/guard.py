@@ -129,7 +129,8 @@ class Guard:
             if check_prompt == "beside":
                 ahead.start()
             async with await self.open(messages) as stream:
-                if not stream.is_blocked:
+                has_blocked = stream.is_blocked
+                if not has_blocked:
                     ahead.start()
                     held = HeldItems(text, split)
                     while items := await ahead.take():
@@ -141,9 +142,10 @@ class Guard:
                             break
                     else:
                         await stream.finish()
-                        for item in held.take(stream.cleared_chars) if stream.is_blocked else held.rest():
+                        has_blocked = stream.is_blocked
+                        for item in held.take(stream.cleared_chars) if has_blocked else held.rest():
                             yield item
-                if stream.is_blocked:
+                if has_blocked:
                     await ahead.close()  # the LLM need not wait until somebody has heard of it
                     raise Blocked.by(stream.verdict)
         finally:

@@ -33,9 +33,9 @@ T = TypeVar("T")
 class GuardedChatModel(BaseChatModel):
     """Judges the prompt before `model` is called, and its reply while it streams.
 
-    on_block: "stop" (default) ends the reply after what was cleared, with `substitute` as its last content if given, and
-    finish_reason "content_filter" in the response's metadata; "raise" raises `Blocked`. skip_media: judge a conversation
-    with images, audio or files by its text, instead of refusing it.
+    on_block: "stop" (default) ends the reply after what was cleared, with `substitute` as its last content if given,
+    and finish_reason "content_filter" in the response's metadata; "raise" raises `Blocked`. skip_media: judge a
+    conversation with images, audio or files by its text, instead of refusing it.
 
     The model's own callbacks, cache and rate limiter are left out: give them to this one. Synchronous calls run in an
     event loop of this module's own, which is all right for a Guard with a url; one with an engine is either for
@@ -192,7 +192,7 @@ def _split(
 def _as_chunk(generation: ChatGeneration) -> ChatGenerationChunk:
     """A finished message as the only chunk of a stream."""
     message: Any = generation.message
-    calls = [
+    calls: Any = [
         {"name": call["name"], "args": json.dumps(call["args"]), "id": call["id"], "index": index}
         for index, call in enumerate(message.tool_calls)
     ]

@@ -36,7 +36,7 @@ def actions(guard: Guard) -> tuple[Action, Action]:
     in parallel let exceptions pass; `Guard(on_unreachable="open")` is the way to let a lost server pass.
     """
 
-    @action(name=INPUT, is_system_action=True)  # type: ignore[untyped-decorator]
+    @action(name=INPUT, is_system_action=True)
     async def check_input(
         context: Mapping[str, Any] | None = None,
         events: Sequence[Mapping[str, Any]] | None = None,
@@ -45,7 +45,7 @@ def actions(guard: Guard) -> tuple[Action, Action]:
     ) -> RailOutcome:
         return await _judge(guard, _messages(context, events, user_message), None)
 
-    @action(name=OUTPUT, is_system_action=True)  # type: ignore[untyped-decorator]
+    @action(name=OUTPUT, is_system_action=True)
     async def check_output(
         context: Mapping[str, Any] | None = None,
         events: Sequence[Mapping[str, Any]] | None = None,

@@ -32,9 +32,9 @@ async def deltas(
 
     llm: a sglang.Engine. prompt or input_ids, sampling_params and options: as async_generate takes them. rid: the
     request's id, one that begins no other's, as SGLang aborts by prefix; made up by default. incremental: whether the
-    engine was started with incremental_streaming_output; else its outputs repeat the text before them, and `deltas` cuts
-    that off. The request is aborted when this is closed, cancelled or fails before its end. Raises ConfigError for
-    several prompts or completions, and what the engine raises.
+    engine was started with incremental_streaming_output; else its outputs repeat the text before them, and `deltas`
+    cuts that off. The request is aborted when this is closed, cancelled or fails before its end. Raises ConfigError
+    for several prompts or completions, and what the engine raises.
     """
     if not isinstance(prompt, str | None) or (input_ids and not isinstance(input_ids[0], int)):
         raise ConfigError("several prompts were given; a stream guards one reply: call deltas for each")
