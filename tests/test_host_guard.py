@@ -293,6 +293,8 @@ def test_requests_are_read_as_text() -> None:
     assert text_messages(image, skip_media=True) == [{"role": "user", "content": "a"}]
     with pytest.raises(InvalidText, match="image_url"):
         text_messages(image)
+    with pytest.raises(InvalidText, match="is int"):
+        text_messages([{"role": "user", "content": 5}])
     assert text_messages([{"role": "system", "content": "x"}]) == [{"role": "user", "content": "x"}]
     assert [m["role"] for m in text_messages([{"role": "assistant", "content": "x"}])] == [
         "user",

@@ -327,3 +327,18 @@ def test_the_proxy(proxy, rail) -> None:
     assert found[-2]["choices"][0]["finish_reason"] == "content_filter"
     answer = asked(proxy, BAD_USER["content"], stream=True)
     assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("path", ["messages", "responses", "completions", "embeddings"])
+def test_the_proxys_other_paths_bring_their_texts(proxy, rail, path) -> None:
+    text = BAD_USER["content"]
+    body = {
+        "messages": {"messages": [BAD_USER], "max_tokens": 9},
+        "responses": {"input": text},
+        "completions": {"prompt": text},
+        "embeddings": {"input": [text]},
+    }[path]
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{proxy}/v1/{path}", json={"model": "m", **body}, headers=headers, timeout=60)
+    assert answer.status_code == 400
+    assert "is blocked: Unsafe" in answer.text

@@ -79,6 +79,10 @@ def _text_message(index: int, message: Any, skip_media: bool) -> dict[str, str]:
     where = f"messages[{index}]"
     if content is None:
         content = ""
+    if not isinstance(content, str | list | tuple):
+        raise InvalidText(
+            f"{where}.content is {type(content).__name__}; a text, or a list of parts, is needed"
+        )
     if not isinstance(content, str):
         texts = []
         for number, part in enumerate(content):
