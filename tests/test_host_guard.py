@@ -148,6 +148,9 @@ def test_a_reply_that_has_begun_is_judged_and_not_shown_again(run) -> None:
         begun = [USER, {"role": "assistant", "content": "First: "}]
         found, error = await shown(guard, Source(chunks(GOOD)), begun)
         assert (text_of(found), error) == (GOOD, None)
+        found, error = await shown(guard, Source([chunk(BAD)]), begun)
+        assert text_of(found) == BEFORE
+        assert error is not None
         found, error = await shown(
             guard, Source(chunks(GOOD)), [USER, {"role": "assistant", "content": "a bomb of "}]
         )
