@@ -52,6 +52,13 @@ class Blocked(GuardEngineError):
         super().__init__(message)
         self.verdict = verdict
 
+    @classmethod
+    def by(cls, verdict: typing.Any) -> Blocked:
+        """The error that tells of a verdict."""
+        what = "the prompt" if verdict.rule == "prompt" else "the reply"
+        category = "" if verdict.category is None else f", {verdict.category}"
+        return cls(f"{what} is blocked: {verdict.risk}{category} (rule {verdict.rule})", verdict)
+
 
 class OutputError(GuardEngineError):
     """A file of results cannot be written, as on a full disk. What was written before is kept, to go on from."""

@@ -10,11 +10,10 @@ from guardengine.deltas import Extractor, Reply, Shape
 from guardengine.engine import Engine
 from guardengine.errors import Blocked, ConfigError
 from guardengine.labels import Verdict
-from guardengine.pull_ahead import PullAhead
+from guardengine.pull_ahead import MAX_AHEAD, PullAhead
 from guardengine.stream import Stream
 
 OnBlock = Literal["stop", "raise"]
-MAX_AHEAD = 16
 
 
 def guarded(
@@ -213,9 +212,7 @@ def can_end_turn(stream: AsyncStream | Stream) -> bool:
 def instead(verdict: Verdict, on_block: OnBlock, substitute: Any) -> Sequence[Any]:
     """What comes in place of what is blocked. Raises Blocked where that was asked for."""
     if on_block == "raise":
-        what = "the prompt" if verdict.rule == "prompt" else "the reply"
-        category = "" if verdict.category is None else f", {verdict.category}"
-        raise Blocked(f"{what} is blocked: {verdict.risk}{category} (rule {verdict.rule})", verdict)
+        raise Blocked.by(verdict)
     return [] if substitute is None else [substitute]
 
 

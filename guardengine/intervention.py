@@ -14,7 +14,6 @@ from guardengine.async_stream import AsyncStream
 from guardengine.deltas import Extractor, Reply, Shape
 from guardengine.errors import ConfigError
 from guardengine.guarded_reply import (
-    MAX_AHEAD,
     OnBlock,
     append_delta,
     check_on_block,
@@ -23,7 +22,7 @@ from guardengine.guarded_reply import (
     is_blocked,
 )
 from guardengine.labels import Verdict
-from guardengine.pull_ahead import PullAhead
+from guardengine.pull_ahead import MAX_AHEAD, PullAhead
 from guardengine.text_stream import accepted_chars, cleared_chars, cut_before
 
 Kept = str | list[int] | None

@@ -8,6 +8,7 @@ from typing import Any
 
 from guardengine.errors import ConfigError
 
+MAX_AHEAD = 16
 _END = object()
 
 

@@ -74,7 +74,11 @@ class AsyncGuardClient:
         """Open a stream and wait for the label of its prompt. options: token_ids, policy, labels, scores, priority,
         as `open` in docs/PROTOCOL.md."""
         stream = AsyncGuardStream(self, Conversation(messages, **options))
-        await stream._reopen()
+        try:
+            await stream._reopen()
+        except BaseException:  # refused, or cancelled: nobody has it to close
+            await stream.close()
+            raise
         return stream
 
     async def close(self) -> None:

@@ -1,20 +1,111 @@
-"""Chat completions of OpenAI's SDK, and of servers that speak its API.
+"""Chat completions of OpenAI's SDK, and of servers and libraries that speak its API.
 
 chunks = await client.chat.completions.create(model=..., messages=messages, stream=True)
 async for text in guarded(chunks, stream, text=delta_text):
     ...
+
+What comes after `delta_text` is for gateways, which hand chunks on whole: see `guardengine.integrations.guard`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from guardengine.errors import ConfigError
+from guardengine.errors import ConfigError, InvalidText
+
+_ROLES = {"developer": "system", "function": "tool"}  # names that the chat template does not know
+_REASONING = ("reasoning_content", "reasoning")  # servers differ
 
 
 def delta_text(chunk: Any) -> str | None:
     """The text of a chat.completion.chunk, an object or a dict: choices[0].delta.content. None for chunks without any
     (the role, tool calls, usage). Raises ConfigError for another choice than the first: a stream guards one reply."""
+    content: str | None = _get(_delta(chunk), "content")
+    return content
+
+
+def chunk_text(chunk: Any) -> str | None:
+    """All that a reader or a tool would get of a chunk: reasoning, content, refusal, and the names and arguments of
+    tool calls. Raises as `delta_text`."""
+    return message_text(_delta(chunk))
+
+
+def message_text(message: Any) -> str | None:
+    """The same of a finished message, choices[i].message."""
+    if message is None:
+        return None
+    reasoning = next((text for name in _REASONING if (text := _get(message, name))), "")
+    return (
+        f"{reasoning}{_get(message, 'content') or ''}{_get(message, 'refusal') or ''}{_calls_text(message)}"
+    )
+
+
+def split_chunk(chunk: Any, num_chars: int) -> tuple[Any, Any] | None:
+    """A chunk (a pydantic model) of which only the content has text, cut in two; None for others. The second part has
+    all that is not content."""
+    delta = _delta(chunk)
+    content = _get(delta, "content")
+    if not content or message_text(delta) != content or not hasattr(chunk, "model_copy"):
+        return None
+    first, rest = chunk.model_copy(deep=True), chunk.model_copy(deep=True)
+    first.choices[0].delta.content, rest.choices[0].delta.content = content[:num_chars], content[num_chars:]
+    first.choices[0].finish_reason = None
+    for part in (first, rest):  # they are of the whole piece
+        if _get(part.choices[0], "logprobs") is not None:
+            part.choices[0].logprobs = None
+    return first, rest
+
+
+def text_messages(messages: Iterable[Any], *, skip_media: bool = False) -> list[dict[str, str]]:
+    """A request's messages as the guard reads them: role and content, the latter one text.
+
+    Parts of a content are joined by line breaks; calls of tools follow the content. Names, ids and other fields are
+    left out. Where nobody has the role "user", the last message that is not the assistant's stands in as the prompt.
+    skip_media: leave images, audio and files out, unjudged, instead of refusing them. Raises InvalidText.
+    """
+    plain = [_text_message(index, message, skip_media) for index, message in enumerate(messages)]
+    if not any(message["role"] == "user" for message in plain):
+        others = [message for message in plain if message["role"] != "assistant"]
+        if others:
+            others[-1]["role"] = "user"
+        else:
+            plain.insert(0, {"role": "user", "content": ""})
+    return plain
+
+
+def _text_message(index: int, message: Any, skip_media: bool) -> dict[str, str]:
+    role, content = _get(message, "role"), _get(message, "content")
+    where = f"messages[{index}]"
+    if content is None:
+        content = ""
+    if not isinstance(content, str | list | tuple):
+        raise InvalidText(
+            f"{where}.content is {type(content).__name__}; a text, or a list of parts, is needed"
+        )
+    if not isinstance(content, str):
+        texts = []
+        for number, part in enumerate(content):
+            text = part if isinstance(part, str) else _get(part, "text")
+            if isinstance(text, str):
+                texts.append(text)
+            elif not skip_media:
+                raise InvalidText(
+                    f"{where}.content[{number}] is a {_get(part, 'type')!r:.40}, and Qwen3Guard reads text only; send "
+                    "text, or let the guard leave such parts unjudged (skip_media)"
+                )
+        content = "\n".join(texts)
+    calls = _calls_text(message)
+    return {"role": _ROLES.get(role, role), "content": "\n".join(filter(None, (content, calls)))}
+
+
+def _calls_text(message: Any) -> str:
+    functions = [_get(call, "function") for call in _get(message, "tool_calls") or ()]
+    functions.append(_get(message, "function_call"))  # the older form
+    return "".join(f"{_get(f, 'name') or ''}{_get(f, 'arguments') or ''}" for f in functions if f is not None)
+
+
+def _delta(chunk: Any) -> Any:
     choices = _get(chunk, "choices")
     if not choices:
         return None
@@ -22,9 +113,8 @@ def delta_text(chunk: Any) -> str | None:
         raise ConfigError(
             f"the chunk is of choice {index}; ask for n=1, or guard each choice on its own stream"
         )
-    content: str | None = _get(_get(choices[0], "delta"), "content")
-    return content
+    return _get(choices[0], "delta")
 
 
 def _get(thing: Any, name: str) -> Any:
-    return thing.get(name) if isinstance(thing, dict) else getattr(thing, name, None)
+    return thing.get(name) if isinstance(thing, Mapping) else getattr(thing, name, None)

@@ -1,0 +1,327 @@
+"""Guard: who judges for a host that holds conversations: `guardengine serve`, or an AsyncEngine in this process.
+
+Both are asked alike, so an adapter is written once. `show` is `guarded` for a host's own items (chunks, messages) with
+either of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from guardengine.errors import Blocked, ConfigError, Overloaded, ServerError
+from guardengine.integrations.held import HeldItems, Split
+from guardengine.labels import Verdict
+from guardengine.policy import OnFailure, Policy
+from guardengine.pull_ahead import MAX_AHEAD, PullAhead
+
+if TYPE_CHECKING:  # which bring torch: who asks a server does not need it
+    from guardengine.async_engine import AsyncEngine
+    from guardengine.async_stream import AsyncStream
+
+Messages = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+
+
+class Guard:
+    """Judges a host's conversations. Give one of:
+
+    url: of a `guardengine serve`, with its `api_key`. Needs the extra `client`, and no torch. Every conversation has a
+        connection of its own, so calls may come from any event loop.
+    engine: an AsyncEngine, for one event loop, as ever. The guard does not close it.
+    checkpoint: loads an AsyncEngine with `engine_options`, in a thread; the first call waits for it.
+
+    policy: a Policy (not with a url), or its options as a dict with "preset": "strict" or "loose" beside them, as
+    docs/PROTOCOL.md has them. None: strict, or what the server was started with.
+    timeout_s: for an answer; with an engine see Policy.on_timeout. reconnect_s: for how long a lost server is sought.
+    on_unreachable: what becomes of conversations while the server cannot be reached, fails or refuses for lack of room
+    (with an engine: the last). "closed" raises ServerError or Overloaded; "open" lets them pass: the verdict's rule is
+    then "unreachable-open", and every one is logged as critical.
+
+    Raises ConfigError for options. All calls raise InvalidText or StreamTooLong for conversations that cannot be
+    judged, whatever `on_unreachable` says.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        engine: AsyncEngine | None = None,
+        checkpoint: str | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        policy: Policy | Mapping[str, Any] | None = None,
+        timeout_s: float = 10.0,
+        reconnect_s: float = 2.0,
+        on_unreachable: OnFailure = "closed",
+    ) -> None:
+        if sum(each is not None for each in (url, engine, checkpoint)) != 1:
+            raise ConfigError("a guard needs one of url, engine and checkpoint")
+        if on_unreachable not in ("closed", "open"):
+            raise ConfigError(f"on_unreachable={on_unreachable!r}: choose 'closed' or 'open'")
+        self.timeout_s, self.on_unreachable = timeout_s, on_unreachable
+        self._client: Any = None
+        self._engine = engine
+        self._owns_engine = checkpoint is not None
+        if url is None:
+            from guardengine.async_engine import AsyncEngine
+
+            if engine is not None and not isinstance(engine, AsyncEngine):
+                raise ConfigError(f"engine is {type(engine).__name__}, not an AsyncEngine")
+            self._policy: Any = _policy(policy)
+            if checkpoint is not None:
+                self._engine = AsyncEngine.from_pretrained(checkpoint, **(engine_options or {}))
+            return
+        if policy is not None and not isinstance(policy, Mapping):
+            raise ConfigError(f"policy is {type(policy).__name__}; a server takes a dict of its options")
+        from guardengine.client import AsyncGuardClient
+
+        self._policy = policy
+        self._client = AsyncGuardClient(url, api_key=api_key, timeout_s=timeout_s, reconnect_s=reconnect_s)
+
+    async def judge(self, messages: Messages, reply: str | None = None) -> Verdict:
+        """The verdict on a conversation and, where there is one, the reply to it (or its end, where the conversation
+        ends with the assistant). Raises as above."""
+        async with await self.open(messages) as stream:
+            if reply is not None and not stream.is_blocked:
+                await stream.append(reply)
+                await stream.finish()
+            return stream.verdict
+
+    async def open(self, messages: Messages) -> GuardedConversation:
+        """A conversation whose prompt is judged, to append a reply to. Also an async context manager that closes it.
+
+        messages: with text as content. What the assistant has begun to say in the last one is judged with the reply.
+        """
+        messages, begun = _without_beginning(messages)
+        conversation = GuardedConversation(self._open(messages), self.on_unreachable, len(begun))
+        try:
+            await conversation.start()
+            if begun and not conversation.is_blocked:
+                await conversation.append(begun)
+        except BaseException:
+            await conversation.close()
+            raise
+        return conversation
+
+    async def show(
+        self,
+        source: AsyncIterable[T],
+        messages: Messages,
+        *,
+        text: Callable[[T], str | None],
+        split: Split[T] | None = None,
+        check_prompt: Literal["first", "beside"] = "first",
+    ) -> AsyncGenerator[T, None]:
+        """Feed a host's items to the guard and yield those whose text is cleared, as they came and in their order;
+        raise Blocked where the prompt or the reply is blocked, after what was cleared before.
+
+        text: an item's text, None or "" where it has none; such an item comes out after the text before it. split: cuts
+        an item after so many characters of its text into two, or returns None where it cannot be cut, and it waits then
+        until it is cleared as a whole. check_prompt, and when the source is closed: as in `guarded`.
+        """
+        ahead = PullAhead(source, MAX_AHEAD)
+        try:
+            if check_prompt == "beside":
+                ahead.start()
+            async with await self.open(messages) as stream:
+                has_blocked = stream.is_blocked
+                if not has_blocked:
+                    ahead.start()
+                    held = HeldItems(text, split)
+                    while items := await ahead.take():
+                        await stream.append(held.add(items))
+                        has_blocked = stream.is_blocked
+                        for item in held.take(stream.cleared_chars):
+                            yield item
+                        if has_blocked:
+                            break
+                    else:
+                        await stream.finish()
+                        has_blocked = stream.is_blocked
+                        for item in held.take(stream.cleared_chars) if has_blocked else held.rest():
+                            yield item
+                if has_blocked:
+                    await ahead.close()  # the LLM need not wait until somebody has heard of it
+                    raise Blocked.by(stream.verdict)
+        finally:
+            await ahead.close()
+
+    async def close(self) -> None:
+        """Close the client, or the engine that was loaded for a `checkpoint`. Others stay open."""
+        if self._client is not None:
+            await self._client.close()
+        if self._owns_engine and self._engine is not None:
+            await self._engine.close()
+
+    def _open(self, messages: Messages) -> Callable[[], Awaitable[_Stream]]:
+        async def served() -> _Stream:
+            return _Served(await self._client.stream(messages, policy=self._policy))
+
+        async def own() -> _Stream:
+            engine = self._engine
+            if engine is None:
+                raise ConfigError("the guard has no engine")
+            await engine
+            stream = await engine.open(messages, policy=self._policy, timeout_s=self.timeout_s)
+            try:
+                await stream.prompt()
+            except BaseException:
+                await stream.close()
+                raise
+            return _Own(stream, self.timeout_s)
+
+        return own if self._client is None else served
+
+
+class GuardedConversation:
+    """A conversation under a Guard. Made by `Guard.open`."""
+
+    def __init__(
+        self, open_stream: Callable[[], Awaitable[_Stream]], on_unreachable: OnFailure, num_begun: int
+    ) -> None:
+        self._open_stream, self._on_unreachable = open_stream, on_unreachable
+        self._num_begun = num_begun  # characters of the reply that are not the appender's
+        self._num_chars = 0  # appended, those included
+        self._stream: _Stream | None = None
+        self._is_unguarded = False
+        self._resources = AsyncExitStack()
+
+    async def start(self) -> None:
+        async def begin() -> None:
+            self._stream = await self._open_stream()
+            self._resources.push_async_callback(self._stream.close)
+
+        await self._do(begin)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the policy makes of it by now."""
+        known = self._stream.verdict if self._stream is not None else None
+        if self._is_unguarded and (known is None or known.action != "block"):
+            return Verdict("allow", "Safe", None, None, "unreachable-open", known.cleared if known else 0)
+        if known is None:
+            raise ConfigError("the conversation is not open")
+        return known
+
+    @property
+    def is_blocked(self) -> bool:
+        return self.verdict.action == "block"
+
+    @property
+    def cleared_chars(self) -> int:
+        """How many characters that were appended may be shown."""
+        if self._is_unguarded and not self.is_blocked:
+            return self._num_chars - self._num_begun
+        return max((self._stream.cleared_chars if self._stream else 0) - self._num_begun, 0)
+
+    async def append(self, text: str) -> None:
+        """Judge more of the reply."""
+        self._num_chars += len(text)
+        if text and self._stream is not None and not self._is_unguarded:
+            stream = self._stream
+            await self._do(lambda: stream.append(text))
+
+    async def finish(self) -> None:
+        """Judge what is held back, and the reply's end."""
+        if self._stream is not None and not self._is_unguarded:
+            await self._do(self._stream.finish)
+
+    async def close(self) -> None:
+        await self._resources.aclose()
+
+    async def __aenter__(self) -> GuardedConversation:
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self.close()
+
+    async def _do(self, operation: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await operation()
+        except (ServerError, Overloaded) as error:
+            if self._on_unreachable == "closed":
+                raise
+            _LOG.critical("a conversation goes on without a guard, as on_unreachable='open': %s", error)
+            self._is_unguarded = True
+
+
+class _Stream(Protocol):
+    """A stream of either kind."""
+
+    @property
+    def verdict(self) -> Verdict: ...
+
+    @property
+    def cleared_chars(self) -> int: ...
+
+    async def append(self, text: str) -> None: ...
+
+    async def finish(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class _Served:
+    """A stream of an AsyncGuardClient."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.close = stream.close
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict(**self._stream.verdict)
+
+    @property
+    def cleared_chars(self) -> int:
+        return int(self._stream.cleared_chars)
+
+    async def append(self, text: str) -> None:
+        await self._stream.append(text)
+
+    async def finish(self) -> None:
+        await self._stream.finish()
+
+
+class _Own:
+    """A stream of an AsyncEngine."""
+
+    def __init__(self, stream: AsyncStream, timeout_s: float) -> None:
+        self._stream, self._timeout_s = stream, timeout_s
+        self.close = stream.close
+
+    @property
+    def verdict(self) -> Verdict:
+        return self._stream.verdict
+
+    @property
+    def cleared_chars(self) -> int:
+        return self._stream.cleared_chars
+
+    async def append(self, text: str) -> None:
+        await self._stream.append_text(text, timeout_s=self._timeout_s)
+
+    async def finish(self) -> None:
+        await self._stream.finish_text(timeout_s=self._timeout_s)
+
+
+def _policy(policy: Policy | Mapping[str, Any] | None) -> Policy:
+    if policy is None or isinstance(policy, Policy):
+        return policy or Policy.strict()
+    options = dict(policy)
+    preset = options.pop("preset", "strict")
+    if preset not in ("strict", "loose"):
+        raise ConfigError(f"policy: preset={preset!r}: choose 'strict' or 'loose'")
+    return Policy.strict(**options) if preset == "strict" else Policy.loose(**options)
+
+
+def _without_beginning(messages: Messages) -> tuple[Messages, str]:
+    """The messages before a reply that has begun, and what of it there is."""
+    if len(messages) > 1 and messages[-1].get("role") == "assistant":
+        return messages[:-1], messages[-1].get("content") or ""
+    return messages, ""
