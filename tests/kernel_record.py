@@ -135,7 +135,8 @@ def write(table: Table) -> None:
 HEADING = f"""# GPU kernels as compiled
 
 Every Triton kernel in the configurations that the published models use, compiled ahead of time by Triton
-{TRITON_VERSION}, without a GPU. `make gpu-kernels` writes this page; `make test` compiles again (one GPU's\nonly while their sources are those of this record) and fails when a
+{TRITON_VERSION}, without a GPU. `make gpu-kernels` writes this page; `make test` compiles again (one
+GPU's only, while their sources are those of this record) and fails when a
 kernel of small steps (bold) spills registers (on sm_86 and sm_120 up to eight instructions outside of loops may), one
 wants more shared memory than the GPU has or has lost its
 matrix instructions or 16-byte loads, or when any number here grew. Nothing here is a measurement of speed. gfx942 is
