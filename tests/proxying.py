@@ -114,10 +114,16 @@ class Upstream:
                 await leaving
 
 
-def chunk(content: str | None, finish: str | None = None, index: int = 0, **more: Any) -> bytes:
+def chunk(
+    content: str | None, finish: str | None = None, index: int = 0, more: dict[str, Any] | None = None
+) -> bytes:
     """An event of a stream, as vLLM writes them."""
-    delta: dict[str, Any] = {} if content is None else {"content": content}
-    choice = {"index": index, "delta": delta | more, "logprobs": None, "finish_reason": finish}
+    choice = {
+        "index": index,
+        "delta": ({} if content is None else {"content": content}) | (more or {}),
+        "logprobs": None,
+        "finish_reason": finish,
+    }
     return event(
         {
             "id": "chatcmpl-1",
@@ -133,9 +139,9 @@ def event(value: Any) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
 
 
-def http(body: bytes, status: str = "200 OK", kind: str = "application/json", more: str = "") -> bytes:
+def http(body: bytes, status: str = "200 OK", kind: str = "application/json", more: str = "") -> list[bytes]:
     head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{more}\r\n"
-    return head.encode() + body
+    return [head.encode() + body]
 
 
 def sse(*steps: Any, kind: str = "text/event-stream", ends: bool = True) -> list[Any]:

@@ -1,7 +1,7 @@
-"""guardengine.proxy: an OpenAI-compatible reverse proxy that moderates what goes to an LLM's server and what comes back.
+"""guardengine.proxy: an OpenAI-compatible reverse proxy that moderates an LLM server's prompts and replies.
 
-`pip install 'guardengine[proxy]'`, then `guardengine proxy --upstream URL CHECKPOINT`; `create_proxy(engine, settings)`
-is the ASGI application. Names are loaded on first use, because the web framework is an extra.
+`pip install 'guardengine[proxy]'`, then `guardengine proxy --upstream URL CHECKPOINT`; in Python,
+`create_proxy(engine, settings)` is the ASGI application. Names are loaded on first use: the web framework is an extra.
 """
 
 from __future__ import annotations

@@ -17,13 +17,14 @@ from guardengine.server.statuses import Refusal
 from guardengine.thinking import split_thinking
 
 # They choose among what the LLM writes, or say who asks; no text in them is read by it.
-_PLAIN = frozenset(
+_PLAIN_FIELDS = (
     "model stream stream_options n temperature top_p top_k min_p max_tokens max_completion_tokens min_tokens "
     "frequency_penalty presence_penalty repetition_penalty length_penalty logit_bias logprobs top_logprobs seed stop "
-    "stop_token_ids include_stop_str_in_output ignore_eos skip_special_tokens spaces_between_special_tokens tool_choice "
-    "function_call parallel_tool_calls user metadata store service_tier safety_identifier prompt_cache_key cache_salt "
-    "priority typical_p mirostat mirostat_tau mirostat_eta cache_prompt".split()
+    "stop_token_ids include_stop_str_in_output ignore_eos skip_special_tokens spaces_between_special_tokens "
+    "tool_choice function_call parallel_tool_calls user metadata store service_tier safety_identifier prompt_cache_key "
+    "cache_salt priority typical_p mirostat mirostat_tau mirostat_eta cache_prompt"
 )
+_PLAIN = frozenset(_PLAIN_FIELDS.split())
 # Words that templates may print.
 _WORDS = frozenset(("reasoning_effort", "verbosity"))
 # Text for the LLM beside the messages: the guard reads it as a system message before them.
@@ -38,9 +39,10 @@ _ROLES = {
     "tool": "tool",
     "function": "tool",
 }
-_MESSAGE_KEYS = frozenset(
-    "role content name tool_call_id tool_calls function_call reasoning_content reasoning refusal".split()
+_MESSAGE_FIELDS = (
+    "role content name tool_call_id tool_calls function_call reasoning_content reasoning refusal"
 )
+_MESSAGE_KEYS = frozenset(_MESSAGE_FIELDS.split())
 
 
 class Call(NamedTuple):
@@ -120,8 +122,8 @@ def _check_field(name: str, value: Any, unread: Collection[str]) -> None:
             raise _refusal("modalities: the guard reads text only", name)
         return
     raise _refusal(
-        f"{name!r:.80} is not passed on: it may put text before the LLM that the guard does not read; leave it out (the "
-        "operator can let it pass: --pass-unread)",
+        f"{name!r:.80} is not passed on: it may put text before the LLM that the guard does not read; leave it out "
+        "(the operator can let it pass: --pass-unread)",
         name[:80],
     )
 

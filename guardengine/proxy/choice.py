@@ -18,6 +18,7 @@ from guardengine.errors import GuardEngineError, Overloaded, StreamTooLong
 from guardengine.guarded_reply import finish_reply
 from guardengine.labels import Verdict
 from guardengine.policy import Failure, Policy
+from guardengine.proxy.errors import broken
 from guardengine.server.judging import drop
 from guardengine.server.long_texts import check_long
 
@@ -42,20 +43,24 @@ class ChoiceGuard:
         self._waiting = ""  # given, not appended
         self._has_ended = False  # finish_reply was called
         self._tasks: list[asyncio.Task[None]] = []
-        self._field: Any = None
+        self._fields: tuple[Any, ...] = ()
         self._tails: dict[Any, str] = {}
         self._passes = stream is None  # unjudged
         self._own_verdict: Verdict | None = None if stream is not None else _UNJUDGED
 
     # -- in ------------------------------------------------------------------------------------------------
 
-    def give(self, field: Any, text: str) -> int:
-        """More text of a field; returns at which of the guard's characters it begins."""
-        tail = self._tails.get(field, "")
-        if field != self._field:
-            self._field = field
+    def give(self, fields: tuple[Any, ...], text: str) -> int:
+        """More text of a field, or of several that have the same; returns at which of the guard's characters it begins.
+        Raises UpstreamError for fields that had not the same text before."""
+        tail = self._tails.get(fields[0], "")
+        if any(self._tails.get(field, "") != tail for field in fields):
+            raise broken("one text in two fields that differed before")
+        if fields != self._fields:
+            self._fields = fields
             self._take(("\n" if self.num_given else "") + tail)
-        self._tails[field] = (tail + text)[-_TAIL:]
+        for field in fields:
+            self._tails[field] = (tail + text)[-_TAIL:]
         start = self.num_given
         self._take(text)
         return start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ class Exchange:
             guard.close()
         if self._asking is not None:
             self._asking.cancel()
-            await asyncio.wait([self._asking])
+            await asyncio.gather(self._asking, return_exceptions=True)
         await self._open.aclose()
         if self._has_reply:
             self._has_reply = False
@@ -290,13 +290,14 @@ class StreamedReply(Response):
             sending.result()
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        frames = self._reply.frames()
-        try:
+        head = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        has_begun = False
+        async with aclosing(self._reply.frames()) as frames:
             async for shown in frames:
+                if not has_begun:  # until then an upstream that fails gets a status of its own
+                    await send(head)
+                    has_begun = True
                 await send({"type": "http.response.body", "body": shown, "more_body": True})
-        finally:
-            await frames.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from guardengine.proxy.chat_request import write_text
 from guardengine.proxy.choice import ChoiceGuard
@@ -16,12 +16,9 @@ from guardengine.proxy.errors import broken
 Json = dict[str, Any]
 Path = tuple[Any, ...]
 
-_TEXTS = {
-    "content": "content",
-    "refusal": "refusal",
-    "reasoning_content": "reasoning",
-    "reasoning": "reasoning",
-}  # and which field they are for the guard: servers send reasoning under one name or under both
+_TEXTS = frozenset(("content", "refusal", "reasoning_content", "reasoning"))
+_TWINS = frozenset(("reasoning_content", "reasoning"))  # servers send the same text under both names
+_NO_MEDIA = ("audio", "images")
 _WORD = re.compile(r"[a-z_]{1,32}")
 _ID = re.compile(r"[\w.:@-]{1,128}", re.ASCII)
 _KNOWN = frozenset(("index", "delta", "message", "finish_reason", "logprobs"))
@@ -109,7 +106,7 @@ class Part:
         return {
             name: value
             for name, value in call.items()
-            if name == "index" or (is_first and name in ("id", "type"))
+            if name == "index" or (is_first and name != "function" and _is_label(name, value))
         }
 
 
@@ -139,78 +136,86 @@ def read_parts(chunk: Json, guards: list[ChoiceGuard], key: str) -> list[Part]:
 
 def _read_part(choice: Json, guard: ChoiceGuard, key: str) -> Part:
     part = Part(guard, choice, key)
+    part.is_last = choice.get("finish_reason") is not None or key == "message"
+    if guard.is_cut:  # nothing more of it is judged, or shown
+        return part
     found = _texts(choice[key], is_whole=key == "message")
-    said = "".join(text for _, _, text, _ in found)
+    said = "".join(each.text for each in found)
     logged = _logged(choice.get("logprobs"))
     if logged and logged != said:  # tokens of another text: to be judged themselves
-        found.append(("logprobs", [], logged, True))
+        found.append(_Found(("logprobs",), [], logged, True))
     for name, value in choice.items():
-        is_text = isinstance(value, str | list | dict) and value
-        if name not in _KNOWN and name not in _NO_TEXT and is_text:
-            found.append((name, [], write_text(value), True))
-    if found and (guard.is_ending or guard.is_over) and not guard.is_cut:
+        if name not in _KNOWN and name not in _NO_TEXT and isinstance(value, str | list | dict) and value:
+            found.append(_Found((name,), [], write_text(value), True))
+    if found and guard.is_ending:
         raise broken("text after the end of a choice")
-    for name, paths, text, is_whole in found:
-        start = guard.give(name, text)
-        part.texts.append(Text(paths, text, start, is_whole))
-    part.is_last = choice.get("finish_reason") is not None or key == "message"
+    for each in found:
+        start = guard.give(each.fields, each.text)
+        part.texts.append(Text(each.paths, each.text, start, each.is_whole))
     if part.is_last:
         guard.end()
     return part
 
 
-def _texts(delta: Json, *, is_whole: bool) -> list[tuple[Any, list[Path], str, bool]]:
-    """The texts of a delta: the guard's name of the field, where it stands, the text, whether it is shown whole only."""
-    found: list[tuple[Any, list[Path], str, bool]] = []
+class _Found(NamedTuple):
+    """A text, which fields it is of for the guard, where it stands, and whether it is shown whole only."""
+
+    fields: tuple[Any, ...]
+    paths: list[Path]
+    text: str
+    is_whole: bool
+
+
+def _texts(delta: Json, *, is_whole: bool) -> list[_Found]:
+    found: list[_Found] = []
     for name, value in delta.items():
         if not _is_text(name, value):
             continue
-        if name in _TEXTS and isinstance(value, str):
-            twin = next((text for text in found if text[0] == _TEXTS[name] and text[2] == value), None)
-            if twin is not None:
-                twin[1].append((name,))
-            else:
-                found.append((_TEXTS[name], [(name,)], value, False))
+        if name in _NO_MEDIA:
+            raise broken(f"{name}, which the guard cannot judge")
+        if name in _TWINS and found and found[-1].fields[0] in _TWINS and found[-1].text == value:
+            twin = found.pop()
+            found.append(_Found((*twin.fields, name), [*twin.paths, (name,)], value, False))
+        elif name in _TEXTS and isinstance(value, str):
+            found.append(_Found((name,), [(name,)], value, False))
         elif name == "tool_calls" and isinstance(value, list):
             for at, call in enumerate(value):
                 found += _called(call, (name, at), is_whole)
         elif name == "function_call" and isinstance(value, dict):
             found += _function(value, (name,), (name,), is_whole)
         else:
-            found.append((name, [(name,)], write_text(value), True))
+            found.append(_Found((name,), [(name,)], write_text(value), True))
     return found
 
 
-def _called(call: Any, path: Path, is_whole: bool) -> list[tuple[Any, list[Path], str, bool]]:
-    if not isinstance(call, dict) or not isinstance(call.get("function", {}), dict | None):
+def _called(call: Any, path: Path, is_whole: bool) -> list[_Found]:
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict | None):
         raise broken("a tool call that is none")
-    found: list[tuple[Any, list[Path], str, bool]] = []
+    found: list[_Found] = []
     number = call.get("index", path[1])
+    if not isinstance(number, int):
+        raise broken("a tool call that is none")
     for name, value in call.items():
         if name == "function" and value:
             found += _function(value, (*path, name), ("tool", number), is_whole)
-        elif name == "id" and isinstance(value, str) and _ID.fullmatch(value):
-            continue
-        elif name == "type" and isinstance(value, str) and _WORD.fullmatch(value):
-            continue
-        elif isinstance(value, str | list | dict) and value:
-            found.append((("tool", number, name), [(*path, name)], write_text(value), True))
+        elif isinstance(value, str | list | dict) and value and not _is_label(name, value):
+            found.append(_Found((("tool", number, name),), [(*path, name)], write_text(value), True))
     return found
 
 
-def _function(
-    function: Json, path: Path, field: Path, is_whole: bool
-) -> list[tuple[Any, list[Path], str, bool]]:
-    return [
-        (
-            (*field, name),
-            [(*path, name)],
-            write_text(value),
-            is_whole or name != "arguments" or not isinstance(value, str),
-        )
-        for name, value in function.items()
-        if value not in (None, "", [], {}) and not isinstance(value, bool | int | float)
-    ]
+def _is_label(name: str, value: Any) -> bool:
+    """Whether something in a tool call is an id or a type that says nothing."""
+    pattern = {"id": _ID, "type": _WORD}.get(name)
+    return pattern is not None and isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _function(function: Json, path: Path, field: Path, is_whole: bool) -> list[_Found]:
+    found = []
+    for name, value in function.items():
+        if isinstance(value, str | list | dict) and value:
+            can_split = name == "arguments" and isinstance(value, str) and not is_whole
+            found.append(_Found(((*field, name),), [(*path, name)], write_text(value), not can_split))
+    return found
 
 
 def _is_text(name: str, value: Any) -> bool:

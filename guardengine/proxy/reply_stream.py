@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from guardengine.pull_ahead import PullAhead
 logger = logging.getLogger("guardengine.proxy")
 
 _MAX_AHEAD = 64
+_LAST_BYTES_S = 0.05  # after [DONE]
 
 
 @dataclass(slots=True, eq=False)
@@ -66,18 +68,23 @@ class ModeratedStream:
         """Begin to read the upstream."""
         self._source.start()
 
-    async def frames(self) -> AsyncIterator[bytes]:
-        """Ends in `[DONE]`, or in an error where the reply could not be shown to its end."""
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        """Ends in `[DONE]`, or in an error where the reply could not be shown to its end. Raises UpstreamError instead
+        while nothing has been shown."""
         self.start()
+        has_begun = False
         try:
-            try:
-                async for shown in self._moderated():
+            async with aclosing(self._moderated()) as moderated:
+                async for shown in moderated:
+                    has_begun = True
                     yield shown
-            except UpstreamError as error:
-                await self._source.close()
-                logger.warning("%s", error)
-                self.outcome = "error"
-                yield answers.event(error.envelope)
+        except UpstreamError as error:
+            await self._source.close()
+            logger.warning("%s", error)
+            self.outcome = "error"
+            if not has_begun:
+                raise
+            yield answers.event(error.envelope)
         finally:
             await self.close()
 
@@ -89,7 +96,7 @@ class ModeratedStream:
 
     # -- the loop ------------------------------------------------------------------------------------------
 
-    async def _moderated(self) -> AsyncIterator[bytes]:
+    async def _moderated(self) -> AsyncGenerator[bytes, None]:
         taking: asyncio.Task[list[Any]] | None = None
         error: UpstreamError | None = None
         try:
@@ -113,11 +120,19 @@ class ModeratedStream:
                     guard.settle()
                 self._release()
                 if self._is_over:
-                    await self._source.close()  # the LLM need not go on until somebody has read the end
-                    yield self._end()
+                    end = self._end()
+                    if self.outcome != "done":
+                        await self._source.close()  # the LLM need not go on until somebody has read the end
+                    yield end
+                    with suppress(
+                        TimeoutError, UpstreamError
+                    ):  # a connection that is read to its end is used again
+                        async with asyncio.timeout(_LAST_BYTES_S):
+                            await self._source.take()
                     return
                 if error is not None and not any(guard.tasks for guard in self._guards):
-                    yield self._taken()
+                    if shown := self._taken():
+                        yield shown
                     raise error
                 if shown := self._taken():
                     yield shown

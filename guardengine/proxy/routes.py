@@ -19,10 +19,11 @@ router = APIRouter()
 _MODEL = re.compile(r"[\w.:@-]+(/[\w.:@-]+)*", re.ASCII)
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 # Of these APIs something generates, or hands out what was generated before.
-_GENERATING = frozenset(
+_GENERATING_NAMES = (
     "completions responses chat audio images videos realtime assistants threads batches edits messages fine_tuning "
-    "conversations evals".split()
+    "conversations evals"
 )
+_GENERATING = frozenset(_GENERATING_NAMES.split())
 
 
 @router.post("/v1/chat/completions", response_model=None)

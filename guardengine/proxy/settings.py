@@ -20,11 +20,12 @@ KEY_VARIABLE = "GUARDENGINE_UPSTREAM_KEY"
 _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,100}")
 _KEY = re.compile(r"[!-~]{1,4096}")
 # What a client's header must never decide.
-_OWN_HEADERS = frozenset(
+_OWN_NAMES = (
     "accept accept-encoding authorization connection content-encoding content-length content-type cookie expect "
     "forwarded host keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
-    "upgrade user-agent via".split()
+    "upgrade user-agent via"
 )
+_OWN_HEADERS = frozenset(_OWN_NAMES.split())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +101,7 @@ class ProxySettings:
 def read_upstream_key(
     file: str | Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> str | None:
-    """The one key in a file, else that in GUARDENGINE_UPSTREAM_KEY, else None. Raises ConfigError; never shows a key."""
+    """The one key in a file, else that in GUARDENGINE_UPSTREAM_KEY, else None. Raises ConfigError, without the key."""
     if file is None:
         return environment.get(KEY_VARIABLE, "").strip() or None
     try:

@@ -98,10 +98,13 @@ class Upstream:
         """All of an answer's body. Raises UpstreamError for one that is too large."""
         most = self._settings.max_reply_bytes if max_bytes is None else max_bytes
         body = bytearray()
-        async for chunk in response.aiter_raw():
-            body += chunk
-            if len(body) > most:
-                raise broken(f"an answer larger than {most} bytes")
+        try:
+            async for chunk in response.aiter_raw():
+                body += chunk
+                if len(body) > most:
+                    raise broken(f"an answer larger than {most} bytes")
+        except httpx.HTTPError as error:
+            raise _named(error, self._settings) from None
         return bytes(body)
 
     async def error_of(self, response: httpx.Response) -> bytes:
