@@ -255,7 +255,9 @@ class ModeratedStream:
                     head = answers.head_of(each.chunk, self._model, "")
                     choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
                     self._put({**head, "choices": [choice]})
-                if not guard.is_cut:
+                if guard.is_cut:
+                    each.is_whole = False
+                else:
                     each.parts.append(part)
                     waiting.add(guard)
 
