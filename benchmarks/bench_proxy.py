@@ -1,7 +1,7 @@
 """What the proxy adds: to the first text, and between two words, of streams that an LLM writes at a steady rate.
 
     guardengine make-checkpoint --preset stream-0.6b /tmp/guard
-    python benchmarks/bench_proxy.py /tmp/guard --streams 16 --rate 8 --words 64 --json benchmarks/results/proxy-NAME.json
+    python benchmarks/bench_proxy.py /tmp/guard --rate 8 --json benchmarks/results/proxy-NAME.json
 
 The upstream is a fake one that sends each word at its time, in a process of its own; the proxy is another, the clients
 are this one. Both ways are measured in the same run, taking turns. Times are also given in the guard's own steps: the
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for way, url in (("direct", upstream), ("proxy", proxy)):
                 seen[way] += asyncio.run(replies(url, options, options.words))
     for way, runs in seen.items():
-        gaps = [later - earlier for times in runs for earlier, later in zip(times, times[1:], strict=False)]
+        gaps = [later - earlier for times in runs for earlier, later in pairwise(times)]
         result[way] = {"first_ms": milliseconds([times[0] for times in runs]), "gap_ms": milliseconds(gaps)}
     interval_ms = 1e3 / options.rate
     for what in ("first_ms", "gap_ms"):

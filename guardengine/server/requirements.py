@@ -6,8 +6,8 @@ import importlib.util
 
 from guardengine.errors import ConfigError
 
-_NEEDED = {"server": ("fastapi", "uvicorn", "httptools", "websockets", "prometheus_client")}
-_NEEDED["proxy"] = (*_NEEDED["server"], "httpx")
+_SERVER = ("fastapi", "uvicorn", "httptools", "websockets", "prometheus_client")
+_NEEDED: dict[str, tuple[str, ...]] = {"server": _SERVER, "proxy": (*_SERVER, "httpx")}
 
 
 def check_installed(extra: str = "server") -> None:
