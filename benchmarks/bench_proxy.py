@@ -85,9 +85,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     interval_ms = 1e3 / options.rate
     for what in ("first_ms", "gap_ms"):
         for p in ("p50", "p99"):
-            added = result["proxy"][what][p] - result["direct"][what][p]
+            direct = result["direct"][what][p]
+            added = result["proxy"][what][p] - direct
             steps = added / result["step_ms"]
-            line = f"{what[:-3]} {p}: direct {result['direct'][what][p]:.1f} ms, added {added:.1f} ms, {steps:.2f} steps"
+            line = f"{what[:-3]} {p}: direct {direct:.1f} ms, added {added:.1f} ms, {steps:.2f} steps"
             if what == "first_ms":
                 line += f"; beyond hold-back {(added - interval_ms) / result['step_ms']:.2f} steps"
             print(line, flush=True)

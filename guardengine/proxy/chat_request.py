@@ -207,7 +207,7 @@ def _calls(calls: Any) -> str:
             isinstance(value, int) or value == "" or (isinstance(value, str) and _NAME.fullmatch(value))
             for value in rest.values()
         )
-        if is_plain and is_known and set(function) <= {"name", "arguments"}:
+        if isinstance(function, dict) and is_plain and is_known and set(function) <= {"name", "arguments"}:
             texts += [text for name in ("name", "arguments") if (text := function.get(name))]
         else:
             texts.append(write_text(call))
