@@ -389,7 +389,8 @@ def test_the_command(monkeypatch, tmp_path) -> None:
     assert main([*command, "--upstream-key-file", str(tmp_path / "none")]) == 2
 
 
-def test_the_folder_path(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_there(tmp_path: Path, monkeypatch) -> None:
     from guardengine.cli import main
 
+    monkeypatch.setattr("guardengine.proxy.serve.log_to_stderr", lambda level: None)
     assert main(["proxy", "--upstream", "http://x", str(tmp_path / "no-such-folder")]) == 2
