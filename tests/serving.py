@@ -44,7 +44,7 @@ class Served:
         try:
             engine, gen = self._make()
             self.engine = engine
-            self.app = create_app(engine, gen=gen, settings=self._settings)
+            self.app = self._app(engine, gen)
             self.server = GuardServer(self.app, port=0)
             serving = asyncio.ensure_future(self.server.serve())
             while not self.server.started and not serving.done():
@@ -55,6 +55,9 @@ class Served:
         finally:
             self._started.set()
         await serving
+
+    def _app(self, engine: Any, gen: Any) -> Any:
+        return create_app(engine, gen=gen, settings=self._settings)
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)

@@ -193,24 +193,53 @@ WEB_FREE = (
 )
 
 
-def test_only_server_and_client_know_the_web() -> None:
+# The same of the proxy, which is built on the server.
+PROXY_WEB_FREE = (
+    "__init__",
+    "command",
+    "settings",
+    "strict_json",
+    "errors",
+    "events",
+    "chat_request",
+    "choice",
+    "parts",
+    "answers",
+    "reply_stream",
+)
+
+
+def test_only_server_client_and_proxy_know_the_web() -> None:
     for path in MODULES:
         names = imports(path)
         folder = path.parent.name
-        if folder not in ("server", "client") or (folder == "server" and path.stem in WEB_FREE):
+        free = {"server": WEB_FREE, "client": (), "proxy": PROXY_WEB_FREE}.get(folder)
+        if free is None or path.stem in free:
             assert not {name.partition(".")[0] for name in names} & WEB, path
-        # Beside the command line, which names them, nothing needs either, but a Guard, which may ask a server.
-        if folder not in ("server", "client") and path != PACKAGE / "cli.py":
-            assert not {n for n in names if n.startswith("guardengine.server")}, path
-            asks = path == PACKAGE / "integrations" / "guard.py"
-            assert asks or not {n for n in names if n.startswith("guardengine.client")}, path
-        if folder == "server":
+        # Beside the command line, which names them, nothing needs any, but a Guard, which may ask a server.
+        above = {"guardengine.server", "guardengine.client", "guardengine.proxy"}
+        if path == PACKAGE / "integrations" / "guard.py":
+            above.remove("guardengine.client")
+        if folder not in ("server", "client", "proxy") and path != PACKAGE / "cli.py":
+            assert not {n for n in names if n.startswith(tuple(above))}, path
+        if folder in ("server", "client"):
+            assert not {name for name in names if name.startswith("guardengine.proxy")}, path
+        if folder in ("server", "proxy"):
             assert not {name for name in names if name.startswith("guardengine.client")}, path
             assert "torch" not in names, path
 
 
 @pytest.mark.parametrize(
-    "name", ["server.command", "server.settings", "server.wire", "client", "client.command"]
+    "name",
+    [
+        "server.command",
+        "server.settings",
+        "server.wire",
+        "client",
+        "client.command",
+        "proxy",
+        "proxy.command",
+    ],
 )
 def test_the_web_is_imported_when_it_is_used(name: str) -> None:
     code = (

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -43,20 +43,44 @@ def create_app(
         raise ConfigError(
             "create_app() needs the AsyncEngine of a Stream checkpoint, or one of a Gen checkpoint"
         )
-    service = Service(engine, gen, settings or ServerSettings())
-    app = FastAPI(
+    return app_around(
+        Service(engine, gen, settings or ServerSettings()),
+        [operations.monitoring, *(m.router for m in (operations, guard_routes, chat_routes, stream_route))],
         title="guardengine",
-        version=__version__,
         description="Safety moderation with Qwen3Guard. The WebSocket at /v1/guard/stream is described in "
         "docs/PROTOCOL.md.",
-        lifespan=_lifespan,
+    )
+
+
+def app_around(
+    service: Service,
+    routers: Sequence[APIRouter],
+    *,
+    title: str,
+    description: str,
+    beside: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+) -> FastAPI:
+    """An application with these routes, in this order, behind keys and limits, whose errors are answered in OpenAI's
+    envelope. It waits for the service's engines when it starts and closes them when it ends. beside: what is open as
+    long as it runs."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with _running(service), beside():
+            yield
+
+    app = FastAPI(
+        title=title,
+        version=__version__,
+        description=description,
+        lifespan=lifespan,
         redoc_url=None,
         responses={status: {"model": ErrorResponse} for status in _STATUSES},
         separate_input_output_schemas=False,
     )
     app.state.service = service
-    for module in (operations, guard_routes, chat_routes, stream_route):
-        app.include_router(module.router)
+    for router in routers:
+        app.include_router(router)
     for kind in (GuardEngineError, Refusal, TimeoutError):
         app.add_exception_handler(kind, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_form)
@@ -75,8 +99,7 @@ def create_app(
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    service: Service = app.state.service
+async def _running(service: Service) -> AsyncIterator[None]:
     engines = list(service.engines.values())
     try:
         for engine in engines:

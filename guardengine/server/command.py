@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+Options = tuple[tuple[str, type, str], ...]
+
 # Options of the engine: name, type, what it is.
-_ENGINE = (
+ENGINE = (
     ("device", str, "auto, cpu, cuda or cuda:N"),
     ("backend", str, "auto, reference, cpu or triton"),
     ("dtype", str, "auto, float32 or bfloat16"),
@@ -48,13 +50,29 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     server.add_argument("--revision", help="of a hub id")
     server.add_argument("--gen", metavar="CHECKPOINT", help="a Gen checkpoint beside a Stream checkpoint")
     server.add_argument("--gen-revision", help="of its hub id")
-    server.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
-    server.add_argument("--port", type=int, default=8000, help="0: any (default: %(default)s)")
     server.add_argument("--served-model-name", metavar="NAME", help="of the Stream checkpoint in requests")
     server.add_argument("--served-gen-name", metavar="NAME", help="of the Gen checkpoint")
-    server.add_argument("--ssl-certfile", metavar="FILE")
-    server.add_argument("--ssl-keyfile", metavar="FILE")
-    access = server.add_argument_group("access")
+    add_access(server)
+    judging = server.add_argument_group("judging, where a request does not say")
+    judging.add_argument("--policy", choices=("strict", "loose"), default="strict")
+    judging.add_argument("--debounce", type=int, metavar="N", help="tokens in a row that decide")
+    judging.add_argument("--taxonomy", choices=("qwen", "openai"), default="qwen", help="of /v1/moderations")
+    judging.add_argument(
+        "--gen-mode", choices=("greedy", "choice"), default="greedy", help="of chat completions"
+    )
+    add_options(server.add_argument_group("engine (both checkpoints)"), ENGINE)
+    add_options(server.add_argument_group("limits"), _LIMITS)
+    add_logs(server)
+    server.set_defaults(run=_run)
+
+
+def add_access(parser: argparse.ArgumentParser) -> None:
+    """Where to listen, and who may call."""
+    access = parser.add_argument_group("access")
+    access.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
+    access.add_argument("--port", type=int, default=8000, help="0: any (default: %(default)s)")
+    access.add_argument("--ssl-certfile", metavar="FILE")
+    access.add_argument("--ssl-keyfile", metavar="FILE")
     access.add_argument(
         "--api-key-file",
         metavar="FILE",
@@ -68,25 +86,21 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="ORIGIN",
         help="browsers' pages that may call; *: all",
     )
-    judging = server.add_argument_group("judging, where a request does not say")
-    judging.add_argument("--policy", choices=("strict", "loose"), default="strict")
-    judging.add_argument("--debounce", type=int, metavar="N", help="tokens in a row that decide")
-    judging.add_argument("--taxonomy", choices=("qwen", "openai"), default="qwen", help="of /v1/moderations")
-    judging.add_argument(
-        "--gen-mode", choices=("greedy", "choice"), default="greedy", help="of chat completions"
-    )
-    engine = server.add_argument_group("engine (both checkpoints)")
-    for name, kind, text in _ENGINE:
-        engine.add_argument(f"--{name}", type=kind, metavar="X", help=text)
-    limits = server.add_argument_group("limits")
-    for name, kind, text in _LIMITS:
-        limits.add_argument(f"--{name}", type=kind, metavar="X", help=text)
-    logs = server.add_argument_group("log")
+
+
+def add_options(group: argparse._ArgumentGroup, options: Options) -> None:
+    """Options that take a number or a word; `given` has those that were given."""
+    for name, kind, text in options:
+        group.add_argument(f"--{name}", type=kind, metavar="X", help=text)
+
+
+def add_logs(parser: argparse.ArgumentParser) -> None:
+    """What is logged."""
+    logs = parser.add_argument_group("log")
     logs.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     logs.add_argument(
         "--log-text", action="store_true", help="users' texts too, which are never logged otherwise"
     )
-    server.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -102,7 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
         gen_revision=arguments.gen_revision,
         host=arguments.host,
         port=arguments.port,
-        options=_given(arguments, _ENGINE),
+        options=given(arguments, ENGINE),
         settings=_settings(arguments),
         log_level=arguments.log_level,
         ssl_certfile=arguments.ssl_certfile,
@@ -124,11 +138,11 @@ def _settings(arguments: argparse.Namespace) -> Any:
         gen_mode=arguments.gen_mode,
         log_text=arguments.log_text,
         **{name: value for name, value in names.items() if value is not None},
-        **_given(arguments, _LIMITS),
+        **given(arguments, _LIMITS),
     )
 
 
-def _given(arguments: argparse.Namespace, options: tuple[tuple[str, type, str], ...]) -> dict[str, Any]:
+def given(arguments: argparse.Namespace, options: Options) -> dict[str, Any]:
     """The options that were given, by their names in Python."""
     names = [name.replace("-", "_") for name, _, _ in options]
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}

@@ -35,10 +35,10 @@ _COUNTERS = (
 
 
 class Metrics:
-    """What one server counts. `engines`: by the names of their models."""
+    """What one server counts. `engines`: by the names of their models. `registry`: where others may count more."""
 
     def __init__(self, engines: Mapping[str, AsyncEngine]) -> None:
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self._engines = _Engines(engines)
         registry.register(self._engines)
 
@@ -115,7 +115,7 @@ class Metrics:
     async def render(self) -> bytes:
         """The text that Prometheus reads."""
         await self._engines.refresh()
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class _Engines(Collector):

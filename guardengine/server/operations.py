@@ -1,4 +1,4 @@
-"""What those who run the server ask: GET /health, /ready, /metrics, /v1/models."""
+"""What those who run the server ask: GET /health, /ready, /metrics (`monitoring`), /v1/models (`router`)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from guardengine.server.schemas import ModelList
 from guardengine.server.service import Service, service_of
 from guardengine.server.statuses import Refusal
 
+monitoring = APIRouter()
 router = APIRouter()
 _STARTED = int(time.time())
 
 
-@router.get("/health")
+@monitoring.get("/health")
 async def health(request: Request) -> AsciiJson:
     """Run a token through every model, within a deadline. 503: a model fails, or its engine hangs. Without a key."""
     service = service_of(request)
@@ -30,14 +31,14 @@ async def health(request: Request) -> AsciiJson:
     return AsciiJson({"status": "ok" if is_well else "failing", "models": public}, 200 if is_well else 503)
 
 
-@router.get("/ready")
+@monitoring.get("/ready")
 async def ready(request: Request) -> AsciiJson:
     """Whether new work is taken. 503 while the server shuts down. Without a key."""
     is_ready = not service_of(request).drain.has_begun
     return AsciiJson({"status": "ready" if is_ready else "draining"}, 200 if is_ready else 503)
 
 
-@router.get("/metrics", response_class=Response)
+@monitoring.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Counters and gauges in Prometheus's text format."""
     return Response(

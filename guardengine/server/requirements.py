@@ -6,13 +6,14 @@ import importlib.util
 
 from guardengine.errors import ConfigError
 
-_NEEDED = ("fastapi", "uvicorn", "httptools", "websockets", "prometheus_client")
+_SERVER = ("fastapi", "uvicorn", "httptools", "websockets", "prometheus_client")
+_NEEDED: dict[str, tuple[str, ...]] = {"server": _SERVER, "proxy": (*_SERVER, "httpx")}
 
 
-def check_installed() -> None:
+def check_installed(extra: str = "server") -> None:
     """Raise ConfigError where a package of the extra is missing."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in _NEEDED[extra] if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"the server needs {', '.join(missing)}, not installed here; run pip install 'guardengine[server]'"
+            f"the {extra} needs {', '.join(missing)}, not installed here; run pip install 'guardengine[{extra}]'"
         )

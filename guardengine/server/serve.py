@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
+
 from guardengine.async_engine import AsyncEngine
 from guardengine.config import ModelConfig
 from guardengine.errors import CheckpointError, ConfigError
@@ -43,11 +45,10 @@ def serve(
     Raises CheckpointError and ConfigError before it listens, and ConfigError when it cannot listen.
     """
     settings = settings or ServerSettings()
-    _log_to_stderr(log_level)
+    log_to_stderr(log_level)
     paths = _by_kind(resolve_checkpoint(checkpoint, revision), gen, gen_revision)
-    if not settings.api_keys and host not in _LOOPBACK:
-        logger.warning("no API keys: whoever reaches %s:%d may call; see --api-key-file", host, port)
-    with _bound(host, port) as listener:
+    warn_without_keys(settings, host, port)
+    with bound(host, port) as listener:
         return asyncio.run(_serve(paths, listener, options or {}, settings, ssl_certfile, ssl_keyfile))
 
 
@@ -65,29 +66,43 @@ async def _serve(
             own = {name: value for name, value in options.items() if kind == "stream" or name != "audit_log"}
             engines[kind] = await AsyncEngine.from_pretrained(path, **own)
         app = create_app(engines.get("stream"), gen=engines.get("gen"), settings=settings)
-        # What loading has made stays: looking through it again and again for garbage takes hundreds of milliseconds.
-        gc.collect()
-        gc.freeze()
-        server = GuardServer(app, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
-        running = asyncio.create_task(server.serve([listener]))
-        while not server.started and not running.done():
-            await asyncio.sleep(0.01)
-        if server.started:
-            scheme = "http" if ssl_certfile is None else "https"
-            bound, at = listener.getsockname()[:2]
-            names = ", ".join(app.state.service.engines)
-            print(f"guardengine serves {names} on {scheme}://{_shown(bound)}:{at}", flush=True)
-        try:
-            await running
-        except OSError as error:  # of the certificate's files
-            raise ConfigError(f"cannot serve: {error}") from None
+        names = ", ".join(app.state.service.engines)
+        await listen(app, listener, f"serves {names}", ssl_certfile, ssl_keyfile)
     finally:
         for engine in engines.values():
             await engine.close(drain=False)
     return 0
 
 
-def _bound(host: str, port: int) -> socket.socket:
+async def listen(
+    app: FastAPI, listener: socket.socket, does: str, ssl_certfile: str | None, ssl_keyfile: str | None
+) -> None:
+    """Run an app until it is told to go, and say on stdout what it does and where. Raises ConfigError for certificates
+    that cannot be read."""
+    # What loading has made stays: looking through it again and again for garbage takes hundreds of milliseconds.
+    gc.collect()
+    gc.freeze()
+    server = GuardServer(app, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
+    running = asyncio.create_task(server.serve([listener]))
+    while not server.started and not running.done():
+        await asyncio.sleep(0.01)
+    if server.started:
+        scheme = "http" if ssl_certfile is None else "https"
+        host, port = listener.getsockname()[:2]
+        print(f"guardengine {does} on {scheme}://{_shown(host)}:{port}", flush=True)
+    try:
+        await running
+    except OSError as error:  # of the certificate's files
+        raise ConfigError(f"cannot serve: {error}") from None
+
+
+def warn_without_keys(settings: ServerSettings, host: str, port: int) -> None:
+    """Say so where everybody may call from elsewhere."""
+    if not settings.api_keys and host not in _LOOPBACK:
+        logger.warning("no API keys: whoever reaches %s:%d may call; see --api-key-file", host, port)
+
+
+def bound(host: str, port: int) -> socket.socket:
     """A socket that nobody can connect to yet. Asked for first: loading takes longer than finding a port in use."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -131,7 +146,7 @@ def _shown(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _log_to_stderr(level: str) -> None:
+def log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name, least in (("guardengine", level.upper()), ("uvicorn", "WARNING")):

@@ -124,14 +124,7 @@ class ServerSettings:
     retry_after_s: float = 1.0  # told to clients that are refused
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.type == "int" and (
-                isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**40
-            ):
-                raise ConfigError(f"{option.name}={value!r}: a whole number from 1 is needed")
-            if option.type == "float" and not _is_seconds(value):
-                raise ConfigError(f"{option.name}={value!r}: a number of seconds above 0 is needed")
+        check_numbers(self)
         for name in ("model_name", "gen_model_name"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: a non-empty string is needed")
@@ -144,6 +137,18 @@ class ServerSettings:
             raise ConfigError(f"policy={self.policy!r}: a Policy is needed, such as Policy.strict()")
         _check_all("api_keys", self.api_keys, ApiKey)
         _check_all("cors_origins", self.cors_origins, str)
+
+
+def check_numbers(settings: Any) -> None:
+    """Check the fields of some settings that are sizes (int) or times (float). Raises ConfigError naming the field."""
+    for option in fields(settings):
+        value = getattr(settings, option.name)
+        if option.type == "int" and (
+            isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**40
+        ):
+            raise ConfigError(f"{option.name}={value!r}: a whole number from 1 is needed")
+        if option.type == "float" and not _is_seconds(value):
+            raise ConfigError(f"{option.name}={value!r}: a number of seconds above 0 is needed")
 
 
 def _is_seconds(value: Any) -> bool:
