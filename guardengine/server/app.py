@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from guardengine._version import __version__
 from guardengine.async_engine import AsyncEngine
 from guardengine.errors import ConfigError, GuardEngineError
-from guardengine.server import chat_routes, guard_routes, operations, stream_route
+from guardengine.server import chat_routes, guard_routes, operations, pages, stream_route
 from guardengine.server.auth import Authentication
 from guardengine.server.limits import Limits, log_error
 from guardengine.server.replies import AsciiJson, reply_of
@@ -50,19 +50,20 @@ def create_app(
         description="Safety moderation with Qwen3Guard. The WebSocket at /v1/guard/stream is described in "
         "docs/PROTOCOL.md.",
         lifespan=_lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere; ours is in pages.py
         redoc_url=None,
         responses={status: {"model": ErrorResponse} for status in _STATUSES},
         separate_input_output_schemas=False,
     )
     app.state.service = service
-    for module in (operations, guard_routes, chat_routes, stream_route):
+    for module in (operations, guard_routes, chat_routes, stream_route, pages):
         app.include_router(module.router)
     for kind in (GuardEngineError, Refusal, TimeoutError):
         app.add_exception_handler(kind, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_form)
     app.add_exception_handler(HTTPException, _refuse_http)
     # The last one added is the outermost: no key, no body read.
-    app.add_middleware(Limits, service=service, paths=frozenset(app.openapi()["paths"]))
+    app.add_middleware(Limits, service=service, paths=pages.PATHS.union(app.openapi()["paths"]))
     app.add_middleware(Authentication, service=service)
     if service.settings.cors_origins:
         app.add_middleware(
