@@ -1,4 +1,4 @@
-"""Random policies and conversations' labels, as the playground's page gets them, with what the policies make of them."""
+"""Random policies and labels of conversations as the page gets them, with what the policies make of them."""
 
 from __future__ import annotations
 
