@@ -423,6 +423,17 @@ def test_it_fits_a_phone(chromium, server) -> None:
     tab.context.close()
 
 
+def test_the_newest_token_stays_in_view(tab) -> None:
+    page = tab.open()
+    tab.judge(USER["content"], "Hi.")
+    box = page.locator(".reply").bounding_box()
+    first = page.locator(".token[data-index]").first.bounding_box()
+    assert first["y"] - box["y"] < 30  # a short reply stands at the top
+    tab.judge(USER["content"], "word and more, " * 200)
+    expect(page.locator(".token[data-index]").last).to_be_in_viewport()
+    assert page.locator(".reply").evaluate("box => box.scrollHeight > 2 * box.clientHeight")
+
+
 # -- a model that replies ----------------------------------------------------------------------------------
 
 

@@ -55,8 +55,6 @@ class GuardedChat:
                 )
                 return
             self._keep(asked, reply.text)
-            if verdict["action"] == "flag":
-                self._tell(f"flagged: {_why(verdict)}")
             if not reply.text:
                 self._tell(f"{self._upstream.model} said nothing")
         finally:

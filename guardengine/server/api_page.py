@@ -10,7 +10,8 @@ Json = dict[str, Any]
 
 _STYLE = """
 :root { color-scheme: light dark; --line: light-dark(#d5dae1, #39414d); --soft: light-dark(#566173, #a9b4c4) }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem;
+  background: light-dark(#ffffff, #12161c); color: light-dark(#17202c, #e8edf4) }
 h2 { border-top: 1px solid var(--line); padding-top: 1rem; margin-top: 2rem; font-size: 1.15rem }
 h3 { font-size: 1rem; margin-top: 1.5rem }
 p.text { white-space: pre-line }
