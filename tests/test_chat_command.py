@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guarding import bad_prompts, deltas, make_bombs_unsafe
+from guarding import END, bad_prompts, deltas, make_bombs_unsafe
 from serving import REPLY, Served, served, sync_engine
 from upstreams import BREAK_OFF, HANG, upstream
 
+from guardengine import Policy
 from guardengine.cli import main
 from guardengine.server import ApiKey, ServerSettings
 from guardengine.tokenizer import Tokenizer
@@ -129,10 +130,17 @@ def test_nothing_uncleared_is_shown_wherever_deltas_are_cut(chat, seed) -> None:
         assert said.count("blocked: ") == 1
 
 
-def test_a_hit_that_does_not_decide_is_shown_in_the_end(chat) -> None:
-    with upstream(["A", " bomb", " and a", " bomb"], ["One", " bomb", " bomb", HANG]) as llm:
-        _, shown, said = chat(llm, "One", "Two", options=("--debounce", "2"))
-        assert shown == "A bomb and a bomb\nOne\n"
+def test_hits_that_do_not_decide_are_shown_in_the_end(chat, monkeypatch) -> None:
+    hit = Policy.hit
+
+    def hits_the_end_too(self: Policy, label: Any) -> str | None:
+        return "Unsafe" if (label.role, label.token_id) == ("assistant", END) else hit(self, label)
+
+    monkeypatch.setattr(Policy, "hit", hits_the_end_too)
+    bombs = [" bomb", " bomb"]
+    with upstream(["A", *bombs], ["One", *bombs, *bombs, " now", HANG]) as llm:
+        _, shown, said = chat(llm, "One", "Two", options=("--debounce", "4"))
+        assert shown == "A bomb bomb\nOne\n"  # the first ends in three hits
         assert said.startswith("blocked: the reply is Unsafe")
 
 

@@ -416,6 +416,7 @@ def test_it_fits_a_phone(chromium, server) -> None:
     page = tab.open()
     tab.judge(HOSTILE * 3, "word " * 30 + "x" * 400)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.locator(".reply").evaluate("box => box.scrollWidth <= box.clientWidth")
     page.locator("#debounce").scroll_into_view_if_needed()
     expect(page.locator("#verdict")).to_be_in_viewport()  # it stays where the sliders are used
     page.goto(f"{server.url}/docs")

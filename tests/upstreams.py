@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-HANG, BREAK_OFF = object(), object()  # in a reply: go on for ever without a word; drop the connection
+HANG, BREAK_OFF = object(), object()  # in a reply: go on without a word; drop the connection
+_LONGEST_HANG_S = 30.0
 
 
 class Upstream:
@@ -64,8 +66,9 @@ class Upstream:
             for delta in reply:
                 if delta is BREAK_OFF:
                     return
+                until = time.monotonic() + _LONGEST_HANG_S
                 while delta is HANG:
-                    if self._is_over.wait(0.02):
+                    if self._is_over.wait(0.02) or time.monotonic() > until:
                         return
                     handler.wfile.write(b": still here\n\n")
                 handler.wfile.write(_chunk({"content": delta}))

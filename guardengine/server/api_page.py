@@ -86,8 +86,8 @@ def _default(kind: Json) -> str:
 def _type(kind: Json) -> str:
     """What a value may be, as HTML."""
     if "$ref" in kind:
-        name = escape(kind["$ref"].rpartition("/")[2])
-        return f'<a href="#{name}">{name}</a>'
+        schema = escape(kind["$ref"].rpartition("/")[2])
+        return f'<a href="#{schema}">{schema}</a>'
     for choice in ("anyOf", "oneOf"):
         if choice in kind:
             return " or ".join(_type(option) for option in kind[choice])
@@ -95,10 +95,10 @@ def _type(kind: Json) -> str:
         return " or ".join(
             f"<code>{escape(repr(value))}</code>" for value in kind.get("enum", [kind.get("const")])
         )
-    name = kind.get("type")
-    if name == "array":
+    what = kind.get("type")
+    if what == "array":
         return f"list of {_type(kind.get('items', {}))}"
-    if name == "object":
+    if what == "object":
         more = kind.get("additionalProperties")
         return f"object of {_type(more)}" if isinstance(more, dict) and more else "object"
-    return escape(name or "anything")
+    return escape(what or "anything")
