@@ -10,6 +10,7 @@ from pathlib import Path
 from guardengine._version import __version__
 from guardengine.annotate.command import add_command as add_annotate
 from guardengine.bench.report import check_writable, write_json
+from guardengine.client.chat_command import add_command as add_chat
 from guardengine.client.command import add_command as add_moderate
 from guardengine.errors import ConfigError, GuardEngineError
 from guardengine.evaluate.command import add_command as add_evaluate
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_serve(commands)
     add_proxy(commands)
     add_moderate(commands)
+    add_chat(commands)
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:

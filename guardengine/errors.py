@@ -65,7 +65,8 @@ class OutputError(GuardEngineError):
 
 
 class ServerError(GuardEngineError):
-    """A server that cannot be reached, refused the API key, or failed. Raised by the clients of `guardengine serve`."""
+    """A server that cannot be reached, refused the API key, or failed. Raised by the clients of `guardengine serve`,
+    and by `guardengine chat` also of the LLM's server."""
 
 
 class WrongThread(GuardEngineError):

@@ -73,13 +73,7 @@ class AsyncGuardClient:
     ) -> AsyncGuardStream:
         """Open a stream and wait for the label of its prompt. options: token_ids, policy, labels, scores, priority,
         as `open` in docs/PROTOCOL.md."""
-        stream = AsyncGuardStream(self, Conversation(messages, **options))
-        try:
-            await stream._reopen()
-        except BaseException:  # refused, or cancelled: nobody has it to close
-            await stream.close()
-            raise
-        return stream
+        return await AsyncGuardStream(self, Conversation(messages, **options))._opened()
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -132,9 +126,7 @@ class AsyncGuardStream(ConversationView):
 
     async def fork(self) -> AsyncGuardStream:
         """A stream with the same past. The server finds it in its prefix cache."""
-        branch = AsyncGuardStream(self._client, self.conversation.copy())
-        await branch._reopen()
-        return branch
+        return await AsyncGuardStream(self._client, self.conversation.copy())._opened()
 
     async def close(self) -> None:
         self.is_closed = True
@@ -169,6 +161,15 @@ class AsyncGuardStream(ConversationView):
                 before = len(conversation.labels)
             conversation.merge()
             return conversation.update(before)
+
+    async def _opened(self) -> AsyncGuardStream:
+        """Itself, on its first connection."""
+        try:
+            await self._reopen()
+        except BaseException:  # cancelled, or refused: nobody else can close it
+            await self.close()
+            raise
+        return self
 
     async def _reopen(self) -> None:
         """Open the stream on a new connection, with its past."""

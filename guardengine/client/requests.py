@@ -27,7 +27,9 @@ _ERRORS: Mapping[str, type[GuardEngineError]] = {
 
 def check_installed() -> None:
     """Raise ConfigError where a package of the extra is missing."""
-    missing = [name for name in ("httpx", "websockets") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("httpx", "httpx_sse", "websockets") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise ConfigError(
             f"the client needs {', '.join(missing)}, not installed here; run pip install 'guardengine[client]'"

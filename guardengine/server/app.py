@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from guardengine._version import __version__
 from guardengine.async_engine import AsyncEngine
 from guardengine.errors import ConfigError, GuardEngineError
-from guardengine.server import chat_routes, guard_routes, operations, stream_route
+from guardengine.server import chat_routes, guard_routes, operations, pages, stream_route
 from guardengine.server.auth import Authentication
 from guardengine.server.limits import Limits, log_error
 from guardengine.server.replies import AsciiJson, reply_of
@@ -45,7 +45,10 @@ def create_app(
         )
     return app_around(
         Service(engine, gen, settings or ServerSettings()),
-        [operations.monitoring, *(m.router for m in (operations, guard_routes, chat_routes, stream_route))],
+        [
+            operations.monitoring,
+            *(m.router for m in (operations, guard_routes, chat_routes, stream_route, pages)),
+        ],
         title="guardengine",
         description="Safety moderation with Qwen3Guard. The WebSocket at /v1/guard/stream is described in "
         "docs/PROTOCOL.md.",
@@ -74,6 +77,7 @@ def app_around(
         version=__version__,
         description=description,
         lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere; ours is in pages.py
         redoc_url=None,
         responses={status: {"model": ErrorResponse} for status in _STATUSES},
         separate_input_output_schemas=False,
@@ -86,7 +90,7 @@ def app_around(
     app.add_exception_handler(RequestValidationError, _refuse_form)
     app.add_exception_handler(HTTPException, _refuse_http)
     # The last one added is the outermost: no key, no body read.
-    app.add_middleware(Limits, service=service, paths=frozenset(app.openapi()["paths"]))
+    app.add_middleware(Limits, service=service, paths=pages.PATHS.union(app.openapi()["paths"]))
     app.add_middleware(Authentication, service=service)
     if service.settings.cors_origins:
         app.add_middleware(

@@ -1,10 +1,13 @@
-"""Who may call: Bearer keys on everything but health. An ASGI middleware, for HTTP and WebSocket alike.
+"""Who may call: Bearer keys on everything but health and the playground's page, which has no data. An ASGI middleware,
+for HTTP and WebSocket alike.
 
-Browsers' WebSockets cannot send headers, so there a key may also come as a subprotocol, `guardengine.key.KEY`.
+Browsers' WebSockets cannot send headers, so there a key may also come as a subprotocol: `guardengine.key.KEY`, or
+`guardengine.key64.` and the key in base64url without padding, for keys with characters that subprotocols may not have.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 
@@ -14,8 +17,9 @@ from guardengine.server.replies import refuse
 from guardengine.server.service import Service
 from guardengine.server.statuses import Refusal
 
-OPEN_PATHS = frozenset(("/health", "/ready"))
-KEY_SUBPROTOCOL = "guardengine.key."
+HEALTH_PATHS = frozenset(("/health", "/ready"))
+OPEN_PATHS = HEALTH_PATHS | {"/"}
+KEY_SUBPROTOCOL, KEY64_SUBPROTOCOL = "guardengine.key.", "guardengine.key64."
 
 
 class Authentication:
@@ -57,4 +61,14 @@ def _presented(scope: Scope) -> bytes | None:
     for protocol in scope.get("subprotocols", ()):
         if protocol.startswith(KEY_SUBPROTOCOL):
             return protocol.removeprefix(KEY_SUBPROTOCOL).encode("latin-1", "replace")  # type: ignore[no-any-return]
+        if protocol.startswith(KEY64_SUBPROTOCOL):
+            return _decoded(protocol.removeprefix(KEY64_SUBPROTOCOL))
     return None
+
+
+def _decoded(key: str) -> bytes | None:
+    """Of base64url without padding; None for what is none."""
+    try:
+        return base64.b64decode(key + "=" * (-len(key) % 4), altchars=b"-_", validate=True)
+    except ValueError:
+        return None

@@ -44,7 +44,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "serve",
         help="serve a checkpoint over HTTP and WebSocket",
         description="Serve a Stream checkpoint (moderations, guard, live streams), a Gen checkpoint (chat completions) "
-        "or both. SIGTERM lets streams finish; a second one ends at once. The page of the API is at /docs.",
+        "or both. SIGTERM lets streams finish; a second one ends at once. The playground is at /, the "
+        "API's description at /docs.",
     )
     server.add_argument("checkpoint", metavar="CHECKPOINT", help="Stream or Gen: a folder, or a hub id")
     server.add_argument("--revision", help="of a hub id")
@@ -52,6 +53,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     server.add_argument("--gen-revision", help="of its hub id")
     server.add_argument("--served-model-name", metavar="NAME", help="of the Stream checkpoint in requests")
     server.add_argument("--served-gen-name", metavar="NAME", help="of the Gen checkpoint")
+    server.add_argument(
+        "--playground-upstream",
+        metavar="URL",
+        help="an OpenAI-compatible API that the page at / may call, from the browser and with that person's key",
+    )
     add_access(server)
     judging = server.add_argument_group("judging, where a request does not say")
     judging.add_argument("--policy", choices=("strict", "loose"), default="strict")
@@ -133,6 +139,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
     return ServerSettings(
         api_keys=read_api_keys(arguments.api_key_file),
         cors_origins=tuple(arguments.cors_origin),
+        playground_upstream=arguments.playground_upstream,
         policy=Policy.strict(**options) if arguments.policy == "strict" else Policy.loose(**options),
         taxonomy=arguments.taxonomy,
         gen_mode=arguments.gen_mode,

@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from guardengine.server.auth import OPEN_PATHS
+from guardengine.server.auth import HEALTH_PATHS
 from guardengine.server.replies import refuse
 from guardengine.server.service import Service, too_many
 from guardengine.server.statuses import Refusal, refusal_of
@@ -23,7 +23,7 @@ from guardengine.server.statuses import Refusal, refusal_of
 logger = logging.getLogger("guardengine.server")
 
 _GONE = 499  # in log and metrics: the client hung up
-_MONITORING = OPEN_PATHS | {"/metrics"}  # answered while full or draining
+_MONITORING = HEALTH_PATHS | {"/metrics"}  # answered while full or draining
 _LONGEST_LOGGED = 2000
 
 

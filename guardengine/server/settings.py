@@ -22,6 +22,10 @@ _KEY = re.compile(
     r"[!-+\--~]{16,512}"
 )  # printable ASCII without the comma that separates keys in the variable
 _NAME = re.compile(r"[\w.:@/-]{1,64}", re.ASCII)
+# The scheme, host and port of a base URL, then its path: nothing that could end a header's part or a page's attribute.
+_UPSTREAM = re.compile(
+    r"(https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?)(?:/[\w.~%/-]*)?", re.ASCII | re.IGNORECASE
+)
 
 
 class ApiKey(NamedTuple):
@@ -101,6 +105,9 @@ class ServerSettings:
     taxonomy: Taxonomy = "qwen"
     gen_mode: GenMode = "greedy"
     cors_origins: tuple[str, ...] = ()  # of browsers' pages that may call; ("*",): all
+    playground_upstream: str | None = (
+        None  # an OpenAI-compatible API that the page at / may call from the browser
+    )
     log_text: bool = False  # users' texts in the log
 
     max_body_bytes: int = 4 * 2**20
@@ -137,6 +144,20 @@ class ServerSettings:
             raise ConfigError(f"policy={self.policy!r}: a Policy is needed, such as Policy.strict()")
         _check_all("api_keys", self.api_keys, ApiKey)
         _check_all("cors_origins", self.cors_origins, str)
+        if self.playground_upstream is not None:
+            origin_of(self.playground_upstream)
+
+
+def origin_of(url: str) -> str:
+    """A base URL's scheme, host and port, as a Content-Security-Policy names them. Raises ConfigError for what is none:
+    it goes into a header and a page."""
+    found = _UPSTREAM.fullmatch(url) if isinstance(url, str) else None
+    if found is None:
+        raise ConfigError(
+            f"playground_upstream={url!r:.200}: a base URL such as http://127.0.0.1:8001/v1 is needed, without a "
+            "password or a query"
+        )
+    return found[1]
 
 
 def check_numbers(settings: Any) -> None:
