@@ -14,6 +14,7 @@ from guardengine.client.command import add_command as add_moderate
 from guardengine.errors import ConfigError, GuardEngineError
 from guardengine.evaluate.command import add_command as add_evaluate
 from guardengine.make_checkpoint import PRESETS, make_checkpoint
+from guardengine.on_ray.command import add_command as add_ray_serve
 from guardengine.replay import Report, replay
 from guardengine.server.command import add_command as add_serve
 from guardengine.verify_quantization import SCHEMES, verify_quantization
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_evaluate(commands)
     add_annotate(commands)
     add_serve(commands)
+    add_ray_serve(commands)
     add_moderate(commands)
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.run

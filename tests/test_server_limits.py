@@ -432,7 +432,7 @@ def test_an_app_needs_an_engine() -> None:
 def test_what_cannot_be_served_is_said(folder, checkpoints, tmp_path, capfd, monkeypatch) -> None:
     from guardengine.cli import main
 
-    monkeypatch.setattr("guardengine.server.serve._log_to_stderr", lambda level: None)
+    monkeypatch.setattr("guardengine.server.serve.log_to_stderr", lambda level: None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -44,6 +44,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Serve a Stream checkpoint (moderations, guard, live streams), a Gen checkpoint (chat completions) "
         "or both. SIGTERM lets streams finish; a second one ends at once. The page of the API is at /docs.",
     )
+    add_options(server)
+    server.set_defaults(run=_run)
+
+
+def add_options(server: argparse.ArgumentParser) -> None:
+    """What is served, where, to whom and within what limits: for `settings_of`, `engine_options_of` and the rest."""
     server.add_argument("checkpoint", metavar="CHECKPOINT", help="Stream or Gen: a folder, or a hub id")
     server.add_argument("--revision", help="of a hub id")
     server.add_argument("--gen", metavar="CHECKPOINT", help="a Gen checkpoint beside a Stream checkpoint")
@@ -86,7 +92,6 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     logs.add_argument(
         "--log-text", action="store_true", help="users' texts too, which are never logged otherwise"
     )
-    server.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -102,15 +107,16 @@ def _run(arguments: argparse.Namespace) -> int:
         gen_revision=arguments.gen_revision,
         host=arguments.host,
         port=arguments.port,
-        options=_given(arguments, _ENGINE),
-        settings=_settings(arguments),
+        options=engine_options_of(arguments),
+        settings=settings_of(arguments),
         log_level=arguments.log_level,
         ssl_certfile=arguments.ssl_certfile,
         ssl_keyfile=arguments.ssl_keyfile,
     )
 
 
-def _settings(arguments: argparse.Namespace) -> Any:
+def settings_of(arguments: argparse.Namespace) -> Any:
+    """The ServerSettings. Raises ConfigError."""
     from guardengine.policy import Policy
     from guardengine.server.settings import ServerSettings, read_api_keys
 
@@ -126,6 +132,11 @@ def _settings(arguments: argparse.Namespace) -> Any:
         **{name: value for name, value in names.items() if value is not None},
         **_given(arguments, _LIMITS),
     )
+
+
+def engine_options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For `Engine.from_pretrained`."""
+    return _given(arguments, _ENGINE)
 
 
 def _given(arguments: argparse.Namespace, options: tuple[tuple[str, type, str], ...]) -> dict[str, Any]:

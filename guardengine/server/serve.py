@@ -43,8 +43,8 @@ def serve(
     Raises CheckpointError and ConfigError before it listens, and ConfigError when it cannot listen.
     """
     settings = settings or ServerSettings()
-    _log_to_stderr(log_level)
-    paths = _by_kind(resolve_checkpoint(checkpoint, revision), gen, gen_revision)
+    log_to_stderr(log_level)
+    paths = by_kind(resolve_checkpoint(checkpoint, revision), gen, gen_revision)
     if not settings.api_keys and host not in _LOOPBACK:
         logger.warning("no API keys: whoever reaches %s:%d may call; see --api-key-file", host, port)
     with _bound(host, port) as listener:
@@ -103,8 +103,8 @@ def _bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def _by_kind(path: Path, gen: str | None, gen_revision: str | None) -> dict[str, Path]:
-    """Folders by the kind of their checkpoints."""
+def by_kind(path: Path, gen: str | None, gen_revision: str | None) -> dict[str, Path]:
+    """Folders by the kind of their checkpoints, "stream" or "gen". Raises CheckpointError and ConfigError."""
     paths = {_kind(path): path}
     if gen is not None:
         if "gen" in paths:
@@ -131,7 +131,8 @@ def _shown(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _log_to_stderr(level: str) -> None:
+def log_to_stderr(level: str) -> None:
+    """What guardengine logs, from this level on, and warnings of uvicorn's."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name, least in (("guardengine", level.upper()), ("uvicorn", "WARNING")):
