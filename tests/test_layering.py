@@ -194,21 +194,23 @@ def test_only_server_and_client_know_the_web() -> None:
         folder = path.parent.name
         if folder not in ("server", "client") or (folder == "server" and path.stem in WEB_FREE):
             assert not {name.partition(".")[0] for name in names} & WEB, path
-        # Beside the command line, which names them, nothing needs either.
-        if folder not in ("server", "client") and path != PACKAGE / "cli.py":
+        # Beside the command line, which names them, and what runs the server on Ray, nothing needs either.
+        if folder not in ("server", "client", "on_ray") and path != PACKAGE / "cli.py":
             assert not {n for n in names if n.startswith(("guardengine.server", "guardengine.client"))}, path
         if folder == "server":
             assert not {name for name in names if name.startswith("guardengine.client")}, path
             assert "torch" not in names, path
+        if folder != "on_ray":
+            assert "ray" not in {name.partition(".")[0] for name in names}, path
+            if path.stem not in ("cli", "command"):
+                assert not {name for name in names if name.startswith("guardengine.on_ray")}, path
 
 
 @pytest.mark.parametrize(
-    "name", ["server.command", "server.settings", "server.wire", "client", "client.command"]
+    "name", ["server.command", "server.settings", "server.wire", "client", "client.command", "on_ray.command"]
 )
 def test_the_web_is_imported_when_it_is_used(name: str) -> None:
-    code = (
-        f"import sys, guardengine.{name}; sys.exit(bool(set({sorted(WEB | {'torch'})!r}) & set(sys.modules)))"
-    )
+    code = f"import sys, guardengine.{name}; sys.exit(bool(set({sorted(WEB | {'torch', 'ray'})!r}) & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 

@@ -132,7 +132,7 @@ def annotate(
     num_rows = source.num_rows()
     if options.limit is not None:
         num_rows = min(num_rows, options.limit)
-    header = {
+    header: dict[str, Any] = {
         "version": __version__,
         "input": input_digest(files, given, progress=progress),
         "checkpoint": checkpoint_digest(folder, progress=progress),

@@ -60,7 +60,7 @@ class Served:
 class Guard:
     """One replica. Ray calls all of it in one event loop, which is the engines'."""
 
-    async def __init__(self, served: Served, num_threads: int) -> None:
+    async def __init__(self, served: Served, num_threads: int) -> None:  # type: ignore[misc]
         log_to_stderr(served.log_level)
         self._served = served
         self._engines: dict[str, AsyncEngine] = {}
@@ -106,7 +106,8 @@ def application(served: Served, scale: Scale) -> serve.Application:
                 policy=policy,
             )
         }
-    deployment = Guard.options(
+    guard: Any = Guard  # a Deployment, by its decorators
+    deployment = guard.options(
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
         max_ongoing_requests=settings.max_connections,  # Ray's default is 5, and a WebSocket counts as one
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
