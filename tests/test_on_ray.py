@@ -188,6 +188,6 @@ def test_rays_config_files_take_the_commands_options(folder: Path) -> None:
 
 def test_rays_errors_are_said_by_name() -> None:
     text = "ray::Judge()\n  File x\nguardengine.errors.CheckpointError: /x: no such folder"
-    assert isinstance(found := clusters.named(RuntimeError(text), "failed"), errors.CheckpointError)
+    assert isinstance(found := clusters.named(text, "failed"), errors.CheckpointError)
     assert str(found) == "/x: no such folder"
-    assert str(clusters.named(RuntimeError("a\nb"), "failed")) == "failed (b)"
+    assert str(clusters.named("a\nb\n", "failed")) == "failed (b)"

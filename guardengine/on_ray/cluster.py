@@ -70,15 +70,15 @@ def connected(address: str | None, part: Literal["serve", "data"]) -> Iterator[A
         ray.shutdown()
 
 
-def named(error: Exception, otherwise: str) -> GuardEngineError:
-    """guardengine's error that a Ray error comes from, in whichever process: of some Ray keeps the text alone. A
+def named(text: str, otherwise: str) -> GuardEngineError:
+    """guardengine's error that what Ray says comes from, in whichever process: of some Ray keeps the text alone. A
     ConfigError that begins with `otherwise` where it comes from none."""
-    text = str(error).strip()
     for name, message in reversed(_OWN_ERROR.findall(text)):
         kind = getattr(errors, name, None)
         if isinstance(kind, type) and issubclass(kind, GuardEngineError) and kind is not errors.Blocked:
             return kind(message)
-    return ConfigError(f"{otherwise} ({(text.splitlines() or [type(error).__name__])[-1].strip()})")
+    last = text.strip().rpartition("\n")[2]
+    return ConfigError(f"{otherwise} ({last.strip()})")
 
 
 def _first_line(error: Exception) -> str:

@@ -112,12 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 http |= {"ssl_certfile": arguments.ssl_certfile, "ssl_keyfile": arguments.ssl_keyfile}
             serve.start(http_options=http)
         try:
-            from guardengine.on_ray import serving
-
-            serve.run(serving.application(served, scale), name=arguments.name, route_prefix="/")
-        except Exception as error:  # RuntimeError, and Ray's own
-            raise named(error, "Ray Serve could not start it") from error
-        try:
+            _start(serve, served, scale, arguments.name)
             scheme = "http" if arguments.ssl_certfile is None else "https"
             where = (
                 f"{scheme}://{arguments.host}:{port}" if is_first else "the address of the cluster's Serve"
@@ -131,6 +126,18 @@ def _run(arguments: argparse.Namespace) -> int:
             else:
                 serve.delete(arguments.name)
     return 0
+
+
+def _start(serve: Any, served: Served, scale: Scale, name: str) -> None:
+    """Returns when replicas serve. Raises what the first of them raised, and ConfigError where Ray refuses."""
+    from guardengine.on_ray.serving import application
+
+    try:
+        serve.run(application(served, scale), name=name, route_prefix="/")
+    except Exception as error:  # RuntimeError, and Ray's own
+        found = serve.status().applications.get(name)
+        texts = [str(error), *([part.message for part in found.deployments.values()] if found else [])]
+        raise named("\n".join(texts), "Ray Serve could not start it") from error
 
 
 def _served(arguments: argparse.Namespace) -> Served:

@@ -58,7 +58,7 @@ def judged(actors: Actors, rows: Rows, judges: Judges) -> Iterator[Judged]:
                 for answer in batch.to_pylist():
                     yield [of_line(line) for line in answer["lines"].splitlines()], answer["num_tokens"]
         except ray.exceptions.RayError as error:
-            raise named(error, "the cluster has given up on the rows that are left") from error
+            raise named(str(error), "the cluster has given up on the rows that are left") from error
 
 
 class _Calls(Datasource):  # type: ignore[misc]
