@@ -6,6 +6,7 @@ One cluster of this machine alone for all of these tests, in one process of its 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from annotating import some_rows, write_lines
 from serving import REPLY, USER, sync_engine
 
 from guardengine import Policy, errors
-from guardengine.annotate.run import Options, annotate
+from guardengine.annotate.run import Options, annotate, load_engine
 from guardengine.client import GuardClient
 from guardengine.on_ray.annotating import Actors, judging_on
 
@@ -108,29 +110,38 @@ def both(out: Path) -> tuple[bytes, bytes]:
     return out.read_bytes(), Path(f"{out}.bad.jsonl").read_bytes()
 
 
-def test_nothing_is_lost_or_written_twice_when_an_actor_and_then_the_command_are_killed(
+@contextlib.contextmanager
+def stopping(folder: Path) -> Iterator[Any]:
+    """An engine under which the command is stopped at the sixth call."""
+    with load_engine(folder, Options()) as engine:
+        calls = itertools.count(1)
+
+        def moderate_many(*arguments: Any) -> Any:
+            if next(calls) > 5:
+                raise KeyboardInterrupt
+            return engine.moderate_many(*arguments)
+
+        yield SimpleNamespace(moderate_many=moderate_many)
+
+
+def test_nothing_is_lost_or_written_twice_when_the_command_and_then_an_actor_are_killed(
     cluster: str, folder: Path, tmp_path: Path
 ) -> None:
-    source, options = write_lines(tmp_path / "in.jsonl", some_rows(300)), Options(window_rows=8)
-    annotate(source, tmp_path / "alone.jsonl", folder, options)
-    judging, out = judging_on(Actors(num_actors=2, num_cpus=1), str(folder), options), tmp_path / "out.jsonl"
-    killed: list[int] = []
-
-    def kill_an_actor() -> None:
-        killed.append(min(processes("MapWorker")))
-        os.kill(killed[0], signal.SIGKILL)
-
-    def stop() -> None:
-        assert killed[0] not in processes("MapWorker")
-        raise KeyboardInterrupt
-
+    source, options = write_lines(tmp_path / "in.jsonl", some_rows(200)), Options(window_rows=8)
+    out, alone = tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
+    annotate(source, alone, folder, options)
     with pytest.raises(KeyboardInterrupt):
-        annotate(source, out, folder, options, judging=meanwhile(judging, {4: kill_an_actor, 40: stop}))
+        annotate(source, out, folder, options, load=stopping)
     assert not out.exists()
-    report = annotate(source, out, folder, options, judging=judging)
-    assert 100 < report.num_resumed < 300
-    assert (report.num_rows, report.num_bad) == (300, 3)
-    assert both(out) == both(tmp_path / "alone.jsonl")
+
+    def kill() -> None:
+        os.kill(min(processes("MapWorker")), signal.SIGKILL)  # with calls that it has not answered
+
+    judging = judging_on(Actors(num_actors=2, num_cpus=1), str(folder), options)
+    report = annotate(source, out, folder, options, judging=meanwhile(judging, {3: kill}))
+    assert 10 < report.num_resumed < 100  # the journal is the same, whoever judges
+    assert (report.num_rows, report.num_bad) == (200, 3)
+    assert both(out) == both(alone)
 
 
 def test_an_actors_error_is_raised_here_by_name(cluster: str, folder: Path, tmp_path: Path) -> None:
