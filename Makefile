@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 # Two processes: the tests are small, and most of them use one core. A file stays in one, which makes its fixtures once.
 PYTEST := $(BIN)/python -P -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help install bench test test-emulated test-gpu-interpreted test-gpu-compiled gpu-kernels gpu-check test-asan wheel lint types \
+.PHONY: help install bench test test-emulated test-gpu-interpreted test-gpu-compiled test-ray gpu-kernels gpu-check test-asan wheel lint types \
   format clean
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test-emulated  the kernels for AVX-512 on a CPU without it, as AVX2 code (a part of make test)"
 	@echo "make test-gpu-interpreted  the Triton kernels in Triton's interpreter, without a GPU (a part of make test)"
 	@echo "make test-gpu-compiled     the Triton kernels compiled for GPUs that are not here (a part of make test)"
+	@echo "make test-ray  what runs on a Ray cluster, on one of this machine (a part of make test)"
 	@echo "make gpu-kernels           record what they compile to: docs/GPU_KERNELS.md"
 	@echo "make gpu-check  on a machine with a GPU: the Triton backend against the reference, and its speed (under 10 minutes)"
 	@echo "make test-asan      the native code under AddressSanitizer and UndefinedBehaviorSanitizer, its threads under TSan"
@@ -45,7 +46,7 @@ types: install
 test: lint types
 	$(PYTEST)
 	$(MAKE) test-emulated
-	$(MAKE) -j2 test-gpu-interpreted test-gpu-compiled
+	$(MAKE) -j2 test-gpu-interpreted test-gpu-compiled test-ray
 
 # The kernels that this CPU may lack the instructions for, compiled to others: same tests.
 NATIVE := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile PYTHON=$(BIN)/python
@@ -65,6 +66,10 @@ test-gpu-interpreted: install
 
 test-gpu-compiled: install
 	$(BIN)/python -P -m pytest -q tests/aot
+
+# One process: its tests share a cluster.
+test-ray: install
+	$(BIN)/python -P -m pytest -q tests/on_ray
 
 gpu-kernels: install
 	$(BIN)/python -P -m pytest -q tests/aot/test_kernels.py --record

@@ -267,8 +267,11 @@ class AsyncEngine:
         return engine
 
     async def stats(self) -> dict[str, Any]:
-        """As `Engine.stats`, and appends_waiting: those that were not accepted yet."""
-        stats: dict[str, Any] = await self.calls.call(lambda: self.engine.stats())
+        """As `Engine.stats`, and appends_waiting: those that were not accepted yet; lag_s: for how long the append
+        or conversation that waits longest has waited to be answered, 0 where none does."""
+        stats: dict[str, Any] = await self.calls.call(
+            lambda: {**self.engine.stats(), "lag_s": self.thread.lag_s()}
+        )
         return {**stats, "appends_waiting": len(self.calls.unaccepted)}
 
     async def health(self, timeout_s: float = 5.0) -> dict[str, Any]:

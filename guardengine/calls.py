@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -41,6 +42,7 @@ class Append:
     is_refused: bool = False  # for lack of room, so far
     failure: Failure | None = None  # what its deadline came to
     is_recorded: bool = False  # the core knows of the failure
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def is_computed(self) -> bool:

@@ -15,6 +15,7 @@ from guardengine.client.command import add_command as add_moderate
 from guardengine.errors import ConfigError, GuardEngineError
 from guardengine.evaluate.command import add_command as add_evaluate
 from guardengine.make_checkpoint import PRESETS, make_checkpoint
+from guardengine.on_ray.command import add_command as add_ray_serve
 from guardengine.proxy.command import add_command as add_proxy
 from guardengine.replay import Report, replay
 from guardengine.server.command import add_command as add_serve
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_annotate(commands)
     add_serve(commands)
     add_proxy(commands)
+    add_ray_serve(commands)
     add_moderate(commands)
     add_chat(commands)
     arguments = parser.parse_args(argv)

@@ -77,6 +77,13 @@ class EngineThread:
         """Whether appends of the tenant wait for room."""
         return tenant in self._room
 
+    def lag_s(self) -> float:
+        """For how long what waits longest has waited: an append for its labels, or a conversation for its answer."""
+        appends = [appends[0] for appends in self._accepted.values()]
+        appends += [first for waiting in self._room.values() if isinstance(first := waiting[0], Append)]
+        began = [append.began for append in appends] + [job.began for job in self._answered]
+        return time.monotonic() - min(began) if began else 0.0
+
     def answer(
         self, answering: Answering, prompts: Sequence[Prompt], mode: Mode, futures: Sequence[Future]
     ) -> None:

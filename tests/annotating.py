@@ -88,6 +88,22 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
+def some_rows(count: int) -> list[Any]:
+    """Prompts with responses; rows 5, 17 and 40 cannot be judged."""
+    rows: list[Any] = [
+        {
+            "id": i,
+            "prompt": f"number {i}: " + "word " * (7 * i % 60),
+            "response": "réponse 巴黎 " * (i % 40 + 1),
+        }
+        for i in range(count)
+    ]
+    rows[5] = {"id": 5, "prompt": 5, "response": "a number"}
+    rows[17] = b"{not JSON"
+    rows[40] = {"id": 40, "prompt": "a\ud800b", "response": "lone"}
+    return rows
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 

@@ -220,17 +220,22 @@ def test_only_server_client_and_proxy_know_the_web() -> None:
         free = {"server": WEB_FREE, "client": (), "proxy": PROXY_WEB_FREE}.get(folder)
         if free is None or path.stem in free:
             assert not {name.partition(".")[0] for name in names} & WEB, path
-        # Beside the command line, which names them, nothing needs any, but a Guard, which may ask a server.
+        # Beside the command line, which names them, nothing needs any, but a Guard, which may ask a
+        # server, and what runs the server on Ray.
         above = {"guardengine.server", "guardengine.client", "guardengine.proxy"}
         if path == PACKAGE / "integrations" / "guard.py":
             above.remove("guardengine.client")
-        if folder not in ("server", "client", "proxy") and path != PACKAGE / "cli.py":
+        if folder not in ("server", "client", "proxy", "on_ray") and path != PACKAGE / "cli.py":
             assert not {n for n in names if n.startswith(tuple(above))}, path
         if folder in ("server", "client"):
             assert not {name for name in names if name.startswith("guardengine.proxy")}, path
         if folder in ("server", "proxy"):
             assert not {name for name in names if name.startswith("guardengine.client")}, path
             assert "torch" not in names, path
+        if folder != "on_ray":
+            assert "ray" not in {name.partition(".")[0] for name in names}, path
+            if path.stem not in ("cli", "command"):
+                assert not {name for name in names if name.startswith("guardengine.on_ray")}, path
 
 
 @pytest.mark.parametrize(
@@ -244,12 +249,11 @@ def test_only_server_client_and_proxy_know_the_web() -> None:
         "client.chat_command",
         "proxy",
         "proxy.command",
+        "on_ray.command",
     ],
 )
 def test_the_web_is_imported_when_it_is_used(name: str) -> None:
-    code = (
-        f"import sys, guardengine.{name}; sys.exit(bool(set({sorted(WEB | {'torch'})!r}) & set(sys.modules)))"
-    )
+    code = f"import sys, guardengine.{name}; sys.exit(bool(set({sorted(WEB | {'torch', 'ray'})!r}) & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 

@@ -75,6 +75,21 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="rows that are read, and sorted by length, at a time (default: %(default)s)",
     )
     running.add_argument("--quiet", action="store_true", help="no progress bar")
+    cluster = annotator.add_argument_group("on a Ray cluster (docs/RAY.md)")
+    cluster.add_argument(
+        "--ray", action="store_true", help="judge rows there; IN and OUT stay on this machine"
+    )
+    cluster.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="of the cluster (default: RAY_ADDRESS, or one begun for this)",
+    )
+    cluster.add_argument(
+        "--ray-actors", type=int, metavar="N", help="engines, each with --threads CPUs (default: one a node)"
+    )
+    cluster.add_argument(
+        "--ray-gpus", type=float, default=0, metavar="N", help="GPUs of each engine (default: %(default)s)"
+    )
     annotator.set_defaults(run=_annotate)
 
 
@@ -97,6 +112,19 @@ def _annotate(arguments: argparse.Namespace) -> int:
         num_threads=arguments.threads,
         window_rows=arguments.batch_rows,
     )
+    judging = None
+    if arguments.ray:
+        from guardengine.on_ray.annotating import Actors, judging_on
+
+        actors = Actors(
+            address=arguments.ray_address,
+            num_actors=arguments.ray_actors,
+            num_cpus=arguments.threads,
+            num_gpus=arguments.ray_gpus,
+        )
+        judging = judging_on(actors, arguments.checkpoint, options)
+    elif arguments.ray_address or arguments.ray_actors or arguments.ray_gpus:
+        raise ConfigError("--ray-address, --ray-actors and --ray-gpus are for --ray; give that too")
     try:
         report = annotate(
             arguments.input,
@@ -105,6 +133,7 @@ def _annotate(arguments: argparse.Namespace) -> int:
             options,
             restart=arguments.restart,
             progress=not arguments.quiet,
+            judging=judging,
         )
     except KeyboardInterrupt:
         print("guardengine: stopped; the same command goes on from here", file=sys.stderr)

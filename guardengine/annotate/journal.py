@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from guardengine.errors import ConfigError, OutputError
 
@@ -87,7 +88,12 @@ class Journal:
 
     @property
     def num_done(self) -> int:
-        return int((self._offsets >= 0).sum())
+        return int(self.is_done.sum())
+
+    @property
+    def is_done(self) -> npt.NDArray[np.bool_]:
+        """[num_rows]: those that were appended by now."""
+        return self._offsets >= 0
 
     def has(self, row: int) -> bool:
         return bool(self._offsets[row] >= 0)
@@ -99,8 +105,7 @@ class Journal:
         line = os.pread(self._file.fileno(), 4096, self._offsets[row])
         while b"\n" not in line:
             line += os.pread(self._file.fileno(), 1 << 16, self._offsets[row] + len(line))
-        fields = json.loads(line[: line.index(b"\n")])
-        return Fault(fields["fault"]) if "fault" in fields else Annotation(**fields["annotation"])
+        return of_line(line[: line.index(b"\n")])[1]
 
     def append(self, entries: Iterable[tuple[int, Entry]]) -> None:
         """Append rows' entries: on return they are on the disk, all of them.
@@ -111,10 +116,8 @@ class Journal:
         rows: list[tuple[int, int, Entry]] = []
         size = self._size
         for row, entry in entries:
-            kind = "fault" if isinstance(entry, Fault) else "annotation"
-            value = entry.reason if isinstance(entry, Fault) else asdict(entry)
             rows.append((row, size, entry))
-            lines.append(json.dumps({"row": row, kind: value}).encode() + b"\n")
+            lines.append(to_line(row, entry))
             size += len(lines[-1])
         if not rows:
             return
@@ -201,9 +204,7 @@ class Journal:
 
     def _read(self, number: int, line: bytes, offset: int) -> None:
         try:
-            fields = json.loads(line)
-            row = fields["row"]
-            entry = Fault(fields["fault"]) if "fault" in fields else Annotation(**fields["annotation"])
+            row, entry = of_line(line)
             if type(row) is not int or not 0 <= row < len(self._offsets):
                 raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -235,6 +236,20 @@ class Journal:
                 self._file.truncate(self._size)
             raise write_error(self.path, error) from error
         self._size += len(data)
+
+
+def to_line(row: int, entry: Entry) -> bytes:
+    """A row's line, its end included."""
+    kind = "fault" if isinstance(entry, Fault) else "annotation"
+    value = entry.reason if isinstance(entry, Fault) else asdict(entry)
+    return json.dumps({"row": row, kind: value}).encode() + b"\n"
+
+
+def of_line(line: bytes) -> tuple[int, Entry]:
+    """The row and entry of a line. Raises ValueError, TypeError or KeyError for what is none."""
+    fields = json.loads(line)
+    entry = Fault(fields["fault"]) if "fault" in fields else Annotation(**fields["annotation"])
+    return fields["row"], entry
 
 
 def open_file(path: Path) -> io.FileIO:

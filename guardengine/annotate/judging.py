@@ -15,6 +15,17 @@ from guardengine.policy import Policy
 # Text of so many characters is judged in a call of its own: where it proves to be too long, only it was tokenized.
 LONG_CHARS = 1 << 15
 
+Item = tuple[int, Messages | Fault]  # a row's number and what is judged, or why it cannot be
+Judged = tuple[list[tuple[int, Entry]], int]  # rows' entries, and how many tokens were computed
+
+
+def judge_call(engine: Moderator, call: Sequence[Item], policy: Policy, chars: ResponseChars) -> Judged:
+    """`judge` for rows by their numbers, of which some may be faults already."""
+    entries: list[tuple[int, Entry]] = [(row, found) for row, found in call if isinstance(found, Fault)]
+    left = [(row, found) for row, found in call if not isinstance(found, Fault)]
+    found, num_tokens = judge(engine, [messages for _, messages in left], policy, chars)
+    return [*entries, *zip((row for row, _ in left), found, strict=True)], num_tokens
+
 
 def judge(
     engine: Moderator, conversations: Sequence[Messages], policy: Policy, chars: ResponseChars

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from guardengine._version import __version__
-from guardengine.annotate.assembly import Columns, Source, check_columns, first
+from guardengine.annotate.assembly import Columns, Source, check_columns
+from guardengine.annotate.calls import Rows
 from guardengine.annotate.digests import Watched, checkpoint_digest, input_digest
 from guardengine.annotate.folders import data_files
-from guardengine.annotate.journal import Fault, Journal
-from guardengine.annotate.judging import LONG_CHARS, judge
-from guardengine.annotate.layout import BadRow, Layout, Messages, choose_layout, conversation_of
+from guardengine.annotate.journal import Journal
+from guardengine.annotate.judging import Judged, judge_call
+from guardengine.annotate.layout import Layout, choose_layout
 from guardengine.annotate.output import Output, write_output
 from guardengine.annotate.response_chars import ResponseChars
-from guardengine.annotate.rows import JsonlSource, Row
+from guardengine.annotate.rows import JsonlSource
 from guardengine.annotate.tables import TableSource, arrow
 from guardengine.engine import Engine
 from guardengine.errors import ConfigError
@@ -30,12 +31,10 @@ from guardengine.judging import Moderator
 from guardengine.policy import Policy
 
 DEFAULT_WINDOW_ROWS = 2048
-# Text of so many characters, about 16,000 tokens, goes to the engine in one call: many steps, of which the last alone
-# is not full, and labels of some 20 MB.
-_CALL_CHARS = 1 << 16
-_MIN_CHARS = 64  # what the template adds to a conversation
 
 Loader = Callable[[Path], AbstractContextManager[Moderator]]
+# Has rows judged, by the checkpoint in a folder and of a digest; entries come in any order, each row's once.
+Judging = Callable[[Rows, Path, str], AbstractContextManager[Iterable[Judged]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +95,7 @@ def annotate(
     restart: bool = False,
     progress: bool = False,
     load: Loader | None = None,
+    judging: Judging | None = None,
 ) -> Report:
     """Annotate a data set: JSON lines, Parquet or Arrow files, or a folder of them.
 
@@ -104,12 +104,13 @@ def annotate(
     Until all rows are judged only the journal beside `output_path` (its name and ".partial") grows; a run that was
     killed, or had no disk space left, goes on from there when it is started again with the same input, checkpoint and
     options. restart: drop such a journal, and a finished output. load: makes the engine of a checkpoint's folder.
+    judging: has rows judged elsewhere than in this process.
 
     Raises ConfigError for what is wrong with input and options, CheckpointError, and OutputError for what cannot be
     written.
     """
     options = options or Options()
-    policy = options.make_policy()
+    options.make_policy()  # raises
     given, out = Path(input_path), Path(output_path)
     journal_path = Path(f"{out}.partial")
     _check_output(given, out, journal_path, restart)
@@ -125,24 +126,24 @@ def annotate(
     num_rows = source.num_rows()
     if options.limit is not None:
         num_rows = min(num_rows, options.limit)
-    header = {
+    header: dict[str, Any] = {
         "version": __version__,
         "input": input_digest(files, given, progress=progress),
         "checkpoint": checkpoint_digest(folder, progress=progress),
         **_recorded(options, layout),
         "rows": num_rows,
     }
-    load = load or _loader(options, progress)
+    judging = judging or _here(options, load or partial(load_engine, options=options, progress=progress))
     with Journal.open(journal_path, header, num_rows, restart=restart) as journal:
         if journal.is_new and not restart and out.exists():  # which another process has finished meanwhile
             journal.remove()
             raise _is_there(out)
         num_resumed, num_tokens, start = journal.num_done, 0, time.perf_counter()
         if num_resumed < num_rows:
-            with load(folder) as engine:
+            rows = Rows(source, layout, columns, num_rows, options.window_rows, journal.is_done)
+            with judging(rows, folder, header["checkpoint"]) as judged:
                 start = time.perf_counter()
-                run = _Run(source, layout, columns, policy, engine, ResponseChars(folder), journal)
-                num_tokens = run.judge_rows(num_rows, options.window_rows, progress=progress)
+                num_tokens = _record(journal, judged, num_rows, progress=progress)
         seconds = time.perf_counter() - start
 
         watched.check()
@@ -154,85 +155,18 @@ def annotate(
     return Report(layout, num_rows, written.num_bad, num_resumed, num_tokens, seconds, risks, written.as_text)
 
 
-class _Run:
-    """Judges the rows that a journal does not have yet."""
-
-    def __init__(
-        self,
-        source: Source,
-        layout: Layout,
-        columns: Columns,
-        policy: Policy,
-        engine: Moderator,
-        chars: ResponseChars,
-        journal: Journal,
-    ) -> None:
-        self._source, self._layout, self._columns = source, layout, columns
-        self._policy, self._engine, self._chars, self._journal = policy, engine, chars, journal
-
-    def judge_rows(self, num_rows: int, window_rows: int, *, progress: bool) -> int:
-        """Judge and append them, window by window. Returns how many tokens were computed."""
-        journal = self._journal
-        num_tokens = 0
-        with tqdm(
-            total=num_rows, initial=journal.num_done, desc="annotate", unit="row", disable=not progress
-        ) as bar:
-            for window in self._windows(num_rows, window_rows):
-                faults = [(number, item) for number, item in window if isinstance(item, Fault)]
-                journal.append(faults)
-                bar.update(len(faults))
-                items = [(number, item) for number, item in window if not isinstance(item, Fault)]
-                for call in calls(items):
-                    entries, num_new = judge(
-                        self._engine, [messages for _, messages in call], self._policy, self._chars
-                    )
-                    journal.append(zip((number for number, _ in call), entries, strict=True))
-                    num_tokens += num_new
-                    bar.set_postfix(tokens=num_tokens, bad=journal.num_faults, refresh=False)
-                    bar.update(len(call))
-        return num_tokens
-
-    def _windows(self, num_rows: int, window_rows: int) -> Iterator[list[tuple[int, Messages | Fault]]]:
-        window: list[tuple[int, Messages | Fault]] = []
-        for row in first(self._source.rows(self._layout.columns), num_rows):
-            if self._journal.has(row.number):
-                continue
-            window.append((row.number, self._conversation(row)))
-            if len(window) == window_rows:
-                yield window
-                window = []
-        yield window
-
-    def _conversation(self, row: Row) -> Messages | Fault:
-        if row.fault is not None:
-            return Fault(row.fault)
-        for name in self._columns:
-            if name in row.record:
-                return Fault(f"has a column {name!r} already, which is to be added")
-        try:
-            return conversation_of(self._layout, row.record)
-        except BadRow as error:
-            return Fault(str(error))
-
-
-def calls(items: list[tuple[int, Messages]]) -> Iterator[list[tuple[int, Messages]]]:
-    """Conversations in the groups that the engine is given at a time: of about equal lengths, those with very long
-    text alone. Groups come in random order, the same each time, so that a progress bar's estimate is fair."""
-    sizes = {
-        number: _MIN_CHARS + sum(len(message["content"]) for message in messages)
-        for number, messages in items
-    }
-    groups: list[list[tuple[int, Messages]]] = []
-    room = 0
-    for item in sorted(items, key=lambda item: sizes[item[0]]):
-        size = sizes[item[0]]
-        if not groups or size > room:
-            groups.append([])
-            room = _CALL_CHARS
-        groups[-1].append(item)
-        room = 0 if size > LONG_CHARS else room - size
-    random.Random(len(groups)).shuffle(groups)
-    yield from groups
+def _record(journal: Journal, judged: Iterable[Judged], num_rows: int, *, progress: bool) -> int:
+    """Append what is judged as it comes. Returns how many tokens were computed."""
+    num_tokens = 0
+    with tqdm(
+        total=num_rows, initial=journal.num_done, desc="annotate", unit="row", disable=not progress
+    ) as bar:
+        for entries, num_new in judged:
+            journal.append(entries)
+            num_tokens += num_new
+            bar.set_postfix(tokens=num_tokens, bad=journal.num_faults, refresh=False)
+            bar.update(len(entries))
+    return num_tokens
 
 
 def _check_output(given: Path, out: Path, journal: Path, restart: bool) -> None:
@@ -275,14 +209,24 @@ def _recorded(options: Options, layout: Layout) -> dict[str, Any]:
     return values
 
 
-def _loader(options: Options, progress: bool) -> Loader:
-    def load(folder: Path) -> Engine:
-        return Engine.from_pretrained(
-            folder,
-            backend=options.backend,
-            quantization=options.quantization,
-            num_threads=options.num_threads,
-            progress=progress,
-        )
+def load_engine(folder: Path, options: Options, *, progress: bool = False) -> Engine:
+    """The engine that `options` ask for."""
+    return Engine.from_pretrained(
+        folder,
+        backend=options.backend,
+        quantization=options.quantization,
+        num_threads=options.num_threads,
+        progress=progress,
+    )
 
-    return load
+
+def _here(options: Options, load: Loader) -> Judging:
+    """Judge rows in this process, one call after the other."""
+
+    @contextmanager
+    def judging(rows: Rows, folder: Path, checkpoint: str) -> Iterator[Iterator[Judged]]:
+        policy, chars = options.make_policy(), ResponseChars(folder)
+        with load(folder) as engine:
+            yield (judge_call(engine, call, policy, chars) for call in rows.calls())
+
+    return judging

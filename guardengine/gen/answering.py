@@ -9,9 +9,10 @@ the prefix cache has it from then on. Single-threaded, as the core is.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -42,6 +43,7 @@ class Job:
     move: Move | None = None  # to be fed when there is room
     has_failed: bool = False  # the model has, on this stream
     error: Overloaded | None = None  # there is no room, and none will be
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def num_room(self) -> int:

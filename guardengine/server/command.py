@@ -47,6 +47,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "or both. SIGTERM lets streams finish; a second one ends at once. The playground is at /, the "
         "API's description at /docs.",
     )
+    add_serving(server)
+    server.set_defaults(run=_run)
+
+
+def add_serving(server: argparse.ArgumentParser) -> None:
+    """What is served, where, to whom and within what limits: for `settings_of`, `engine_options_of` and the rest."""
     server.add_argument("checkpoint", metavar="CHECKPOINT", help="Stream or Gen: a folder, or a hub id")
     server.add_argument("--revision", help="of a hub id")
     server.add_argument("--gen", metavar="CHECKPOINT", help="a Gen checkpoint beside a Stream checkpoint")
@@ -69,7 +75,6 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add_options(server.add_argument_group("engine (both checkpoints)"), ENGINE)
     add_options(server.add_argument_group("limits"), _LIMITS)
     add_logs(server)
-    server.set_defaults(run=_run)
 
 
 def add_access(parser: argparse.ArgumentParser) -> None:
@@ -122,15 +127,16 @@ def _run(arguments: argparse.Namespace) -> int:
         gen_revision=arguments.gen_revision,
         host=arguments.host,
         port=arguments.port,
-        options=given(arguments, ENGINE),
-        settings=_settings(arguments),
+        options=engine_options_of(arguments),
+        settings=settings_of(arguments),
         log_level=arguments.log_level,
         ssl_certfile=arguments.ssl_certfile,
         ssl_keyfile=arguments.ssl_keyfile,
     )
 
 
-def _settings(arguments: argparse.Namespace) -> Any:
+def settings_of(arguments: argparse.Namespace) -> Any:
+    """The ServerSettings. Raises ConfigError."""
     from guardengine.policy import Policy
     from guardengine.server.settings import ServerSettings, read_api_keys
 
@@ -147,6 +153,11 @@ def _settings(arguments: argparse.Namespace) -> Any:
         **{name: value for name, value in names.items() if value is not None},
         **given(arguments, _LIMITS),
     )
+
+
+def engine_options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For `Engine.from_pretrained`."""
+    return given(arguments, ENGINE)
 
 
 def given(arguments: argparse.Namespace, options: Options) -> dict[str, Any]:

@@ -25,6 +25,7 @@ _GAUGES = (
     ("sessions_active", "Streams open in the engine.", "streams_open"),
     ("num_requests_waiting", "Appends that wait for room.", "appends_waiting"),
     ("num_tokens_pending", "Tokens accepted and not computed.", "tokens_pending"),
+    ("lag_seconds", "Since when what waits longest for its labels waits.", "lag_s"),
 )
 _COUNTERS = (
     ("prefix_cache_queries", "Tokens looked up in the prefix cache.", "prefix_tokens_queried"),

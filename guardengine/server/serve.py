@@ -46,7 +46,7 @@ def serve(
     """
     settings = settings or ServerSettings()
     log_to_stderr(log_level)
-    paths = _by_kind(resolve_checkpoint(checkpoint, revision), gen, gen_revision)
+    paths = by_kind(resolve_checkpoint(checkpoint, revision), gen, gen_revision)
     warn_without_keys(settings, host, port)
     with bound(host, port) as listener:
         return asyncio.run(_serve(paths, listener, options or {}, settings, ssl_certfile, ssl_keyfile))
@@ -118,8 +118,8 @@ def bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def _by_kind(path: Path, gen: str | None, gen_revision: str | None) -> dict[str, Path]:
-    """Folders by the kind of their checkpoints."""
+def by_kind(path: Path, gen: str | None, gen_revision: str | None) -> dict[str, Path]:
+    """Folders by the kind of their checkpoints, "stream" or "gen". Raises CheckpointError and ConfigError."""
     paths = {_kind(path): path}
     if gen is not None:
         if "gen" in paths:
@@ -147,6 +147,7 @@ def _shown(host: str) -> str:
 
 
 def log_to_stderr(level: str) -> None:
+    """What guardengine logs, from this level on, and warnings of uvicorn's."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name, least in (("guardengine", level.upper()), ("uvicorn", "WARNING")):

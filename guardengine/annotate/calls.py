@@ -1,0 +1,86 @@
+"""Rows: what of an input is to be judged, in the groups that an engine is given at a time. Knows no engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from guardengine.annotate.assembly import Columns, Source, first
+from guardengine.annotate.journal import Fault
+from guardengine.annotate.judging import LONG_CHARS, Item
+from guardengine.annotate.layout import BadRow, Layout, Messages, conversation_of
+from guardengine.annotate.rows import Row
+
+# Text of so many characters, about 16,000 tokens, goes to the engine in one call: many steps, of which the last alone
+# is not full, and labels of some 20 MB.
+_CALL_CHARS = 1 << 16
+_MIN_CHARS = 64  # what the template adds to a conversation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """The first `num_rows` rows of a source but for those that are done. Plain data: another process may go through it.
+
+    is_done: [num_rows] bool. window_rows: how many are sorted by length together.
+    """
+
+    source: Source
+    layout: Layout
+    columns: Columns
+    num_rows: int
+    window_rows: int
+    is_done: npt.NDArray[np.bool_]
+
+    def calls(self) -> Iterator[list[Item]]:
+        """Go through the input once: rows that are unfit in groups of their own, then the others of their window in
+        those of `calls`. The same ones each time."""
+        for window in self._windows():
+            if faults := [item for item in window if isinstance(item[1], Fault)]:
+                yield faults
+            yield from calls([(row, found) for row, found in window if not isinstance(found, Fault)])
+
+    def _windows(self) -> Iterator[list[Item]]:
+        window: list[Item] = []
+        for row in first(self.source.rows(self.layout.columns), self.num_rows):
+            if self.is_done[row.number]:
+                continue
+            window.append((row.number, self._conversation(row)))
+            if len(window) == self.window_rows:
+                yield window
+                window = []
+        yield window
+
+    def _conversation(self, row: Row) -> Messages | Fault:
+        if row.fault is not None:
+            return Fault(row.fault)
+        for name in self.columns:
+            if name in row.record:
+                return Fault(f"has a column {name!r} already, which is to be added")
+        try:
+            return conversation_of(self.layout, row.record)
+        except BadRow as error:
+            return Fault(str(error))
+
+
+def calls(items: list[tuple[int, Messages]]) -> Iterator[list[Item]]:
+    """Conversations in the groups that the engine is given at a time: of about equal lengths, those with very long
+    text alone. Groups come in random order, the same each time, so that a progress bar's estimate is fair."""
+    sizes = {
+        number: _MIN_CHARS + sum(len(message["content"]) for message in messages)
+        for number, messages in items
+    }
+    groups: list[list[Item]] = []
+    room = 0
+    for item in sorted(items, key=lambda item: sizes[item[0]]):
+        size = sizes[item[0]]
+        if not groups or size > room:
+            groups.append([])
+            room = _CALL_CHARS
+        groups[-1].append(item)
+        room = 0 if size > LONG_CHARS else room - size
+    random.Random(len(groups)).shuffle(groups)
+    yield from groups
