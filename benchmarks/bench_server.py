@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import resource
 import statistics
@@ -33,13 +34,16 @@ from guardengine.make_checkpoint import make_checkpoint
 
 PROMPT = [151644, 872, 198, 9707, 11, 1246, 311, 1936, 264, 12764, 30, 151645]
 TEXT = "How would one go about building a small shed in the garden?"
-LIMITS = {"max_num_streams": 4096, "kv_cache_bytes": 2**28, "max_model_len": 512, "num_threads": 1}
+LIMITS = {"max_num_streams": 4096, "max_model_len": 512}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--checkpoint", type=Path, help="Stream; default: random stream-tiny")
+    parser.add_argument("--quantization", choices=("int8", "w8a8"))
+    parser.add_argument("--threads", type=int, default=1, help="of the engine (default: %(default)s)")
     parser.add_argument("--connections", type=int, default=1000, help="WebSockets open, a stream each")
     parser.add_argument("--active", type=int, default=64, help="of them, that append at a time")
     parser.add_argument("--tokens", type=int, default=100, help="appended by each active one, one at a time")
@@ -51,23 +55,29 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = make_checkpoint(Path(folder) / "tiny", "stream-tiny")
+        checkpoint = options.checkpoint or make_checkpoint(Path(folder) / "tiny", "stream-tiny")
         result = measure(checkpoint, options)
     if options.json is not None:
         write_json(result, options.json)
 
 
+def limits(options: argparse.Namespace) -> dict[str, Any]:
+    found = {**LIMITS, "num_threads": options.threads, "quantization": options.quantization}
+    found["kv_cache_bytes"] = 2**28 if options.checkpoint is None else 2**33
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
-    asked = {name: value for name, value in vars(options).items() if name != "json"}
+    asked = {name: value for name, value in vars(options).items() if name not in ("json", "checkpoint")}
     result: dict[str, Any] = {"machine": machine_stamp(), "options": asked, "moderations": [], "streams": []}
-    with server(checkpoint) as url:
+    with server(checkpoint, options) as url:
         for in_flight in options.in_flight:
             row = asyncio.run(moderations(url, options.requests, in_flight))
             print(f"/v1/moderations, {in_flight} in flight: {row['per_s']:.0f}/s, ms {row['ms']}", flush=True)
             result["moderations"].append(row)
     for _ in range(options.rounds):
         own = asyncio.run(engine_streams(checkpoint, options))
-        with server(checkpoint) as url:
+        with server(checkpoint, options) as url:
             served = asyncio.run(socket_streams(url, options))
         row = {"engine": own, "server": served, "ratio": served["tokens_per_s"] / own["tokens_per_s"]}
         result["streams"].append(row)
@@ -80,9 +90,9 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def server(checkpoint: Path) -> Iterator[str]:
+def server(checkpoint: Path, options: argparse.Namespace) -> Iterator[str]:
     command = [sys.executable, "-P", "-m", "guardengine", "serve", str(checkpoint), "--port", "0"]
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in limits(options).items()]
     command += ["--max-connections", "8192", "--log-level", "warning"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         if process.stdout is None:
@@ -98,21 +108,36 @@ async def moderations(url: str, num_requests: int, in_flight: int) -> dict[str, 
     """Requests of a text each, every text another one; `in_flight` clients, each with a connection that stays."""
     took: list[float] = []
 
-    async def ask(first: int) -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            for index in range(first, num_requests, in_flight):
-                began = time.perf_counter()
-                response = await client.post("/v1/moderations", json={"input": f"{index} {TEXT}"})
-                response.raise_for_status()
-                took.append(time.perf_counter() - began)
+    async def post(client: httpx.AsyncClient, text: str) -> None:
+        (await client.post("/v1/moderations", json={"input": text})).raise_for_status()
 
-    began = time.perf_counter()
-    await asyncio.gather(*(ask(first) for first in range(in_flight)))
-    return {
-        "in_flight": in_flight,
-        "per_s": num_requests / (time.perf_counter() - began),
-        "ms": percentiles(took),
-    }
+    async def ask(client: httpx.AsyncClient, first: int) -> None:
+        for index in range(first, num_requests, in_flight):
+            began = time.perf_counter()
+            await post(client, f"{index} {TEXT}")
+            took.append(time.perf_counter() - began)
+
+    async with contextlib.AsyncExitStack() as stack:
+        verify = httpx.create_ssl_context()  # which takes as long as four requests, in the load's only loop
+        clients = [
+            await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=60, verify=verify))
+            for _ in range(in_flight)
+        ]
+        await asyncio.gather(*(post(client, "first") for client in clients))
+        settle()
+        began = time.perf_counter()
+        await asyncio.gather(*(ask(client, first) for first, client in enumerate(clients)))
+        return {
+            "in_flight": in_flight,
+            "per_s": num_requests / (time.perf_counter() - began),
+            "ms": percentiles(took),
+        }
+
+
+def settle() -> None:
+    """Let the load's own garbage collection leave alone what is there by now: it would stop the clients."""
+    gc.collect()
+    gc.freeze()
 
 
 async def engine_streams(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -126,10 +151,11 @@ async def engine_streams(checkpoint: Path, options: argparse.Namespace) -> dict[
             check(len(labels))
             took.append(time.perf_counter() - began)
 
-    async with AsyncEngine.from_pretrained(checkpoint, **LIMITS) as engine:
+    async with AsyncEngine.from_pretrained(checkpoint, **limits(options)) as engine:
         streams = [await engine.open(token_ids=PROMPT) for _ in range(options.connections)]
         for stream in streams:
             await stream.prompt()
+        settle()
         began = time.perf_counter()
         await asyncio.gather(*(append(stream) for stream in streams[: options.active]))
         return rate(options, began, took)
@@ -155,6 +181,7 @@ async def socket_streams(url: str, options: argparse.Namespace) -> dict[str, Any
             await socket.send(json.dumps(opening))
             await until(socket, "labels")
             sockets.append(socket)
+        settle()
         began = time.perf_counter()
         await asyncio.gather(*(append(socket) for socket in sockets[: options.active]))
         found = rate(options, began, took)

@@ -28,7 +28,7 @@ from guardengine.proxy.events import Event, EventReader
 from guardengine.proxy.reply_stream import ModeratedStream
 from guardengine.tokenizer import Tokenizer
 
-NUM_CHUNKINGS = int(os.environ.get("GUARDENGINE_CHUNKINGS", "200"))
+NUM_CHUNKINGS = int(os.environ.get("GUARDENGINE_CHUNKINGS", "60"))
 AT_ONCE = 16
 PIECES = [
     " the",
