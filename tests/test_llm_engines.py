@@ -1,7 +1,7 @@
 """vLLM's AsyncLLM and SGLang's Engine under `guarded`: fakes with their signatures, as neither can be installed here.
 
-The fakes have what was read in vllm 0.33's and sglang 0.5.23's sources: parameters, what outputs repeat, who shares a
-list, and that closing SGLang's generator ends nothing.
+SGLang's has what was read in sglang 0.5.23's sources: parameters, what outputs repeat, who shares a list, and that
+closing its generator ends nothing. vLLM's has the signatures of its documentation; its sources were not at hand.
 """
 
 from __future__ import annotations
