@@ -70,14 +70,14 @@ def limits(options: argparse.Namespace) -> dict[str, Any]:
 def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     asked = {name: value for name, value in vars(options).items() if name not in ("json", "checkpoint")}
     result: dict[str, Any] = {"machine": machine_stamp(), "options": asked, "moderations": [], "streams": []}
-    with server(checkpoint, options) as url:
+    with server(checkpoint, options) as (url, _):
         for in_flight in options.in_flight:
             row = asyncio.run(moderations(url, options.requests, in_flight))
             print(f"/v1/moderations, {in_flight} in flight: {row['per_s']:.0f}/s, ms {row['ms']}", flush=True)
             result["moderations"].append(row)
     for _ in range(options.rounds):
         own = asyncio.run(engine_streams(checkpoint, options))
-        with server(checkpoint, options) as url:
+        with server(checkpoint, options) as (url, _):
             served = asyncio.run(socket_streams(url, options))
         row = {"engine": own, "server": served, "ratio": served["tokens_per_s"] / own["tokens_per_s"]}
         result["streams"].append(row)
@@ -90,7 +90,7 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def server(checkpoint: Path, options: argparse.Namespace) -> Iterator[str]:
+def server(checkpoint: Path, options: argparse.Namespace) -> Iterator[tuple[str, int]]:
     command = [sys.executable, "-P", "-m", "guardengine", "serve", str(checkpoint), "--port", "0"]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in limits(options).items()]
     command += ["--max-connections", "8192", "--log-level", "warning"]
@@ -98,7 +98,7 @@ def server(checkpoint: Path, options: argparse.Namespace) -> Iterator[str]:
         if process.stdout is None:
             raise RuntimeError("the server has no output")
         try:
-            yield process.stdout.readline().rpartition(" ")[2].strip()
+            yield process.stdout.readline().rpartition(" ")[2].strip(), process.pid
         finally:
             process.terminate()
             process.terminate()
