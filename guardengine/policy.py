@@ -164,6 +164,13 @@ class Policy:
         """Act on Unsafe only: Controversial counts as safe. Raises ConfigError."""
         return Policy(safe_risks=("Safe", "Controversial"), **_known(options))
 
+    @staticmethod
+    def of(preset: str = "strict", **options: Unpack[PolicyOptions]) -> Policy:
+        """`strict` or `loose` by its name. Raises ConfigError."""
+        if preset not in ("strict", "loose"):
+            raise ConfigError(f"policy: preset={preset!r:.80}: choose 'strict' or 'loose'")
+        return Policy.strict(**options) if preset == "strict" else Policy.loose(**options)
+
     def check_names(self, risks: Iterable[str], categories: Iterable[str]) -> None:
         """Check the names in this policy against a model's. Raises ConfigError naming the model's names."""
         risks, categories = tuple(risks), tuple(categories)

@@ -36,6 +36,11 @@ class StreamView:
         return self._state.token_ids.tolist()
 
     @property
+    def num_tokens(self) -> int:
+        """How many ids were fed so far."""
+        return self._state.num_tokens
+
+    @property
     def num_pending_tokens(self) -> int:
         """Tokens accepted and not yet computed."""
         return self._state.num_pending_tokens

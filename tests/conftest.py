@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from feeding import VOCAB
+from guarding import make_bombs_unsafe
 
 from guardengine import Engine
 from guardengine.kernels import library, native
 from guardengine.make_checkpoint import make_checkpoint
+from guardengine.tokenizer import Tokenizer
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only costs
 
@@ -78,6 +80,34 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def folder(checkpoints: Callable[..., Path]) -> Path:
+    """A tiny Stream checkpoint in float32 that reads text."""
+    return checkpoints(dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder: Path) -> Tokenizer:
+    """That of `folder`."""
+    return Tokenizer.from_dir(folder)
+
+
+@pytest.fixture
+def bombs_are_unsafe(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    """See guarding.make_bombs_unsafe."""
+    make_bombs_unsafe(monkeypatch, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Any:
+    """A scripted LLM's server, see proxying.Upstream."""
+    from proxying import Upstream  # with a web framework, which most tests do without
+
+    upstream = Upstream()
+    yield upstream
+    upstream.stop()
 
 
 @pytest.fixture(scope="session")

@@ -32,16 +32,6 @@ REPLY = "The capital is Paris (巴黎是法国的首都)，n'est-ce pas?\n\n```p
 END = 151645
 
 
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Any:
-    return checkpoints(dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder) -> Tokenizer:
-    return Tokenizer.from_dir(folder)
-
-
 def deltas(text: Any, seed: int = 0, longest: int = 7) -> list[Any]:
     rng, places = random.Random(seed), [0]
     while places[-1] < len(text):

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +25,6 @@ from guardengine.server import ApiKey, ServerSettings
 from guardengine.tokenizer import Tokenizer
 
 KEY = "a-key-of-twenty-chars"
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Path:
-    return checkpoints(dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +21,6 @@ from guardengine.server import ApiKey, ServerSettings
 KEY = "a-key-of-twenty-chars"
 LENIENT = {"debounce": 1000, "risk_thresholds": {"Unsafe": 1.0, "Controversial": 1.0}}
 TALK = [USER, {"role": "assistant", "content": REPLY}]
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Path:
-    return checkpoints(dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from guarding import make_bombs_unsafe
 from launching import sync_engine
 from transformers import LogitsProcessor, Qwen3Config, Qwen3ForCausalLM, TextStreamer
 
@@ -15,6 +14,8 @@ from guardengine import Engine, Policy, Stream
 from guardengine.errors import ConfigError
 from guardengine.integrations.transformers import GuardedStreamer, GuardStoppingCriteria
 from guardengine.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("bombs_are_unsafe")
 
 END, PAD = 151645, 151643
 PROMPT = torch.tensor([[PAD, 9707, 11, 1879]])
@@ -39,25 +40,10 @@ def llm() -> Qwen3ForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoints) -> Any:
-    return checkpoints(dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder) -> Tokenizer:
-    return Tokenizer.from_dir(folder)
-
-
-@pytest.fixture(scope="module")
 def engine(folder) -> Any:
     with sync_engine(folder) as engine:
         yield engine
         engine.check_integrity()
-
-
-@pytest.fixture(autouse=True)
-def bombs_are_unsafe(monkeypatch, tokenizer: Tokenizer) -> None:
-    make_bombs_unsafe(monkeypatch, tokenizer)
 
 
 class Script(LogitsProcessor):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from guarding import BAD_USER, END, Source, bad_prompts, deltas, make_bombs_unsafe, opened
+from guarding import BAD_USER, END, Source, bad_prompts, deltas, opened
 from launching import Launches, settled, sync_engine, with_engine
 
 from guardengine import AsyncEngine, AsyncStream, Policy, guarded, guarded_sync
@@ -20,23 +20,10 @@ from guardengine.errors import Blocked, ConfigError, InvalidText, InvalidTokens,
 from guardengine.integrations import openai, vllm
 from guardengine.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("bombs_are_unsafe")
+
 SAFE = "The capital is Paris (巴黎是法国的首都)，n'est-ce pas?\n\nprint('cafe\u0301') 👩‍👩‍👧 It's done."
 BAD = SAFE[:30] + " bomb" + SAFE[30:]
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Any:
-    return checkpoints(dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder) -> Tokenizer:
-    return Tokenizer.from_dir(folder)
-
-
-@pytest.fixture(autouse=True)
-def bombs_are_unsafe(monkeypatch, tokenizer: Tokenizer) -> None:
-    make_bombs_unsafe(monkeypatch, tokenizer)
 
 
 async def collect(

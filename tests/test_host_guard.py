@@ -28,11 +28,6 @@ ONE = {"debounce": 1}
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoints) -> Any:
-    return checkpoints(dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def server(folder) -> Iterator[Served]:
     with served(folder) as server:
         yield server

@@ -9,12 +9,14 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from guarding import BAD_USER, END, Source, deltas, make_bombs_unsafe, opened
+from guarding import BAD_USER, END, Source, deltas, opened
 from launching import Launches, same, settled, with_engine
 
 from guardengine import AsyncEngine, Policy, Verdict, intervene
 from guardengine.errors import Blocked, ConfigError
 from guardengine.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("bombs_are_unsafe")
 
 WORDS = [
     " Paris",
@@ -28,21 +30,6 @@ WORDS = [
     " fold",
     " x1",
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Any:
-    return checkpoints(dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder) -> Tokenizer:
-    return Tokenizer.from_dir(folder)
-
-
-@pytest.fixture(autouse=True)
-def bombs_are_unsafe(monkeypatch, tokenizer: Tokenizer) -> None:
-    make_bombs_unsafe(monkeypatch, tokenizer)
 
 
 async def check_as_fresh(engine: AsyncEngine, stream: Any) -> None:

@@ -61,11 +61,12 @@ TORCH_FREE = (
     "text_books",
     "thinking",
     "unicode_rules",
+    "upstream_key",
 )
 # Lower layers never import higher ones; names on one line do not import each other.
 LAYERS = (
     ("errors", "_version", "byte_level", "unicode_rules", "lm_head", "thinking"),
-    ("labels", "config", "foreign_ids"),
+    ("labels", "config", "foreign_ids", "upstream_key"),
     ("policy", "text_books", "gen.parse"),
     ("gen.grammar",),
     ("gen.answers",),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +27,6 @@ from guardengine.on_ray.lag import LAG, LagPolicy
 from guardengine.on_ray.scale import Scale, read_range
 
 ray, cloudpickle = pytest.importorskip("ray"), pytest.importorskip("ray.cloudpickle")
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints: Callable[..., Path]) -> Path:
-    return checkpoints(dtype="float32")
 
 
 def test_calls_are_the_same_in_another_process(tmp_path: Path) -> None:

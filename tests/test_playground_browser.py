@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +25,6 @@ expect = sync_api.expect
 
 KEY = "a-key/with=what+openssl~makes=="
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>"\'&lt;'
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Path:
-    return checkpoints(dtype="float32")
 
 
 @pytest.fixture(scope="module")

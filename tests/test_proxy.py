@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from guarding import bad_prompts, make_bombs_unsafe
+from guarding import bad_prompts
 from proxying import DONE, HANG, USER, Proxied, Upstream, chunk, completion, event, http, proxied, sse
 
 from guardengine import Policy
-from guardengine.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("bombs_are_unsafe")
 
 BAD_USER = {"role": "user", "content": "How do I build the one thing that nobody should?"}
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Path:
-    return checkpoints(dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder) -> Tokenizer:
-    return Tokenizer.from_dir(folder)
-
-
-@pytest.fixture(autouse=True)
-def bombs_are_unsafe(monkeypatch, tokenizer: Tokenizer) -> None:
-    make_bombs_unsafe(monkeypatch, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    upstream = Upstream()
-    yield upstream
-    upstream.stop()
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,8 @@ import json
 import os
 import random
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 from guarding import USER, deltas, make_bombs_unsafe
 from launching import sync_engine
 from proxying import DONE, event
@@ -184,11 +182,6 @@ async def run(engine: AsyncEngine, seed: int) -> bool:
             name, text = next((name, text) for name, text in expected.items() if text)
             assert found.get(name, "") == text[: text.index(BAD + ".")], seed
     return any(guard.is_cut for guard in guards)
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Path:
-    return checkpoints(dtype="float32")
 
 
 def test_no_unsafe_character_comes_out(folder, monkeypatch) -> None:

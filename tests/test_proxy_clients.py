@@ -18,37 +18,16 @@ import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
-from guarding import bad_prompts, make_bombs_unsafe
-from proxying import DONE, HANG, USER, Proxied, Upstream, chunk, completion, event, http, proxied, sse
+from guarding import bad_prompts
+from proxying import DONE, HANG, USER, Proxied, chunk, completion, event, http, proxied, sse
 from starlette.responses import JSONResponse, StreamingResponse
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TextIteratorStreamer
 
 from guardengine import Policy
-from guardengine.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("bombs_are_unsafe")
 
 BAD_USER = {"role": "user", "content": "How do I build the one thing that nobody should?"}
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Path:
-    return checkpoints(dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder) -> Tokenizer:
-    return Tokenizer.from_dir(folder)
-
-
-@pytest.fixture(autouse=True)
-def bombs_are_unsafe(monkeypatch, tokenizer: Tokenizer) -> None:
-    make_bombs_unsafe(monkeypatch, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    upstream = Upstream()
-    yield upstream
-    upstream.stop()
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proxying import DONE, USER, Proxied, Upstream, asking, chunk, completion, http, proxied, sse
+from proxying import DONE, USER, Proxied, asking, chunk, completion, http, proxied, sse
 
 from guardengine import ConfigError, Policy
 from guardengine.proxy import ProxySettings
 from guardengine.proxy.chat_request import read_call
-from guardengine.proxy.settings import read_upstream_key
 from guardengine.server import ApiKey, ServerSettings
 from guardengine.server.statuses import Refusal
+from guardengine.upstream_key import read_upstream_key
 
 KEY, SECRET = "a-key-of-twenty-chars", "sk-the-upstreams-own-key"
 SETTINGS = ProxySettings(upstream="http://localhost:1")
 IMAGE = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    upstream = Upstream()
-    yield upstream
-    upstream.stop()
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
-from guarding import make_bombs_unsafe
 from proxying import (
     DONE,
     HANG,
@@ -31,29 +29,8 @@ from proxying import (
 )
 
 from guardengine import Policy
-from guardengine.tokenizer import Tokenizer
 
-
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Path:
-    return checkpoints(dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder) -> Tokenizer:
-    return Tokenizer.from_dir(folder)
-
-
-@pytest.fixture(autouse=True)
-def bombs_are_unsafe(monkeypatch, tokenizer: Tokenizer) -> None:
-    make_bombs_unsafe(monkeypatch, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    upstream = Upstream()
-    yield upstream
-    upstream.stop()
+pytestmark = pytest.mark.usefixtures("bombs_are_unsafe")
 
 
 @pytest.fixture(scope="module")

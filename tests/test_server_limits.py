@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -27,11 +26,6 @@ from guardengine.server.drain import Drain
 from guardengine.server.settings import read_api_keys
 
 KEY, OTHER = "a-key-of-twenty-chars", "another-key-of-twenty"
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Path:
-    return checkpoints(dtype="float32")
 
 
 @pytest.fixture(scope="module")

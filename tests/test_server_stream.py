@@ -7,7 +7,6 @@ import contextlib
 import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +19,6 @@ from guardengine import Policy
 from guardengine.server import ServerSettings
 
 LENIENT = {"debounce": 1000, "risk_thresholds": {"Unsafe": 1.0, "Controversial": 1.0}}
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints) -> Path:
-    return checkpoints(dtype="float32")
 
 
 @pytest.fixture(scope="module")

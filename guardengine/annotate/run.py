@@ -65,8 +65,7 @@ class Options:
             raise ConfigError(f"--batch-rows {self.window_rows}: from 1 to {2**20} is needed")
 
     def make_policy(self) -> Policy:
-        make = Policy.strict if self.policy == "strict" else Policy.loose
-        return make(debounce=self.debounce)
+        return Policy.of(self.policy, debounce=self.debounce)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from guardengine import upstream_key
 from guardengine.client.command import KEY_VARIABLE, add_judge, policy_of
 from guardengine.client.terminal import Printer, printable
-from guardengine.errors import ConfigError, GuardEngineError
+from guardengine.errors import GuardEngineError
 
-_UPSTREAM_KEY_VARIABLE = "GUARDENGINE_UPSTREAM_KEY"
 _HELP = "/reset forgets the conversation, /quit leaves, Ctrl-C stops a reply"
 
 
@@ -34,7 +34,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--upstream-key-file",
         type=Path,
         metavar="FILE",
-        help=f"its API key; else it is read from {_UPSTREAM_KEY_VARIABLE}",
+        help=f"its API key; else it is read from {upstream_key.KEY_VARIABLE}",
     )
     add_judge(chat)
     chat.set_defaults(run=_run)
@@ -76,7 +76,7 @@ async def _begin(stack: AsyncExitStack, arguments: argparse.Namespace, notes: Pr
     from guardengine.client.guarded_chat import GuardedChat
     from guardengine.client.upstream import Upstream
 
-    key = _upstream_key(arguments.upstream_key_file)
+    key = upstream_key.read_upstream_key(arguments.upstream_key_file)
     upstream = await stack.enter_async_context(Upstream(arguments.upstream, arguments.model, key))
     policy = policy_of(arguments)
     if arguments.url is not None:
@@ -86,20 +86,6 @@ async def _begin(stack: AsyncExitStack, arguments: argparse.Namespace, notes: Pr
         judge = judges.chat_in_process(arguments.checkpoint, policy, **options)
     opened = await stack.enter_async_context(judge)
     return GuardedChat(opened, upstream, Printer(sys.stdout, False, arguments.color), notes.line)
-
-
-def _upstream_key(file: Path | None) -> str | None:
-    if file is None:
-        return os.environ.get(_UPSTREAM_KEY_VARIABLE, "").strip() or None
-    try:
-        words = file.read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{file} cannot be read: {type(error).__name__}; it should have the upstream's key"
-        ) from None
-    if len(words) != 1 or not words[0].isascii():
-        raise ConfigError(f"{file} has {len(words)} words; the upstream's API key alone is needed")
-    return words[0]
 
 
 def _typed(notes: Printer) -> Iterator[str]:

@@ -49,9 +49,7 @@ def in_process(
 def _own_policy(policy: Mapping[str, Any]) -> Any:
     from guardengine.policy import Policy
 
-    settings = dict(policy)
-    make = Policy.loose if settings.pop("preset", "strict") == "loose" else Policy.strict
-    return make(**settings)
+    return Policy.of(**policy)
 
 
 class _OwnReply:

@@ -72,7 +72,7 @@ class Guard:
 
             if engine is not None and not isinstance(engine, AsyncEngine):
                 raise ConfigError(f"engine is {type(engine).__name__}, not an AsyncEngine")
-            self._policy: Any = _policy(policy)
+            self._policy: Any = policy if isinstance(policy, Policy) else Policy.of(**(policy or {}))
             if checkpoint is not None:
                 self._engine = AsyncEngine.from_pretrained(checkpoint, **(engine_options or {}))
             return
@@ -308,16 +308,6 @@ class _Own:
 
     async def finish(self) -> None:
         await self._stream.finish_text(timeout_s=self._timeout_s)
-
-
-def _policy(policy: Policy | Mapping[str, Any] | None) -> Policy:
-    if policy is None or isinstance(policy, Policy):
-        return policy or Policy.strict()
-    options = dict(policy)
-    preset = options.pop("preset", "strict")
-    if preset not in ("strict", "loose"):
-        raise ConfigError(f"policy: preset={preset!r}: choose 'strict' or 'loose'")
-    return Policy.strict(**options) if preset == "strict" else Policy.loose(**options)
 
 
 def _without_beginning(messages: Messages) -> tuple[Messages, str]:

@@ -14,7 +14,7 @@ from guardengine.annotate.calls import Rows
 from guardengine.annotate.judging import Judged
 from guardengine.annotate.run import Judging, Options
 from guardengine.errors import ConfigError
-from guardengine.on_ray.cluster import connected
+from guardengine.on_ray.cluster import check_fits, connected, resources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,18 +38,10 @@ class Actors:
 
     def fitted(self, nodes: list[dict[str, Any]]) -> Actors:
         """With numbers for what is None. nodes: as ray.nodes() has them. Raises ConfigError for what no node has."""
-        alive = [node["Resources"] for node in nodes if node["Alive"]]
-        cpus = [int(node["CPU"]) for node in alive if node.get("CPU", 0) >= 1] or [0]
+        cpus = [int(node["CPU"]) for node in resources(nodes) if node.get("CPU", 0) >= 1] or [0]
         num_actors = self.num_actors or len(cpus)
         num_cpus = self.num_cpus or max(1, min(cpus) // math.ceil(num_actors / len(cpus)))
-        for option, wanted, most in (
-            ("--threads", num_cpus, max(cpus)),
-            ("--ray-gpus", self.num_gpus, max((node.get("GPU", 0) for node in alive), default=0)),
-        ):
-            if wanted > most:
-                raise ConfigError(
-                    f"{option} {wanted:g}: no node of the cluster has so many; the most is {most:g}"
-                )
+        check_fits(nodes, ("--threads", "CPU", num_cpus), ("--ray-gpus", "GPU", self.num_gpus))
         return replace(self, num_actors=num_actors, num_cpus=num_cpus)
 
 

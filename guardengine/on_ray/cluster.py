@@ -70,6 +70,22 @@ def connected(address: str | None, part: Literal["serve", "data"]) -> Iterator[A
         ray.shutdown()
 
 
+def resources(nodes: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """What the living ones of a cluster's nodes have. nodes: as ray.nodes() has them."""
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def check_fits(nodes: list[dict[str, Any]], *wanted: tuple[str, str, float]) -> None:
+    """Raise ConfigError where no node has what is asked of one: Ray would wait for such a node. wanted: the option, the
+    resource, how much of it."""
+    for option, name, number in wanted:
+        most = max((node.get(name, 0) for node in resources(nodes)), default=0)
+        if number > most:
+            raise ConfigError(
+                f"{option} {number:g}: no node of the cluster has so many; the most is {most:g}"
+            )
+
+
 def named(text: str, otherwise: str) -> GuardEngineError:
     """guardengine's error that what Ray says comes from, in whichever process: of some Ray keeps the text alone. A
     ConfigError that begins with `otherwise` where it comes from none."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from guardengine.errors import ConfigError
-from guardengine.on_ray.cluster import connected, library, named
+from guardengine.on_ray.cluster import check_fits, connected, library, named
 from guardengine.on_ray.scale import Scale, read_range
 from guardengine.server.command import add_serving, engine_options_of, settings_of
 from guardengine.server.requirements import check_installed
@@ -103,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     with connected(arguments.ray_address, "serve") as ray, _stop_signals() as stopped:
         serve = ray.serve
-        _check_fits(ray.nodes(), scale)
+        check_fits(ray.nodes(), ("--cpus", "CPU", scale.num_cpus), ("--gpus", "GPU", scale.num_gpus))
         is_first = not serve.status().proxies
         port = arguments.port or _free_port(arguments.host)
         if is_first:
@@ -165,17 +165,6 @@ def _scale(arguments: argparse.Namespace) -> Scale:
         upscale_delay_s=arguments.upscale_delay_s,
         downscale_delay_s=arguments.downscale_delay_s,
     )
-
-
-def _check_fits(nodes: list[dict[str, Any]], scale: Scale) -> None:
-    """Raise ConfigError where no node has what a replica takes: Ray would wait for such a node."""
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    for option, name, wanted in (("--cpus", "CPU", scale.num_cpus), ("--gpus", "GPU", scale.num_gpus)):
-        most = max((node.get(name, 0) for node in alive), default=0)
-        if wanted > most:
-            raise ConfigError(
-                f"{option} {wanted:g}: no node of the cluster has so many; the most is {most:g}"
-            )
 
 
 @contextmanager

@@ -119,8 +119,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> Any:
     from guardengine.policy import Policy
-    from guardengine.proxy.settings import PASS_HEADERS, ProxySettings, read_upstream_key
+    from guardengine.proxy.settings import PASS_HEADERS, ProxySettings
     from guardengine.server.settings import ServerSettings, read_api_keys
+    from guardengine.upstream_key import read_upstream_key
 
     options: dict[str, Any] = {
         name: value for name in ("debounce", "hold_back") if (value := getattr(arguments, name)) is not None
@@ -131,7 +132,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
     server = ServerSettings(
         api_keys=read_api_keys(arguments.api_key_file),
         cors_origins=tuple(arguments.cors_origin),
-        policy=Policy.strict(**options) if arguments.policy == "strict" else Policy.loose(**options),
+        policy=Policy.of(arguments.policy, **options),
         log_text=arguments.log_text,
         **{"request_timeout_s": 600.0, **given(arguments, _LIMITS)},
     )

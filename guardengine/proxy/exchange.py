@@ -20,10 +20,9 @@ from guardengine.proxy.chat_request import Call
 from guardengine.proxy.choice import ChoiceGuard
 from guardengine.proxy.errors import UpstreamError, broken
 from guardengine.proxy.metrics import ProxyMetrics
-from guardengine.proxy.parts import read_parts
+from guardengine.proxy.parts import read_object, read_parts
 from guardengine.proxy.reply_stream import ModeratedStream
 from guardengine.proxy.settings import ProxySettings
-from guardengine.proxy.strict_json import read_json
 from guardengine.proxy.upstream import Upstream, media_type, returned
 from guardengine.server.judging import drop
 from guardengine.server.long_texts import check_long
@@ -166,7 +165,7 @@ class Exchange:
             if policy.on_timeout != "open":
                 return Verdict("block", "Unknown", None, None, "timeout", 0)
             return self._pass_unjudged("timeout")
-        self._proxy.service.metrics.prompt_tokens.inc(stream._state.num_tokens)
+        self._proxy.service.metrics.prompt_tokens.inc(stream.num_tokens)
         verdict = stream.verdict
         if verdict.action == "block":
             drop(stream)
@@ -220,12 +219,7 @@ class Exchange:
     # -- a reply that is not streamed ----------------------------------------------------------------------
 
     async def _judge_whole(self, body: bytes, headers: dict[str, str]) -> Response:
-        try:
-            completion = read_json(body)
-        except ValueError as error:
-            raise broken(f"an answer that has not one reading: {error}") from None
-        if not isinstance(completion, dict):
-            raise broken("an answer that is no JSON object")
+        completion = read_object(body, "an answer")
         guards = self._guards
         parts = read_parts(completion, guards, "message")
         for guard in guards:

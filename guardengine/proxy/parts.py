@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from guardengine.proxy.chat_request import write_text
 from guardengine.proxy.choice import ChoiceGuard
 from guardengine.proxy.errors import broken
+from guardengine.proxy.strict_json import read_json
 
 Json = dict[str, Any]
 Path = tuple[Any, ...]
@@ -108,6 +109,17 @@ class Part:
             for name, value in call.items()
             if name == "index" or (is_first and name != "function" and _is_label(name, value))
         }
+
+
+def read_object(data: bytes, what: str) -> Json:
+    """The JSON object that the upstream has sent as `what`. Raises UpstreamError."""
+    try:
+        found = read_json(data)
+    except ValueError as error:
+        raise broken(f"{what} that has not one reading: {error}") from None
+    if not isinstance(found, dict):
+        raise broken(f"{what} that is no JSON object")
+    return found
 
 
 def read_parts(chunk: Json, guards: list[ChoiceGuard], key: str) -> list[Part]:

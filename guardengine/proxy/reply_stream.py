@@ -18,11 +18,10 @@ from typing import Any
 from guardengine.labels import Label
 from guardengine.proxy import answers
 from guardengine.proxy.choice import ChoiceGuard
-from guardengine.proxy.errors import UpstreamError, broken
+from guardengine.proxy.errors import UpstreamError
 from guardengine.proxy.events import Event
-from guardengine.proxy.parts import Json, Part, read_parts
+from guardengine.proxy.parts import Json, Part, read_object, read_parts
 from guardengine.proxy.settings import ProxySettings
-from guardengine.proxy.strict_json import read_json
 from guardengine.pull_ahead import PullAhead
 
 logger = logging.getLogger("guardengine.proxy")
@@ -193,12 +192,7 @@ class ModeratedStream:
                     return
 
     def _add_chunk(self, event: Event, data: bytes) -> None:
-        try:
-            chunk = read_json(data)
-        except ValueError as error:
-            raise broken(f"an event that has not one reading: {error}") from None
-        if not isinstance(chunk, dict):
-            raise broken("an event that is no JSON object")
+        chunk = read_object(data, "an event")
         if chunk.get("error") and not chunk.get("choices"):
             self._is_failing = True
             self._held.append(_Held(event.raw, chunk, []))

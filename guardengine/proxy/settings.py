@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -16,7 +13,6 @@ from guardengine.server.settings import ServerSettings, check_numbers
 OnBlock = Literal["filter", "refuse", "error"]
 
 PASS_HEADERS = ("traceparent", "tracestate", "x-request-id")
-KEY_VARIABLE = "GUARDENGINE_UPSTREAM_KEY"
 _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,100}")
 _KEY = re.compile(r"[!-~]{1,4096}")
 # What a client's header must never decide.
@@ -96,23 +92,6 @@ class ProxySettings:
                 "forward_authorization passes the clients' own keys on; it cannot be combined with a key for the "
                 "upstream, nor with API keys for this proxy, which would be passed on"
             )
-
-
-def read_upstream_key(
-    file: str | Path | None = None, environment: Mapping[str, str] = os.environ
-) -> str | None:
-    """The one key in a file, else that in GUARDENGINE_UPSTREAM_KEY, else None. Raises ConfigError, without the key."""
-    if file is None:
-        return environment.get(KEY_VARIABLE, "").strip() or None
-    try:
-        words = Path(file).read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the file of the upstream's key cannot be read: {file}: {type(error).__name__}"
-        ) from None
-    if len(words) != 1:
-        raise ConfigError(f"{file} has {len(words)} words; the upstream's key alone is needed")
-    return words[0]
 
 
 def _checked_address(address: str) -> str:

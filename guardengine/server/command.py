@@ -146,7 +146,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
         api_keys=read_api_keys(arguments.api_key_file),
         cors_origins=tuple(arguments.cors_origin),
         playground_upstream=arguments.playground_upstream,
-        policy=Policy.strict(**options) if arguments.policy == "strict" else Policy.loose(**options),
+        policy=Policy.of(arguments.policy, **options),
         taxonomy=arguments.taxonomy,
         gen_mode=arguments.gen_mode,
         log_text=arguments.log_text,

@@ -52,9 +52,8 @@ class PolicyOptions(Strict):
 
     def policy(self) -> Policy:
         """Raises Refusal, 400, for options that contradict each other."""
-        options = self.model_dump(exclude={"preset"}, exclude_none=True)
         try:
-            return Policy.strict(**options) if self.preset == "strict" else Policy.loose(**options)
+            return Policy.of(**self.model_dump(exclude_none=True))
         except ConfigError as error:
             raise Refusal(400, str(error), "invalid_option", param="policy") from None
 

@@ -183,7 +183,7 @@ class StreamSession:
             timeout_s=opening.timeout_s,
         )
         try:
-            self._link.service.metrics.prompt_tokens.inc(stream._state.num_tokens)
+            self._link.service.metrics.prompt_tokens.inc(stream.num_tokens)
             for past in opening.history:
                 await self._repeat(past)
             await self._emit("opened")
@@ -303,7 +303,7 @@ class StreamSession:
     def _num_to_drop(self, rollback: Rollback | PastRollback) -> int:
         if rollback.num_tokens is not None:
             return rollback.num_tokens
-        return self._stream._state.num_tokens - (rollback.to_num_tokens or 0)
+        return self._stream.num_tokens - (rollback.to_num_tokens or 0)
 
     def _after_rollback(self) -> None:
         self._is_refusing = False
@@ -337,7 +337,7 @@ class StreamSession:
         metrics, is_prompt = self._link.service.metrics, verdict.rule.startswith("prompt")
         metrics.judged(verdict, "user" if is_prompt else "assistant")
         if verdict.position is not None and not is_prompt:
-            metrics.detection_lag.observe(self._stream._state.num_tokens - 1 - verdict.position)
+            metrics.detection_lag.observe(self._stream.num_tokens - 1 - verdict.position)
         await self._emit("verdict", verdict=wire.verdict_json(verdict))
 
     def _is_wanted(self, label: Label) -> bool:
@@ -350,7 +350,7 @@ class StreamSession:
         event = {"type": kind, "stream": self.name, "appends": self._told.appends, **more}
         if kind != "closed":
             event |= {
-                "num_tokens": stream._state.num_tokens,
+                "num_tokens": stream.num_tokens,
                 "num_labels": self._told.num_labels,
                 "cleared_chars": stream.cleared_chars,
                 "held_chars": len(stream.held_text),
