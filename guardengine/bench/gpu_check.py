@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 _SECTIONS = ("device", "operators", "engine", "sanitizer", "speed", "transformers", "vllm", "sglang")
+_DTYPES = ("bfloat16", "float16", "float32")
 _MINUTES = 10.0
 _SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 
@@ -264,7 +265,7 @@ def _check_of(options: argparse.Namespace) -> Check:
     return Check(
         interpret=options.interpret,
         preset=options.preset or ("stream-tiny" if tiny else "stream-0.6b"),
-        dtypes=("float32",) if tiny else ("bfloat16", "float32"),
+        dtypes=options.dtypes or (("float32",) if tiny else ("bfloat16", "float32")),
         rows=options.rows or ((1, 3) if tiny else (1, 2, 5, 16, 17, 33, 64, 100, 700)),
         streams=options.streams or ((2,) if tiny else (1, 16, 64, 256)),
         contexts=options.contexts or ((5,) if tiny else (256, 1024, 4096, 8192)),
@@ -288,6 +289,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(_SECTIONS)}")
         return chosen
 
+    def dtypes(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.split(","))
+        if unknown := set(chosen) - set(_DTYPES):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(_DTYPES)}")
+        return chosen
+
     parser = argparse.ArgumentParser(
         prog="python -m guardengine.bench.gpu_check",
         description="Check and time the triton backend on this GPU.",
@@ -299,6 +306,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--only", type=sections, default=list(_SECTIONS), metavar="SECTION,...", help=", ".join(_SECTIONS)
     )
     parser.add_argument("--preset", help="random weights of this size (stream-0.6b)")
+    parser.add_argument("--dtypes", type=dtypes, metavar="DTYPE,...", help="default bfloat16,float32")
     parser.add_argument("--rows", type=numbers, metavar="N,N,...", help="of the operators that are checked")
     parser.add_argument("--streams", type=numbers, metavar="N,N,...", help="default 1,16,64,256")
     parser.add_argument("--contexts", type=numbers, metavar="N,N,...", help="default 256,1024,4096,8192")
