@@ -11,7 +11,7 @@ from guardengine import accelerator
 from guardengine.accelerator import Accelerator
 from guardengine.config import EngineConfig, ModelConfig
 from guardengine.errors import ConfigError
-from guardengine.step_inputs import SMALL_ROWS
+from guardengine.step_inputs import MAX_ROWS, SMALL_ROWS
 from guardengine.weights import num_weights
 
 _HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -60,8 +60,13 @@ class DeviceMemory:
             )
 
 
-def check_shapes(config: ModelConfig) -> None:
-    """Raise ConfigError for a model that the kernels do not take."""
+def check_shapes(config: ModelConfig, options: EngineConfig) -> None:
+    """Raise ConfigError for a model, or a step, that the kernels do not take."""
+    if options.max_num_batched_tokens > MAX_ROWS:
+        raise ConfigError(
+            f"max_num_batched_tokens={options.max_num_batched_tokens}: the triton backend captures steps of up to "
+            f"{MAX_ROWS} tokens; more make no step faster"
+        )
     mend = "use backend='reference' or backend='cpu'"
     if config.head_dim not in _HEAD_DIMS:
         raise ConfigError(

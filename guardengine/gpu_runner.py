@@ -1,8 +1,7 @@
 """GpuRunner: owns the weights and the KV cache on a GPU and runs batches there. Knows no streams.
 
-Steps of up to 64 rows replay a captured graph (small_steps.py), larger ones run operator by operator; either way a
-step is one copy to the device, its kernels, and one copy back. Nothing waits on the way: `launch` returns when all
-is queued, so the host can prepare the next step meanwhile.
+A step replays a captured graph (captured_steps.py): one copy to the device, its kernels, and one copy back. Nothing
+waits on the way: `launch` returns when all is queued, so the host can prepare the next step meanwhile.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor
 
 from guardengine.accelerator import Accelerator, Event
-from guardengine.batch import Batch, Rows
+from guardengine.batch import Batch
+from guardengine.captured_steps import CapturedSteps
 from guardengine.config import ModelConfig
 from guardengine.errors import CheckpointError
 from guardengine.lm_head import LmHead
-from guardengine.model import forward, guard_logits
 from guardengine.runner import CacheShape, Scores
-from guardengine.small_steps import SmallSteps, class_sizes, make_plan
-from guardengine.step_inputs import SMALL_ROWS, Words, lay_out_large, write_large, write_small
+from guardengine.step_inputs import Words, places, write_step
 from guardengine.weights import Weights
 
 _MIN_HOST_WORDS = 4096
@@ -45,16 +43,14 @@ class GpuRunner:
         weights: Weights,
         cache: CacheShape,
         max_model_len: int,
+        max_rows: int,
         accelerator: Accelerator,
-        *,
-        use_pdl: bool = False,
     ) -> None:
         if weights.heads is None or config.heads is None:
             raise CheckpointError("the checkpoint has no guard heads; use a Qwen3Guard-Stream checkpoint")
         self.lm_head: LmHead | None = None  # it runs Stream checkpoints
         self.ops, self.config, self.weights, self.heads = ops, config, weights, weights.heads
         self.accelerator, self.device, self.dtype = accelerator, accelerator.device, weights.embed.dtype
-        self._classes = class_sizes(config)
         self._num_logits = config.heads.num_logits
         self._slots = (_HostSlot(accelerator), _HostSlot(accelerator))
         self._next = 0
@@ -70,7 +66,7 @@ class GpuRunner:
             self.cos_sin = ops.rope_table(config.head_dim, config.rope_theta, max_model_len).to(self.device)
             # A stream is never longer than the cache, whatever the model takes.
             max_length = min(max_model_len, cache.num_blocks * cache.block_size)
-            self._small = SmallSteps(
+            self._steps = CapturedSteps(
                 ops,
                 config,
                 weights,
@@ -79,8 +75,8 @@ class GpuRunner:
                 self.kv_cache,
                 self.kv_scales,
                 accelerator,
+                max_rows,
                 max_length,
-                use_pdl=use_pdl,
             )
 
     @property
@@ -94,8 +90,7 @@ class GpuRunner:
         slot.settle()  # the step before the last: its scores leave the memory that this one gets
         try:
             with torch.inference_mode(), self.accelerator.activate():
-                is_small = len(batch.input_ids) <= SMALL_ROWS
-                scores = self._run_small(slot, batch) if is_small else self._run_large(slot, batch)
+                scores = self._queue(slot, batch)
                 host = slot.download(scores[: len(batch.label_index)])
                 step = LaunchedStep(self.accelerator.record(), host, self._num_logits)
         except BaseException:
@@ -121,33 +116,17 @@ class GpuRunner:
             self.accelerator.synchronize()
         for slot in self._slots:
             slot.settle()
-        del self.weights, self.heads, self.kv_cache, self.kv_scales, self.cos_sin, self._small, self._slots
+        del self.weights, self.heads, self.kv_cache, self.kv_scales, self.cos_sin, self._steps, self._slots
         with contextlib.suppress(Exception):
             self.accelerator.close()
 
-    def _run_small(self, slot: _HostSlot, batch: Batch) -> Tensor:
-        small = self._small
-        plan = small.plan(batch)
-        words = slot.words_for(small.num_words)
-        used = write_small(words, batch, plan)
-        self.accelerator.upload(slot.words[:used], small.words[:used])
-        return small.replay(len(batch.input_ids))
-
-    def _run_large(self, slot: _HostSlot, batch: Batch) -> Tensor:
-        step, parts = lay_out_large(batch, self._plan(batch, batch.rows), self._plan(batch, batch.label_rows))
-        write_large(slot.words_for(step.num_words), step, parts)
-        words = self.accelerator.empty((step.num_words,), torch.int32)
-        self.accelerator.upload(slot.words[: step.num_words], words)
-        moved, plans = step.batch(words, batch)
-        hidden = forward(
-            self.ops, self.config, self.weights, self.cos_sin, self.kv_cache, self.kv_scales, moved, plans
-        )
-        logits = guard_logits(self.ops, self.config, self.heads, self.weights.norm, hidden)
-        probs = [part.softmax(dim=-1) for part in logits.split(self._classes, dim=-1)]
-        return torch.cat([logits, *probs], dim=-1)
-
-    def _plan(self, batch: Batch, rows: Rows) -> Words:
-        return make_plan(self.ops, self.config, batch, rows, self.kv_cache.shape[3], split=False)
+    def _queue(self, slot: _HostSlot, batch: Batch) -> Tensor:
+        steps = self._steps
+        num_rows, plan = steps.bucket(len(batch.input_ids)), steps.plan(batch)
+        words = slot.words_for(places(num_rows)[-1] + len(plan))
+        used = write_step(words, num_rows, batch, plan)
+        self.accelerator.upload(slot.words[:used], steps.words[:used])
+        return steps.replay(num_rows)
 
 
 class LaunchedStep:

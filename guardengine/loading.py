@@ -151,7 +151,7 @@ def load_engine(
         else:
             target = None
             if placement.backend == "triton":
-                check_shapes(config)
+                check_shapes(config, options)
                 target = accelerator.choose_accelerator(placement.device)
             ops = load(placement.backend)
             if target is not None:
@@ -160,7 +160,9 @@ def load_engine(
                 checkpoint, model_dtype, placement.device, quantization=quantization, progress=progress
             )
             if target is not None and config.heads is not None:
-                runner = GpuRunner(ops, config, weights, cache, max_model_len, target)
+                runner = GpuRunner(
+                    ops, config, weights, cache, max_model_len, options.max_num_batched_tokens, target
+                )
             else:
                 if options.num_threads is not None:
                     torch.set_num_threads(options.num_threads)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from guardengine.batch import Batch
+from guardengine.batch import Batch, Rows
 from guardengine.config import ModelConfig
-from guardengine.step_inputs import SmallStep
+from guardengine.step_inputs import StepInputs
 from guardengine.weights import HeadWeights, LayerWeights, Weights
 
 
@@ -33,7 +33,7 @@ def forward(
     kv_cache: Tensor,
     kv_scales: Tensor | None,
     batch: Batch,
-    plans: tuple[Tensor, Tensor] | None = None,
+    plan: Tensor | None = None,
 ) -> Tensor:
     """Run one ragged batch: store its keys and values, return the last layer's output where a label is wanted.
 
@@ -41,12 +41,11 @@ def forward(
             place; cos_sin [positions, D] -> [W, E], not normed.
 
     Past the last layer's KV store only the W wanted rows are computed: a prompt chunk that wants none ends there.
-    `plans`: of attention, for all rows and for the wanted ones, where the backend takes plans that were made before.
+    With `plan`, attention's of all rows, made before, all rows are: the output is [T, E].
     """
     eps = config.rms_norm_eps
     softmax_scale = config.head_dim**-0.5
     rows = batch.rows
-    plan = None if plans is None else plans[0]
     residual = weights.embed[batch.input_ids]
     x = ops.rms_norm(residual, weights.layers[0].input_norm, eps)
     for index, layer in enumerate(weights.layers):
@@ -67,9 +66,8 @@ def forward(
             k_scales,
             v_scales,
         )
-        if index == config.num_layers - 1:
+        if index == config.num_layers - 1 and plan is None:
             rows = batch.label_rows
-            plan = None if plans is None else plans[1]
             q, residual = q[batch.label_index], residual[batch.label_index]
         attention = (softmax_scale, k_scales, v_scales)
         if plan is None:
@@ -94,14 +92,14 @@ def fused_forward(
     cos_sin: Tensor,
     kv_cache: Tensor,
     kv_scales: Tensor | None,
-    step: SmallStep,
+    step: StepInputs,
     scratch: StepScratch,
     sizes: Any,
     scores: Tensor,
 ) -> None:
     """Run a small step with a backend's fused operators: `forward` and `guard_logits` in 6 launches a layer and 2.
 
-    Shapes: scores [64, 2C + 4] float32, written in its first `num_labels` rows: logits, each classifier's softmax,
+    Shapes: scores [R, 2C + 4] float32, written in its first `num_labels` rows: logits, each classifier's softmax,
             the classes chosen. `sizes`: classes of each classifier, in the backend's own form.
 
     Everything that differs between steps is read on the device, so what this launches can be captured in a graph.
@@ -140,8 +138,43 @@ def fused_forward(
         ops.linear_add(attended.flatten(1), layer.o, residual, workspace=workspace)
         hidden = ops.norm_gate_up(residual, layer.post_norm, eps, layer.gate_up, workspace=workspace)
         ops.linear_add(hidden, layer.down, residual, workspace=workspace)
+    _score(ops, config, weights, heads, residual, step, scratch, sizes, scores)
+
+
+def scored_forward(
+    ops: ModuleType,
+    config: ModelConfig,
+    weights: Weights,
+    heads: HeadWeights,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    kv_scales: Tensor | None,
+    step: StepInputs,
+    scratch: StepScratch,
+    sizes: Any,
+    scores: Tensor,
+) -> None:
+    """`fused_forward` for steps of more rows than fused operators take: `forward` over all rows, and the scores."""
+    none = step.positions[:0]  # which rows are whose, and their blocks, are in the plan
+    rows = Rows(step.positions, none)
+    batch = Batch(step.input_ids, rows, step.slot_mapping, none, none, rows)
+    hidden = forward(ops, config, weights, cos_sin, kv_cache, kv_scales, batch, step.plan)
+    _score(ops, config, weights, heads, hidden, step, scratch, sizes, scores)
+
+
+def _score(
+    ops: ModuleType,
+    config: ModelConfig,
+    weights: Weights,
+    heads: HeadWeights,
+    hidden: Tensor,
+    step: StepInputs,
+    scratch: StepScratch,
+    sizes: Any,
+    scores: Tensor,
+) -> None:
     ops.guard_scores(
-        residual,
+        hidden,
         step.label_index,
         step.num_labels,
         weights.norm,
@@ -149,10 +182,10 @@ def fused_forward(
         heads.norm,
         heads.response,
         heads.query,
-        eps,
+        config.rms_norm_eps,
         sizes,
         out=scores[: len(step.label_index)],
-        workspace=workspace,
+        workspace=scratch.workspace,
     )
 
 

@@ -28,7 +28,7 @@ _ROWS = (1, 16, 64)  # of the steps that a choice is measured over
 
 
 def matrix_configs(
-    ops: ModuleType, weights: Weights, accelerator: Accelerator, *, use_pdl: bool = False
+    ops: ModuleType, weights: Weights, accelerator: Accelerator
 ) -> dict[tuple[str, tuple[int, int]], Any]:
     """A configuration for each matrix of a layer, (operator, shape) -> configuration, in the backend's own form.
 
@@ -66,7 +66,6 @@ def matrix_configs(
                     ops.measure_graph,
                     device=accelerator.device,
                     num_sms=num_sms,
-                    use_pdl=use_pdl,
                 )
             except Exception as error:
                 logger.warning("%s: not measured (%s), chosen by rule", name, error)

@@ -138,7 +138,7 @@ def default_config(operator, weight_shape, *, dtype, num_sms):
     return None
 
 
-def allocate_workspace(configs, device, *, max_rows, others, use_pdl):
+def allocate_workspace(configs, device, *, max_rows, others):
     def check(operator: str, weight: Tensor) -> None:
         assert (operator, tuple(weight.shape)) in configs
 
@@ -157,14 +157,23 @@ def max_scratch_rows(num_rows, max_length):
     return num_rows * -(-max_length // 256)
 
 
-def max_plan_size(num_rows, max_length, num_blocks):
+def max_plan_size(num_rows, max_length, num_blocks, *, split):
     return 3 + num_rows + num_blocks
 
 
-def attention_tile_rows(num_heads, num_kv_heads, *, split):
-    return 1
+class TileRows(NamedTuple):
+    tile_rows: int
+    tall_rows: int
 
 
-def plan_attention(cu_seqlens_q, positions, block_tables, *, block_size, tile_rows, split):
+def has_wide_mma(device):
+    return False
+
+
+def attention_tile_rows(num_heads, num_kv_heads, head_dim, dtype, *, wide_mma):
+    return TileRows(1, 4)
+
+
+def plan_attention(cu_seqlens_q, positions, block_tables, *, block_size, tile_rows, tall_rows, split):
     header = [len(cu_seqlens_q) - 1, block_tables.shape[1]]
     return np.concatenate([header, cu_seqlens_q, block_tables.ravel()]).astype(np.int32)

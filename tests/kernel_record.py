@@ -21,7 +21,8 @@ Table = dict[str, dict[str, list[Measured]]]  # gpu -> configuration -> its laun
 def listed(gpu: str) -> list[Compiled]:
     """The configurations in use on a GPU like this one. Names are unique."""
     target = GPUS[gpu].target
-    found = configurations(GPUS[gpu].num_sms, has_pdl=target.backend == "cuda" and target.arch >= 90)
+    wide_mma = target.backend == "cuda" and target.arch // 10 in (9, 10)
+    found = configurations(GPUS[gpu].num_sms, wide_mma=wide_mma)
     names = [configuration.name for configuration in found]
     if len(set(names)) < len(names):
         raise ValueError(

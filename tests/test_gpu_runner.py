@@ -31,10 +31,11 @@ from guardengine.readout import Readout
 from guardengine.runner import CacheShape, TorchRunner
 from guardengine.scheduler import Chunk
 from guardengine.state import StreamState, Wanted
-from guardengine.step_inputs import BUCKETS, SMALL_ROWS
+from guardengine.step_inputs import SMALL_ROWS, buckets, places
 from guardengine.weights import load_weights
 
-BLOCK_SIZE, NUM_BLOCKS, MAX_LEN = 4, 128, 128
+BLOCK_SIZE, NUM_BLOCKS, MAX_LEN, MAX_ROWS = 4, 128, 128, 100
+BUCKETS = buckets(MAX_ROWS)
 
 
 class QueueAccelerator(InterpretedAccelerator):
@@ -63,8 +64,6 @@ class QueueAccelerator(InterpretedAccelerator):
     def upload(self, source: Tensor, destination: Tensor) -> None:
         self.note("upload", (source.nbytes, destination.untyped_storage().data_ptr()))
         self.queue.append(lambda: destination.copy_(source))
-        if destination.untyped_storage().data_ptr() not in self.static:
-            self.run(len(self.queue))  # a large step: its operators follow at once
 
     def download(self, source: Tensor, destination: Tensor) -> None:
         self.note("download", (source.nbytes, source.untyped_storage().data_ptr()))
@@ -132,7 +131,8 @@ def accelerator() -> QueueAccelerator:
 def runner(model: Any, accelerator: QueueAccelerator) -> GpuRunner:
     config, weights = model
     runner = GpuRunner(
-        fused_reference, config, weights, CacheShape(NUM_BLOCKS, BLOCK_SIZE, torch.float32), MAX_LEN, accelerator
+        fused_reference, config, weights, CacheShape(NUM_BLOCKS, BLOCK_SIZE, torch.float32), MAX_LEN, MAX_ROWS,
+        accelerator,
     )  # fmt: skip
     accelerator.log.clear()
     return runner
@@ -202,8 +202,8 @@ def test_padding_is_not_stored(runner: GpuRunner) -> None:
     assert stored.nonzero().flatten().tolist() == batch.slot_mapping.tolist()
 
 
-@pytest.mark.parametrize("lengths", [(1,), (3,), (5, 1, 7, 4), (64,)], ids=str)
-def test_a_small_step_is_one_upload_one_replay_one_download(
+@pytest.mark.parametrize("lengths", [(1,), (3,), (5, 1, 7, 4), (64,), (65,), (70, 30)], ids=str)
+def test_a_step_is_one_upload_one_replay_one_download(
     runner: GpuRunner, accelerator: QueueAccelerator, lengths: tuple[int, ...]
 ) -> None:
     runner.launch(batch_of(*lengths))
@@ -222,19 +222,10 @@ def test_an_upload_is_as_long_as_the_step_needs(runner: GpuRunner, accelerator: 
         runner.launch(batch).wait()
         return int(accelerator.log[0][1][0])
 
-    fixed = 4 * (4 + 4 * SMALL_ROWS)
-    assert uploaded(batch_of(1)) == fixed + 4 * (
-        2 + 2 + 1
-    )  # the plan: two numbers, where rows begin, a block
-    assert uploaded(batch_of(1, start=20)) == fixed + 4 * (2 + 2 + 6)
-
-
-@pytest.mark.parametrize("lengths", [(65,), (70, 30), (90, 1, 5)], ids=str)
-def test_a_large_step_is_one_upload_and_one_download(
-    runner: GpuRunner, accelerator: QueueAccelerator, lengths: tuple[int, ...]
-) -> None:
-    runner.launch(batch_of(*lengths))
-    assert [what for what, _ in accelerator.log] == ["empty", "upload", "download", "record"]
+    # The plan: two numbers, where rows begin, blocks.
+    assert uploaded(batch_of(1)) == 4 * (places(1)[-1] + 2 + 2 + 1)
+    assert uploaded(batch_of(1, start=20)) == 4 * (places(1)[-1] + 2 + 2 + 6)
+    assert uploaded(batch_of(70)) == 4 * (places(80)[-1] + 2 + 2 + 18)
 
 
 def test_where_no_label_is_wanted_nothing_comes_back(
@@ -243,7 +234,7 @@ def test_where_no_label_is_wanted_nothing_comes_back(
     for length in (3, 70):
         accelerator.log.clear()
         scores = runner.launch(batch_of(length, wanted=[])).wait()
-        assert scores.logits.shape == (0, sum(runner._small._sizes))
+        assert scores.logits.shape == (0, sum(runner._steps._sizes))
         assert "download" not in [what for what, _ in accelerator.log]
 
 
@@ -253,8 +244,7 @@ def test_only_wanted_rows_are_scored(runner: GpuRunner, plain: TorchRunner, leng
     scores = runner.launch(batch).wait()
     np.testing.assert_allclose(scores.logits, scores_of(plain, batch), atol=1e-5)
     assert len(scores.logits) == 2
-    if length <= SMALL_ROWS:
-        assert runner._small.scores[2:].isnan().all()
+    assert runner._steps.scores[2:].isnan().all()
 
 
 class CountAllocations(TorchDispatchMode):
@@ -268,7 +258,7 @@ class CountAllocations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_small_step_allocates_nothing(runner: GpuRunner) -> None:
+def test_a_step_allocates_nothing(runner: GpuRunner) -> None:
     scores_of(runner, batch_of(5))
     batch = batch_of(7, first_block=9)
     with CountAllocations() as counted:
@@ -280,13 +270,16 @@ def test_a_small_step_allocates_nothing(runner: GpuRunner) -> None:
 def test_launches_of_a_captured_step(runner: GpuRunner, accelerator: QueueAccelerator) -> None:
     layers = runner.config.num_layers
     assert len(accelerator.graphs) == len(BUCKETS)
-    for graph in accelerator.graphs:
+    for rows, graph in zip(BUCKETS[::-1], accelerator.graphs, strict=True):
         outside = graph.launches.pop("guard_scores") + 1  # and the embedding's rows, which torch gathers
-        assert sum(graph.launches.values()) <= 6 * layers
         assert outside <= 4
-        assert set(graph.launches) == {
-            "norm_linear", "qk_norm_rope_store_kv", "planned_attention", "linear_add", "norm_gate_up",
-        }  # fmt: skip
+        if rows <= SMALL_ROWS:
+            assert sum(graph.launches.values()) <= 6 * layers
+            assert set(graph.launches) == {
+                "norm_linear", "qk_norm_rope_store_kv", "planned_attention", "linear_add", "norm_gate_up",
+            }  # fmt: skip
+        else:
+            assert sum(graph.launches.values()) == 9 * layers
 
 
 def test_two_steps_in_flight_keep_apart(
@@ -320,12 +313,18 @@ def test_large_and_small_steps_take_turns(runner: GpuRunner, plain: TorchRunner)
         np.testing.assert_allclose(scores_of(runner, batch), scores_of(plain, batch), atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["upload", "replay", "download", "record", "empty"])
+@pytest.mark.parametrize("what", ["upload", "replay", "download", "record"])
+@pytest.mark.parametrize("length", [5, 70], ids=["small", "large"])
 @pytest.mark.parametrize("is_second", [False, True], ids=["alone", "with one in flight"])
 def test_a_failed_launch_raises_and_poisons_nothing(
-    runner: GpuRunner, plain: TorchRunner, accelerator: QueueAccelerator, what: str, is_second: bool
+    runner: GpuRunner,
+    plain: TorchRunner,
+    accelerator: QueueAccelerator,
+    what: str,
+    length: int,
+    is_second: bool,
 ) -> None:
-    first, other = batch_of(3, seed=1), batch_of(70 if what == "empty" else 5, seed=2, first_block=40)
+    first, other = batch_of(3, seed=1), batch_of(length, seed=2, first_block=40)
     expected = [scores_of(plain, batch) for batch in (first, other)]
     before = runner.launch(first) if is_second else None
     accelerator.fails_at = what
@@ -367,14 +366,15 @@ def test_a_step_that_cannot_be_captured_is_refused_at_the_start(
     config, weights = model
     accelerator.fails_at = "capture"
     cache = CacheShape(NUM_BLOCKS, BLOCK_SIZE, torch.float32)
-    with pytest.raises(ConfigError, match=r"64 rows could not be captured.*planned failure.*nvidia-smi"):
-        GpuRunner(fused_reference, config, weights, cache, MAX_LEN, accelerator)
+    with pytest.raises(ConfigError, match=r"112 rows could not be captured.*planned failure.*nvidia-smi"):
+        GpuRunner(fused_reference, config, weights, cache, MAX_LEN, MAX_ROWS, accelerator)
 
 
 def test_nothing_begins_before_the_weights_are_there(model: Any, accelerator: QueueAccelerator) -> None:
     config, weights = model
     GpuRunner(
-        fused_reference, config, weights, CacheShape(NUM_BLOCKS, BLOCK_SIZE, torch.float32), MAX_LEN, accelerator
+        fused_reference, config, weights, CacheShape(NUM_BLOCKS, BLOCK_SIZE, torch.float32), MAX_LEN, MAX_ROWS,
+        accelerator,
     )  # fmt: skip
     assert accelerator.log[0] == ("join", None)
 
@@ -399,7 +399,9 @@ def test_engine_on_it(model: Any, kv_dtype: torch.dtype) -> None:
         return found
 
     gpu = labels(
-        lambda cache: GpuRunner(fused_reference, config, weights, cache, MAX_LEN, QueueAccelerator())
+        lambda cache: GpuRunner(
+            fused_reference, config, weights, cache, MAX_LEN, MAX_ROWS, QueueAccelerator()
+        )
     )
     expected = labels(lambda cache: TorchRunner(reference, config, weights, cache, MAX_LEN))
     assert len(gpu) == len(expected) > 80

@@ -89,7 +89,7 @@ LAYERS = (
     ("gen.prompts",),
     ("step_inputs", "tuned"),
     ("model", "conversation", "machine", "residency", "gpu_limits"),
-    ("runner", "readout", "small_steps"),
+    ("runner", "readout", "captured_steps"),
     ("pipeline", "cpu_runner", "gpu_runner", "records"),
     ("snapshot",),
     ("core",),

@@ -14,7 +14,7 @@ from guardengine.config import ModelConfig
 from guardengine.kernels import gpu as operators
 from guardengine.kernels.gpu import linear_config as products
 from guardengine.kernels.gpu import plan as plans
-from guardengine.step_inputs import PLAN, SMALL_ROWS, Words, bucket
+from guardengine.step_inputs import SMALL_ROWS, Words, buckets, places
 
 
 class Launch(NamedTuple):
@@ -47,7 +47,6 @@ class Step(NamedTuple):
     layer: tuple[Launch, ...]
     num_layers: int
     words: int  # of the upload
-    is_graph: bool
 
     @property
     def launches(self) -> tuple[Launch, ...]:
@@ -80,16 +79,16 @@ class Counter:
         self.down = (config.hidden_size, config.intermediate_size)
 
     def step(self, shape: Shape) -> Step:
-        """All launches of a step: of captured ones up to SMALL_ROWS rows, operator by operator above."""
+        """All launches of a step: fused ones up to SMALL_ROWS rows, cuBLAS' products and the others above."""
         return self._small(shape) if shape.rows <= SMALL_ROWS else self._large(shape)
 
     def _small(self, shape: Shape) -> Step:
-        rows, width = bucket(shape.rows), self.config.hidden_size * self.item
+        rows, width = buckets(shape.rows)[-1], self.config.hidden_size * self.item
         plan = self._plan(shape, split=True)
         layer = (
             self._linear(products.NORMED, rows, self.qkv),
             self._store(rows),
-            self._attention(shape, plan, split=True),
+            self._attention(shape, plan),
             self._linear(products.SUMMED, rows, self.o),
             self._linear(products.GATED, rows, self.gate_up),
             self._linear(products.SUMMED, rows, self.down),
@@ -98,17 +97,18 @@ class Counter:
             Launch("embedding", 2 * rows * width, 0, 0),
             self._heads("guard_scores", shape.rows),
         )
-        return Step(outside, layer, self.config.num_layers, PLAN + len(plan), is_graph=True)
+        return Step(outside, layer, self.config.num_layers, places(rows)[-1] + len(plan))
 
     def _large(self, shape: Shape) -> Step:
-        rows, width = shape.rows, self.config.hidden_size * self.item
+        rows, width = buckets(shape.rows)[-1], self.config.hidden_size * self.item
         plan = self._plan(shape, split=False)
         inner = self.config.intermediate_size * self.item
         layer = (
             Launch("fused_add_rms_norm", 4 * rows * width, 0, 0),
             self._product(rows, self.qkv),
             self._store(rows),
-            self._attention(shape, plan, split=False),
+            self._attention(shape, plan),
+            Launch("paged_attention, of the other tiles", 0, 0, 0),
             self._product(rows, self.o),
             Launch("fused_add_rms_norm", 4 * rows * width, 0, 0),
             self._product(rows, self.gate_up),
@@ -117,14 +117,14 @@ class Counter:
         )
         outside = (
             Launch("embedding", 2 * rows * width, 0, 0),
-            self._heads("guard_heads", rows),
+            self._heads("guard_scores", shape.rows),
         )
-        return Step(outside, layer, self.config.num_layers, 5 * rows + 2 * len(plan), is_graph=False)
+        return Step(outside, layer, self.config.num_layers, places(rows)[-1] + len(plan))
 
     def _linear(self, operator: str, rows: int, weight: tuple[int, int]) -> Launch:
         chosen = products.default_config(operator, weight, dtype=self.dtype, num_sms=self.gpu.num_sms)
         columns, inner = products.num_columns(operator, weight), weight[1]
-        tile_rows = products.row_tile(rows)
+        tile_rows = chosen.row_tile(rows)
         tiles_m, tiles_n = -(-rows // tile_rows), -(-columns // chosen.block_n)
         weights, x = weight[0] * inner * self.item, rows * inner * self.item
         out = rows * columns * self.item * (2 if operator == products.SUMMED else 1)
@@ -156,30 +156,35 @@ class Counter:
     def _plan(self, shape: Shape, *, split: bool) -> Words:
         blocks = -(-shape.context // self.block_size)
         positions = np.tile(np.arange(shape.context - shape.k, shape.context), shape.streams)
-        config = self.config
         plan: Words = operators.plan_attention(
             np.arange(shape.streams + 1) * shape.k,
             positions,
             np.arange(shape.streams * blocks).reshape(shape.streams, blocks),
             block_size=self.block_size,
-            tile_rows=operators.attention_tile_rows(config.num_heads, config.num_kv_heads, split=split),
             split=split,
+            **self._tile_rows()._asdict(),
         )
         return plan
 
-    def _attention(self, shape: Shape, plan: Words, *, split: bool) -> Launch:
+    def _tile_rows(self) -> operators.TileRows:
         config = self.config
-        count = int(plan[plans.NUM_ITEMS])
+        return operators.attention_tile_rows(
+            config.num_heads, config.num_kv_heads, config.head_dim, self.dtype,
+            wide_mma=self.gpu.capability[0] in (9, 10),
+        )  # fmt: skip
+
+    def _attention(self, shape: Shape, plan: Words) -> Launch:
+        config = self.config
+        num_tall = int(plan[plans.NUM_TALL_ITEMS])
+        count = int(plan[plans.NUM_ITEMS]) + num_tall
         items = plan[plans.HEADER_SIZE : plans.HEADER_SIZE + count * plans.ITEM_FIELDS].reshape(count, -1)
         keys = int((items[:, plans.END_KEY] - items[:, plans.FIRST_KEY]).sum())
         token = 2 * config.num_kv_heads * (config.head_dim * self.kv_item + (4 if self.has_scales else 0))
         once = shape.streams * shape.context
         waiting = int(plan[plans.NUM_SCRATCH_ROWS]) * config.num_heads * (config.head_dim + 2) * 4
         q_and_out = 2 * shape.rows * config.num_heads * config.head_dim * self.item
-        tile = (
-            operators.attention_tile_rows(config.num_heads, config.num_kv_heads, split=split)
-            * config.num_heads
-        )
+        tile_rows, tall_rows = self._tile_rows()
+        tile = (tall_rows if num_tall else tile_rows) * config.num_heads  # streams are alike
         return Launch(
             "paged_attention",
             once * token + q_and_out + 2 * waiting + 4 * len(plan),

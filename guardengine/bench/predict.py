@@ -35,7 +35,6 @@ class Assumptions:
     l2_speed: float = 2.5  # bandwidth of L2 over the memory's peak
     flops_share: float = 0.5  # of the peak, at 16 or 32 rows a tile
     gap_us: float = 1.5  # between a graph's kernels: one drains, the next fills
-    eager_launch_us: float = 12.0  # of the host, a kernel launched from Python
     step_us: float = 20.0  # of the host and the bus a step: upload, graph, download, event
 
 
@@ -86,12 +85,7 @@ def predict(
         for launch in step.launches
     )
     num_launches = len(step.launches)
-    if step.is_graph:
-        step_s = device_s + num_launches * assumed.gap_us / 1e6
-    else:  # the host launches while the device works: the slower one sets the pace
-        step_s = max(
-            device_s + num_launches * assumed.gap_us / 1e6, num_launches * assumed.eager_launch_us / 1e6
-        )
+    step_s = device_s + num_launches * assumed.gap_us / 1e6
     step_s += assumed.step_us / 1e6
     kv = streams * -(-context // 16) * 16 * cost.kv_bytes_per_token
     weights = cost.num_weights * _ITEM_BYTES[dtype]
@@ -238,7 +232,7 @@ The layers' weights alone in bfloat16: {record["weights_floor_ms"]:.2f} ms.
 MB: counted from the kernels' own tiles and plans, with all activations, attention's partial sums and the upload; of
 least: over weights, keys and values once. L2 MB: what tiles read again, and a product's partial sums where its launch
 fits into L2.
-Steps of more than {SMALL_ROWS} rows are not captured: a launch costs the host {assumed["eager_launch_us"]:g} us.
+Steps of more than {SMALL_ROWS} rows multiply with cuBLAS.
 
 Assumed, not measured: {assumed["bandwidth_share"]:.0%} of the bandwidth and {assumed["flops_share"]:.0%} of the
 multiplications while a kernel runs, an L2 {assumed["l2_speed"]:g} times as fast as the memory, {assumed["gap_us"]:g} us
@@ -279,7 +273,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--l2-speed", type=_positive, default=assumed.l2_speed)
     parser.add_argument("--flops-share", type=_share, default=assumed.flops_share)
     parser.add_argument("--gap-us", type=_positive, default=assumed.gap_us)
-    parser.add_argument("--eager-launch-us", type=_positive, default=assumed.eager_launch_us)
     parser.add_argument("--step-us", type=_positive, default=assumed.step_us)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record, marked as a prediction")
     return parser.parse_args(arguments)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from guardengine.kernels.gpu.attention import TileRows as TileRows
 from guardengine.kernels.gpu.attention import attention_scratch as attention_scratch
 from guardengine.kernels.gpu.attention import attention_tile_rows as attention_tile_rows
+from guardengine.kernels.gpu.attention import has_wide_mma as has_wide_mma
 from guardengine.kernels.gpu.attention import paged_attention as paged_attention
 from guardengine.kernels.gpu.attention import planned_attention as planned_attention
 from guardengine.kernels.gpu.heads import ClassifierSizes as ClassifierSizes

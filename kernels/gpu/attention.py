@@ -2,7 +2,8 @@
 
 plan.py cuts the batch into items, attention_kernel.py computes them. A step of up to SMALL_ROWS rows is split over
 segments of the keys, so that one stream with a long context keeps the whole GPU busy; in a larger one a program walks
-all keys of a tile. The choice changes no bit of the result.
+all keys of a tile, and that changes no bit of the result. Prompts in larger steps are cut into tall tiles, which make
+full use of the matrix units; their sums are in another order.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from guardengine.kernels.gpu.plan import plan_attention
 # Keys multiplied at a time; part of the result's bits, so one number for all forms. With 64, the walking form needs
 # more registers than there are (compiled for sm_80).
 _BLOCK_KEYS = 32
-_PROGRAMS_PER_MULTIPROCESSOR = 2  # as many as 255 registers a thread allow
+_PROGRAMS_PER_MULTIPROCESSOR = 3  # as many as 168 registers a thread allow
+_TALL_PROGRAMS_PER_MULTIPROCESSOR = 2
 _PROGRAMS_ON_CPU = 3  # Triton's interpreter
 
 
@@ -45,31 +47,62 @@ def attention_scratch(
     )
 
 
-def attention_tile_rows(num_heads: int, num_kv_heads: int, *, split: bool) -> int:
-    """`tile_rows` of the plans that the kernel takes for a model."""
+class TileRows(NamedTuple):
+    """Rows of one stream that a program computes: `tile_rows` and `tall_rows` of the plans that the kernel takes."""
+
+    tile_rows: int
+    tall_rows: int
+
+
+def attention_tile_rows(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, *, wide_mma: bool
+) -> TileRows:
+    """The tiles of a model on a GPU that has `wide_mma` or not."""
     group = num_heads // num_kv_heads
-    return _tile_m(group, split) // group
+    return TileRows(_tile_m(group) // group, _tall_m(head_dim, dtype, wide_mma) // group)
+
+
+def has_wide_mma(device: torch.device) -> bool:
+    """Whether matrix instructions take their operands from shared memory (wgmma, tcgen05): taller tiles fit then."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def attention_config(
-    dtype: torch.dtype, num_heads: int, num_kv_heads: int, *, has_scales: bool, split: bool, is_hip: bool
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    has_scales: bool,
+    form: str,
+    wide_mma: bool,
+    is_hip: bool,
 ) -> dict[str, Any]:
-    """Constants and compiler options that the kernel is launched with."""
+    """Constants and compiler options that the kernel is launched with. `form`: "split", "walk" or "tall"."""
     group = num_heads // num_kv_heads
     config = {
         "GROUP": group,
         "NUM_KV_HEADS": num_kv_heads,
-        "TILE_M": _tile_m(group, split),
+        "TILE_M": _tile_m(group),
         "BLOCK_KEYS": _BLOCK_KEYS,
         "HAS_SCALES": has_scales,
         # Block ids are loaded two stages before what they point to: 5 keep two tiles of keys in flight.
-        "KEY_STAGES": 5 if split else 3,
-        "WALKS": not split,
+        "KEY_STAGES": 5,
+        "FORM": form,
         "num_warps": 4,
         "enable_fp_fusion": False,
     }
     if dtype == torch.float32:  # without tensor cores a tile takes more registers
         config |= {"KEY_STAGES": 2, "num_warps": 8}
+    elif form == "tall":
+        tall_m = _tall_m(head_dim, dtype, wide_mma)
+        stages = 3 if tall_m == 128 else 4
+        config |= {
+            "TILE_M": tall_m,
+            "BLOCK_KEYS": tall_m // 2,
+            "KEY_STAGES": stages,
+            "num_warps": tall_m // 16,
+        }
     if is_hip:
         config["matrix_instr_nonkdim"] = 16  # the same instruction for both heights of tiles
     return config
@@ -98,8 +131,10 @@ def paged_attention(
         positions.cpu().numpy(),
         block_tables.cpu().numpy(),
         block_size=k_cache.shape[1],
-        tile_rows=attention_tile_rows(num_heads, num_kv_heads, split=split),
         split=split,
+        **attention_tile_rows(
+            num_heads, num_kv_heads, head_dim, q.dtype, wide_mma=has_wide_mma(q.device)
+        )._asdict(),
     )
     scratch = None
     if split:
@@ -124,8 +159,10 @@ def planned_attention(
     scratch: AttentionScratch | None,
     out: Tensor | None = None,
     num_programs: int | None = None,
+    wide_mma: bool | None = None,
 ) -> Tensor:
-    """`paged_attention` after a plan that is already on the device: one launch, nothing read back.
+    """`paged_attention` after a plan that is already on the device: one launch, two where it is not split; nothing is
+    read back.
 
     Shapes:   as in `reference`; plan int32, from `plan_attention` with this model's `attention_tile_rows`; out
               [T, H, D], whose rows that no item of the plan covers are left as they are.
@@ -138,35 +175,48 @@ def planned_attention(
     _check(q, k_cache, v_cache, k_scales, v_scales)
     if out is None:
         out = torch.empty_like(q)
-    config = attention_config(
-        q.dtype,
-        num_heads,
-        num_kv_heads,
-        has_scales=k_scales is not None,
-        split=scratch is not None,
-        is_hip=torch.version.hip is not None and q.is_cuda,
-    )
-    if num_programs is None:
-        num_programs = attention_programs(q.device)
-    paged_attention_kernel[(num_programs,)](
-        out, q, k_cache, v_cache, k_scales, v_scales, positions, plan, *(scratch or (None, None, None)),
-        softmax_scale * math.log2(math.e), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, **config,
-    )  # fmt: skip
+    forms = ["split"] if scratch is not None else ["walk"]
+    if wide_mma is None:
+        wide_mma = has_wide_mma(q.device)
+    if scratch is None and _tall_m(head_dim, q.dtype, wide_mma):
+        forms.append("tall")
+    for form in forms:
+        config = attention_config(
+            q.dtype,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            has_scales=k_scales is not None,
+            form=form,
+            wide_mma=wide_mma,
+            is_hip=torch.version.hip is not None and q.is_cuda,
+        )
+        paged_attention_kernel[(num_programs or attention_programs(q.device, form),)](
+            out, q, k_cache, v_cache, k_scales, v_scales, positions, plan, *(scratch or (None, None, None)),
+            softmax_scale * math.log2(math.e), HEAD_DIM=head_dim, BLOCK_SIZE=block_size, **config,
+        )  # fmt: skip
     return out
 
 
-def attention_programs(device: torch.device) -> int:
+def attention_programs(device: torch.device, form: str) -> int:
     """Programs of a launch: what the device runs at once."""
     if device.type == "cpu":
         return _PROGRAMS_ON_CPU
-    return _PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    each = _TALL_PROGRAMS_PER_MULTIPROCESSOR if form == "tall" else _PROGRAMS_PER_MULTIPROCESSOR
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tile_m(group: int, split: bool) -> int:
+def _tile_m(group: int) -> int:
     if group > 32:
         raise ValueError(f"{group} query heads share a key/value head: at most 32 are supported")
-    least = 16 if split else 32
-    return least if group <= least else 32
+    return 16 if group <= 16 else 32
+
+
+def _tall_m(head_dim: int, dtype: torch.dtype, wide_mma: bool) -> int:
+    """Members of a tall tile, as many as registers take; 0 where that is none: without matrix instructions."""
+    if dtype == torch.float32:
+        return 0
+    return 128 if wide_mma and head_dim <= 128 else 64
 
 
 def _check(

@@ -5,10 +5,13 @@ small steps each segment is an item of its own and the last to finish merges, in
 all. Both do the same arithmetic in the same order, so a row's bits depend neither on its company nor on how its stream
 was chunked. Three things keep that true on hardware:
 
-- TILE_M never reaches 64: from there on newer GPUs multiply with other instructions than mma.sync.
+- TILE_M does not reach 64: from there on newer GPUs multiply with other instructions than mma.sync.
 - Sums over keys are dot products (that of the weights too, by columns of ones): their order does not depend on how the
   compiler spreads a tile over threads, as that of tl.sum does.
 - The compiler fuses no multiplication with an addition (enable_fp_fusion=False).
+
+Tall tiles, of prompts in large steps, are the exception: they are there for those other instructions, and their keys
+are summed in one go. cuBLAS' products in such steps do not keep a row's bits either.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import triton.language as tl
 from guardengine.kernels.gpu import plan as plans
 
 _NUM_ITEMS = tl.constexpr(plans.NUM_ITEMS)
+_NUM_TALL_ITEMS = tl.constexpr(plans.NUM_TALL_ITEMS)
 _HEADER_SIZE = tl.constexpr(plans.HEADER_SIZE)
 _ITEM_FIELDS = tl.constexpr(plans.ITEM_FIELDS)
 _FIRST_ROW = tl.constexpr(plans.FIRST_ROW)
@@ -71,7 +75,7 @@ def _attend_to_tile(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    WALKS: tl.constexpr,
+    IS_TALL: tl.constexpr,
     SEES_ALL: tl.constexpr,
 ):
     """Online softmax over keys start .. start + BLOCK_KEYS, as far as end_key.
@@ -110,8 +114,11 @@ def _attend_to_tile(
         not_finite = v.to(tl.float32) * 0.0  # zero or NaN
         value_weights = tl.where(visible, weights + tl.sum(not_finite, axis=1)[None, :], 0.0)
         v = tl.where(not_finite == 0.0, v, 0.0)
-    ones = tl.full((BLOCK_KEYS, _SUM_COLUMNS), 1.0, q.dtype)
-    totals = tl.dot(weights.to(q.dtype), ones, totals * decay[:, None], input_precision="ieee")
+    if IS_TALL:
+        totals = totals * decay + tl.sum(weights, axis=1)
+    else:
+        ones = tl.full((BLOCK_KEYS, _SUM_COLUMNS), 1.0, q.dtype)
+        totals = tl.dot(weights.to(q.dtype), ones, totals * decay[:, None], input_precision="ieee")
     sums = tl.dot(value_weights.to(q.dtype), v.to(q.dtype), sums * decay[:, None], input_precision="ieee")
     return new_top, totals, sums
 
@@ -137,11 +144,11 @@ def _attend_to_segment(
     BLOCK_KEYS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     KEY_STAGES: tl.constexpr,
-    WALKS: tl.constexpr,
+    IS_TALL: tl.constexpr,
 ):
     """Softmax state of each row over keys start_key .. end_key, a segment or the beginning of one."""
     top = tl.full((TILE_M,), _NO_KEY, tl.float32)
-    totals = tl.zeros((TILE_M, _SUM_COLUMNS), tl.float32)
+    totals = tl.zeros((TILE_M,) if IS_TALL else (TILE_M, _SUM_COLUMNS), tl.float32)
     sums = tl.zeros((TILE_M, HEAD_DIM), tl.float32)
     masked_start = end_key
     if (
@@ -151,14 +158,16 @@ def _attend_to_segment(
     for start in tl.range(start_key, masked_start, BLOCK_KEYS, num_stages=KEY_STAGES):
         top, totals, sums = _attend_to_tile(
             top, totals, sums, q, row_positions, start, end_key, table_ptr, kv_head, k_ptr, v_ptr, k_scales_ptr,
-            v_scales_ptr, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_KEYS, HAS_SCALES, WALKS, SEES_ALL=True,
+            v_scales_ptr, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_KEYS, HAS_SCALES, IS_TALL, SEES_ALL=True,
         )  # fmt: skip
     for start in tl.range(masked_start, end_key, BLOCK_KEYS, num_stages=1):
         top, totals, sums = _attend_to_tile(
             top, totals, sums, q, row_positions, start, end_key, table_ptr, kv_head, k_ptr, v_ptr, k_scales_ptr,
-            v_scales_ptr, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_KEYS, HAS_SCALES, WALKS, SEES_ALL=False,
+            v_scales_ptr, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_KEYS, HAS_SCALES, IS_TALL, SEES_ALL=False,
         )  # fmt: skip
-    return top, tl.max(totals, axis=1), sums  # the columns of totals are equal
+    if not IS_TALL:
+        totals = tl.max(totals, axis=1)  # its columns are equal
+    return top, totals, sums
 
 
 @triton.jit
@@ -183,20 +192,25 @@ def paged_attention_kernel(
     BLOCK_KEYS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     KEY_STAGES: tl.constexpr,
-    WALKS: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    """Walk the work units (item, kv head) of a plan; WALKS: of one that is not split.
+    """Walk the work units (item, kv head) of a plan: of a split one, of one that is not ("walk"), or its tall ones.
 
     The TILE_M members of a tile are its rows times the GROUP query heads that share a kv head.
     """
     # -- Everything from here on reads the step's plan or what earlier kernels wrote (q, caches): a programmatic
     # dependent launch waits at this point. --
-    num_units = tl.load(plan_ptr + _NUM_ITEMS) * NUM_KV_HEADS
+    items_ptr = plan_ptr + _HEADER_SIZE
+    num_items = tl.load(plan_ptr + _NUM_ITEMS)
+    if FORM == "tall":
+        items_ptr += num_items * _ITEM_FIELDS
+        num_items = tl.load(plan_ptr + _NUM_TALL_ITEMS)
+    num_units = num_items * NUM_KV_HEADS
     member = tl.arange(0, TILE_M)
     dims = tl.arange(0, HEAD_DIM)
     for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
         kv_head = unit % NUM_KV_HEADS
-        item_ptr = plan_ptr + _HEADER_SIZE + unit // NUM_KV_HEADS * _ITEM_FIELDS
+        item_ptr = items_ptr + unit // NUM_KV_HEADS * _ITEM_FIELDS
         first_row = tl.load(item_ptr + _FIRST_ROW)
         num_rows = tl.load(item_ptr + _NUM_ROWS)
         first_key = tl.load(item_ptr + _FIRST_KEY)
@@ -212,7 +226,14 @@ def paged_attention_kernel(
         out_offsets = (first_row + row).to(tl.int64) * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head * HEAD_DIM
         q = tl.load((q_ptr + dims)[None, :] + out_offsets[:, None], mask=valid[:, None], other=0.0)
 
-        if WALKS:
+        if FORM == "tall":
+            top, total, sums = _attend_to_segment(
+                q, row_positions, least_position, first_key, end_key, table_ptr, kv_head, k_ptr, v_ptr, k_scales_ptr,
+                v_scales_ptr, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE_M, BLOCK_KEYS, HAS_SCALES, KEY_STAGES,
+                IS_TALL=True,
+            )  # fmt: skip
+            _store_rows(out_ptr, out_offsets, valid, total, sums, HEAD_DIM)
+        elif FORM == "walk":
             top = tl.full((TILE_M,), _NO_KEY, tl.float32)
             total = tl.zeros((TILE_M,), tl.float32)
             sums = tl.zeros((TILE_M, HEAD_DIM), tl.float32)
@@ -220,7 +241,7 @@ def paged_attention_kernel(
                 top_b, total_b, sums_b = _attend_to_segment(
                     q, row_positions, least_position, start, tl.minimum(start + _SEGMENT, end_key), table_ptr, kv_head,
                     k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE_M,
-                    BLOCK_KEYS, HAS_SCALES, KEY_STAGES, WALKS,
+                    BLOCK_KEYS, HAS_SCALES, KEY_STAGES, IS_TALL=False,
                 )  # fmt: skip
                 top, total, sums = _merge(top, total, sums, top_b, total_b, sums_b)
             _store_rows(out_ptr, out_offsets, valid, total, sums, HEAD_DIM)
@@ -228,7 +249,7 @@ def paged_attention_kernel(
             top, total, sums = _attend_to_segment(
                 q, row_positions, least_position, first_key, end_key, table_ptr, kv_head,
                 k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE_M,
-                BLOCK_KEYS, HAS_SCALES, KEY_STAGES, WALKS,
+                BLOCK_KEYS, HAS_SCALES, KEY_STAGES, IS_TALL=False,
             )  # fmt: skip
             num_segments = tl.load(item_ptr + _NUM_SEGMENTS)
             if num_segments == 1:

@@ -63,18 +63,18 @@ MODELS = {
 }
 
 
-def configurations(num_sms: int, *, has_pdl: bool, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
+def configurations(num_sms: int, *, wide_mma: bool, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
     """List what runs on a GPU with that many multiprocessors.
 
-    `has_pdl`: programmatic dependent launch, compute capability 9.0. The matrix products of small steps are in the
+    The matrix products of small steps are in the
     configurations chosen by rule; what tuning may choose instead is not listed.
     """
     found: list[Compiled] = []
     for model, sizes in MODELS.items():
         for num_rows in SMALL_STEPS:
-            found += _products(model, sizes, num_rows, num_sms, has_pdl, dtype)
-            found += _small_step(model, sizes, num_rows, num_sms, has_pdl, dtype)
-        found += _large_step(model, sizes, num_sms, dtype)
+            found += _products(model, sizes, num_rows, num_sms, dtype)
+            found += _small_step(model, sizes, num_rows, num_sms, dtype)
+        found += _large_step(model, sizes, num_sms, wide_mma, dtype)
     return found
 
 
@@ -87,7 +87,6 @@ def _products(
     sizes: Sizes,
     num_rows: int,
     num_sms: int,
-    has_pdl: bool,
     dtype: torch.dtype,
 ) -> Iterator[Compiled]:
     weights = (
@@ -98,7 +97,7 @@ def _products(
     )
     for name, operator, shape in weights:
         config = default_config(operator, shape, dtype=dtype, num_sms=num_sms)
-        workspace = allocate_workspace({(operator, shape): config}, "meta", use_pdl=has_pdl)
+        workspace = allocate_workspace({(operator, shape): config}, "meta")
         launch = partial(_product, operator, shape, num_rows, dtype, workspace)
         yield Compiled(f"{operator} {name} {model}, {num_rows} rows", launch, True, True)
 
@@ -121,18 +120,18 @@ def _product(
 
 
 def _small_step(
-    model: str, sizes: Sizes, num_rows: int, num_sms: int, has_pdl: bool, dtype: torch.dtype
+    model: str, sizes: Sizes, num_rows: int, num_sms: int, dtype: torch.dtype
 ) -> Iterator[Compiled]:
     label = f"{model}, {num_rows} rows"
     for cache in (dtype, torch.int8):
         suffix = ", int8 cache" if cache == torch.int8 else ""
         store = partial(_store, sizes, num_rows, dtype, cache)
         yield Compiled(f"qk_norm_rope_store_kv {label}{suffix}", store, True, False)
-        attend = partial(_attend, sizes, num_rows, num_sms, dtype, cache)
+        attend = partial(_attend, sizes, num_rows, num_sms, False, dtype, cache)
         yield Compiled(f"paged_attention {label}{suffix}", attend, True, True)
     x, head = _empty(num_rows, sizes.E, dtype=dtype), _empty(sizes.V, sizes.E, dtype=dtype)
     yield Compiled(f"linear lm_head {label}", partial(linear, x, head), False, True)
-    yield Compiled(f"guard_scores {label}", partial(_scores, sizes, num_rows, has_pdl, dtype), True, True)
+    yield Compiled(f"guard_scores {label}", partial(_scores, sizes, num_rows, dtype), True, True)
 
 
 def _cache(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -162,7 +161,9 @@ def _store(sizes: Sizes, num_rows: int, dtype: torch.dtype, cache_dtype: torch.d
     )
 
 
-def _attend(sizes: Sizes, num_rows: int, num_sms: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+def _attend(
+    sizes: Sizes, num_rows: int, num_sms: int, wide_mma: bool, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
     cache, scales = _cache(sizes, cache_dtype)
     scratch = None
     if num_rows <= max(SMALL_STEPS):
@@ -172,17 +173,18 @@ def _attend(sizes: Sizes, num_rows: int, num_sms: int, dtype: torch.dtype, cache
         _empty(num_rows, sizes.H, sizes.D, dtype=dtype),
         cache,
         cache,
-        _empty(max_plan_size(num_rows, MAX_LENGTH, MAX_LENGTH // BLOCK_SIZE), dtype=torch.int32),
+        _empty(max_plan_size(num_rows, MAX_LENGTH, MAX_LENGTH // BLOCK_SIZE, split=True), dtype=torch.int32),
         _empty(num_rows, dtype=torch.int32),
         sizes.D**-0.5,
         scales,
         scales,
         scratch=scratch,
         num_programs=num_sms,
+        wide_mma=wide_mma,
     )
 
 
-def _scores(sizes: Sizes, num_rows: int, has_pdl: bool, dtype: torch.dtype) -> None:
+def _scores(sizes: Sizes, num_rows: int, dtype: torch.dtype) -> None:
     response, query = CLASSES[0] + CLASSES[1], CLASSES[2] + CLASSES[3]
     scratch = guard_scores_scratch(num_rows, sizes.G, CLASSES)
     guard_scores(
@@ -197,11 +199,13 @@ def _scores(sizes: Sizes, num_rows: int, has_pdl: bool, dtype: torch.dtype) -> N
         EPS,
         CLASSES,
         out=_empty(num_rows, 2 * (response + query) + 4, dtype=torch.float32),
-        workspace=allocate_workspace({}, "meta", others=[scratch], use_pdl=has_pdl),
+        workspace=allocate_workspace({}, "meta", others=[scratch]),
     )
 
 
-def _large_step(model: str, sizes: Sizes, num_sms: int, dtype: torch.dtype) -> Iterator[Compiled]:
+def _large_step(
+    model: str, sizes: Sizes, num_sms: int, wide_mma: bool, dtype: torch.dtype
+) -> Iterator[Compiled]:
     """Steps of many rows; the matrix products are torch's."""
     num_rows = LARGE_STEP
 
@@ -229,7 +233,7 @@ def _large_step(model: str, sizes: Sizes, num_sms: int, dtype: torch.dtype) -> I
 
     for cache in (dtype, torch.int8):
         name = f"paged_attention {model}, {num_rows} rows{', int8 cache' if cache == torch.int8 else ''}"
-        yield Compiled(name, partial(_attend, sizes, num_rows, num_sms, dtype, cache), False, True)
+        yield Compiled(name, partial(_attend, sizes, num_rows, num_sms, wide_mma, dtype, cache), False, True)
     yield Compiled(f"rms_norm {model}", norm, False, False)
     yield Compiled(f"fused_add_rms_norm {model}", add_norm, False, False)
     yield Compiled(f"silu_and_mul {model}", activation, False, False)

@@ -13,9 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from guardengine.kernels.gpu.linear import prefetch_weights
 from guardengine.kernels.gpu.linear_config import DTYPES
 from guardengine.kernels.gpu.workspace import Workspace, allocate_workspace
 
@@ -166,11 +164,9 @@ def _launch(
         BLOCK_N=_BLOCK_N,
         BLOCK_K=block_k,
         MERGED=_MERGED,
-        USE_PDL=workspace.use_pdl,
         num_warps=4,
         num_stages=4,
         enable_fp_fusion=False,  # compiled once with readout and once without, which have to round alike
-        **({"launch_pdl": True} if workspace.use_pdl else {}),
     )
     return out
 
@@ -237,17 +233,12 @@ def _guard_scores_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MERGED: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ):
     """Sixteen wanted rows, sixteen columns of one pair's pre-projection: program (rows, block, pair)."""
     tile_m, block, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     is_col = cols < inner_size
     weight_rows = (pair * inner_size + tl.minimum(cols, inner_size - 1)).to(tl.int64)[:, None] * width
-    if USE_PDL:
-        prefetch_weights(pre_ptr + weight_rows, 0, width, BLOCK_K)
-        gdc_wait()  # every program waits: a grid that ended before the one in front would set the next one free
-        gdc_launch_dependents()
     if IS_READ_OUT:
         num_rows = tl.minimum(tl.load(num_labels_ptr).to(tl.int32), num_rows)
     if tile_m * BLOCK_M < num_rows:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from guardengine.kernels.gpu.linear_config import (
     DTYPES,
@@ -29,7 +28,6 @@ from guardengine.kernels.gpu.linear_config import (
     SUMMED,
     LinearConfig,
     default_config,
-    row_tile,
 )
 from guardengine.kernels.gpu.workspace import Workspace
 from guardengine.kernels.quantization import QuantizedWeight
@@ -107,15 +105,14 @@ def _launch(
     _check(operator, x, weight, out, norm)
     if num_rows == 0:
         return out
-    block_m = row_tile(num_rows)
+    block_m = config.row_tile(num_rows)
     tiles_m, tiles_n = triton.cdiv(num_rows, block_m), triton.cdiv(columns, config.block_n)
     partials = counters = out  # not looked at where sums have one part
     if config.split_k > 1:
         if workspace is None:
             raise ValueError(f"{operator}: sums in {config.split_k} parts need a workspace")
         partials, counters = workspace.take(*config.scratch(operator, columns, num_rows))
-    use_pdl = workspace is not None and workspace.use_pdl
-    options: dict[str, int] = {"launch_pdl": True} if use_pdl else {}
+    options: dict[str, int] = {}
     if operator == GATED and config.num_warps == 4:
         # As many as leave room for three programs. By itself ptxas aims at 64 on sm_100 and sm_120, and spills.
         options["maxnreg"] = 168
@@ -140,7 +137,6 @@ def _launch(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         SPLIT_K=config.split_k,
-        USE_PDL=use_pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,  # compiled once for 16 and once for 32 rows, which have to round alike
@@ -197,7 +193,6 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ):
     """One tile of rows times one block of columns over one part of the inner dimension: program (m, part, n).
 
@@ -213,13 +208,6 @@ def _linear_kernel(
 
     # Columns past the end read the last one and are not stored: no mask stands in the way of wide loads.
     weight_rows = tl.minimum(cols, columns - 1).to(tl.int64)[:, None] * inner
-    if USE_PDL:
-        # Weights do not depend on the kernel before this one, everything else does.
-        prefetch_weights(weight_ptr + weight_rows, begin, end, BLOCK_K)
-        if IS_GATED:
-            prefetch_weights(weight_ptr + columns * inner + weight_rows, begin, end, BLOCK_K)
-        gdc_wait()
-        gdc_launch_dependents()
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -321,14 +309,3 @@ def _finish(
     if IS_SUMMED:
         acc += tl.load(out_ptrs, mask=is_inside, other=0.0).to(tl.float32)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_inside)
-
-
-@triton.jit
-def prefetch_weights(row_ptrs, begin, end, BLOCK_K: tl.constexpr):
-    """Ask L2 for the first two tiles of these rows of weights: one request for each line of 128 bytes."""
-    ELEMENTS: tl.constexpr = 1024 // row_ptrs.dtype.element_ty.primitive_bitwidth
-    starts = begin + tl.arange(0, 2 * BLOCK_K // ELEMENTS) * ELEMENTS
-    lines = row_ptrs + tl.where(starts < end, starts, 0)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-    )

@@ -2,12 +2,14 @@
 
 Pure numpy on the host, before every step. The plan is one int32 array, so that it travels in the step's only copy:
 
-    [0, HEADER_SIZE)     number of items, scratch rows needed, size of the array, zeros
+    [0, HEADER_SIZE)     number of items, scratch rows needed, size of the array, number of tall items, zeros
     items                ITEM_FIELDS numbers each, named below; longest first, so that no program is left with one
+    tall items           the same
     block ids            of every stream, one after another, only as far as its rows look
 
 A tile is up to `tile_rows` rows of one stream; keys are cut at every multiple of SEGMENT, counted from position 0.
-With `split` an item is a tile and one segment, otherwise a tile and all of its segments.
+With `split` an item is a tile and one segment, otherwise a tile and all of its segments. Streams with more rows than
+two tiles have, in a plan that is not split, are cut into tall items of up to `tall_rows` rows instead.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy.typing as npt
 SEGMENT = 256  # keys; part of the result's bits: sums over a segment are merged in ascending order
 
 HEADER_SIZE = 8
-NUM_ITEMS, NUM_SCRATCH_ROWS, PLAN_SIZE = range(3)
+NUM_ITEMS, NUM_SCRATCH_ROWS, PLAN_SIZE, NUM_TALL_ITEMS = range(4)
 
 ITEM_FIELDS = 8
 (
@@ -42,9 +44,10 @@ def plan_attention(
     *,
     block_size: int,
     tile_rows: int,
+    tall_rows: int = 0,
     split: bool,
 ) -> npt.NDArray[np.int32]:
-    """Cut a ragged batch into work items.
+    """Cut a ragged batch into work items; `tall_rows` 0: none of them tall.
 
     Shapes:   cu_seqlens_q [B+1]; positions [T]; block_tables [B, M], any integers -> [size] int32.
     Requires: rows of a stream in ascending order of position; block_tables as far as the last of them. Rows past
@@ -65,11 +68,14 @@ def plan_attention(
     streams[:, FIRST_ROW] = ends - counts
     streams[:, NUM_ROWS] = counts
     streams[:, TABLE_OFFSET] = used_blocks.cumsum() - used_blocks
-    tile_counts = -(-counts // tile_rows)
+    is_tall = (counts > 2 * tile_rows) & (tall_rows > 0) & (not split)
+    heights = np.where(is_tall, tall_rows, tile_rows)
+    tile_counts = -(-counts // heights)
     tiles = streams.repeat(tile_counts, axis=0)
-    row_in_stream = _counted(tile_counts) * tile_rows
+    heights, is_tall = heights.repeat(tile_counts), is_tall.repeat(tile_counts)
+    row_in_stream = _counted(tile_counts) * heights
     tiles[:, FIRST_ROW] += row_in_stream
-    num_rows = np.minimum(tiles[:, NUM_ROWS] - row_in_stream, tile_rows)
+    num_rows = np.minimum(tiles[:, NUM_ROWS] - row_in_stream, heights)
     tiles[:, NUM_ROWS] = num_rows
     end_keys = positions[tiles[:, FIRST_ROW] + num_rows - 1] + 1
     tiles[:, END_KEY] = end_keys
@@ -86,10 +92,17 @@ def plan_attention(
     items[:, TABLE_OFFSET] += HEADER_SIZE + items.size + first_key // block_size
     if split:
         items[:, END_KEY] = np.minimum(items[:, END_KEY], first_key + SEGMENT)
-    longest_first = (first_key - items[:, END_KEY]).argsort(kind="stable")
+    lengths = items[:, END_KEY] - first_key
+    num_tall = 0
+    if split or not is_tall.any():
+        longest_first = (-lengths).argsort(kind="stable")
+    else:  # a tile is an item
+        longest_first = np.lexsort((-lengths, is_tall))
+        num_tall = np.count_nonzero(is_tall)
 
     header = np.zeros(HEADER_SIZE, dtype=np.int32)
-    header[NUM_ITEMS] = len(items)
+    header[NUM_ITEMS] = len(items) - num_tall
+    header[NUM_TALL_ITEMS] = num_tall
     header[NUM_SCRATCH_ROWS] = scratch_rows.sum()
     header[PLAN_SIZE] = HEADER_SIZE + items.size + len(block_ids)
     return np.concatenate(
@@ -102,9 +115,10 @@ def max_scratch_rows(num_rows: int, max_length: int) -> int:
     return num_rows * -(-max_length // SEGMENT)
 
 
-def max_plan_size(num_rows: int, max_length: int, num_blocks: int) -> int:
-    """Largest plan of `num_rows` rows, split or not, of streams that hold `num_blocks` blocks together."""
-    return HEADER_SIZE + ITEM_FIELDS * max_scratch_rows(num_rows, max_length) + num_blocks
+def max_plan_size(num_rows: int, max_length: int, num_blocks: int, *, split: bool) -> int:
+    """Largest plan of `num_rows` rows, of streams that hold `num_blocks` blocks together."""
+    num_items = max_scratch_rows(num_rows, max_length) if split else num_rows
+    return HEADER_SIZE + ITEM_FIELDS * num_items + num_blocks
 
 
 def _counted(counts: Array) -> Array:

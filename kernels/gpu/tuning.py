@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from guardengine.kernels.gpu.attention import has_wide_mma
 from guardengine.kernels.gpu.linear import linear_add, norm_gate_up, norm_linear
 from guardengine.kernels.gpu.linear_config import GATED, NORMED, SUMMED, LinearConfig, candidates, num_columns
 from guardengine.kernels.gpu.workspace import Workspace, allocate_workspace
@@ -21,7 +22,6 @@ def tune(
     *,
     device: torch.device | str,
     num_sms: int,
-    use_pdl: bool = False,
     cache_bytes: int = 2**28,
 ) -> LinearConfig:
     """Return the candidate that takes the least time, summed over steps of these numbers of rows.
@@ -38,14 +38,15 @@ def tune(
     norm = torch.ones(inner, dtype=dtype, device=device)
 
     def seconds(config: LinearConfig) -> float:
-        workspace = allocate_workspace(
-            {(operator, weight_shape): config}, device, max_rows=max(rows), use_pdl=use_pdl
-        )
+        workspace = allocate_workspace({(operator, weight_shape): config}, device, max_rows=max(rows))
         return sum(
             measure(_trial(operator, num_rows, weights, norm, columns, workspace)) for num_rows in rows
         )
 
-    return min(candidates(operator, weight_shape, dtype=dtype, num_sms=num_sms), key=seconds)
+    wide_mma = dtype != torch.float32 and has_wide_mma(torch.device(device))
+    return min(
+        candidates(operator, weight_shape, dtype=dtype, num_sms=num_sms, wide_mma=wide_mma), key=seconds
+    )
 
 
 def _trial(

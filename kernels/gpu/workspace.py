@@ -24,7 +24,6 @@ class Workspace:
     partials: Tensor  # float32
     counters: Tensor  # int32, zeros
     configs: Mapping[Key, LinearConfig]
-    use_pdl: bool  # kernels begin before the one in front has ended, and wait for it once they have asked for weights
 
     def config(self, operator: str, weight: Tensor) -> LinearConfig:
         """The weight's configuration.  Raises ValueError where the workspace was allocated without it."""
@@ -52,12 +51,10 @@ def allocate_workspace(
     *,
     max_rows: int = SMALL_ROWS,
     others: Iterable[tuple[int, int]] = (),
-    use_pdl: bool = False,
 ) -> Workspace:
     """Allocate what any one launch of up to `max_rows` rows needs.
 
-    `others` are the needs of other operators, as (partial sums, counters): guard_scores_scratch. `use_pdl`,
-    programmatic dependent launch, needs compute capability 9.0.
+    `others` are the needs of other operators, as (partial sums, counters): guard_scores_scratch.
     """
     needs = [
         config.scratch(operator, num_columns(operator, shape), max_rows)
@@ -68,5 +65,4 @@ def allocate_workspace(
         partials=torch.empty(max(need[0] for need in needs), dtype=torch.float32, device=device),
         counters=torch.zeros(max(need[1] for need in needs), dtype=torch.int32, device=device),
         configs=dict(configs),
-        use_pdl=use_pdl,
     )

@@ -26,6 +26,8 @@ def attend(
     batch: RaggedBatch,
     *,
     split: bool,
+    tall: bool = False,
+    wide_mma: bool = False,
     num_programs: int = 3,
     scratch: attention.AttentionScratch | None = None,
     edit: Any = None,
@@ -33,14 +35,17 @@ def attend(
     """Run one form of the kernel; `edit` may change the plan."""
     num_heads, head_dim = batch.q.shape[1:]
     num_kv_heads = batch.k_cache.shape[2]
+    rows = attention.attention_tile_rows(num_heads, num_kv_heads, head_dim, batch.q.dtype, wide_mma=wide_mma)
     plan = plans.plan_attention(
         batch.cu_seqlens_q.numpy(),
         batch.positions.numpy(),
         batch.block_tables.numpy(),
         block_size=batch.k_cache.shape[1],
-        tile_rows=attention.attention_tile_rows(num_heads, num_kv_heads, split=split),
+        tile_rows=rows.tile_rows,
+        tall_rows=rows.tall_rows if tall else 0,
         split=split,
     )
+    assert bool(plan[plans.NUM_TALL_ITEMS]) == tall
     if edit is not None:
         edit(plan)
     if split and scratch is None:
@@ -51,7 +56,7 @@ def attend(
     out = attention.planned_attention(
         batch.q, batch.k_cache, batch.v_cache, torch.from_numpy(plan), batch.positions.int(), head_dim**-0.5,
         batch.k_scales, batch.v_scales, scratch=scratch, out=torch.full_like(batch.q, torch.nan),
-        num_programs=num_programs,
+        num_programs=num_programs, wide_mma=wide_mma,
     )  # fmt: skip
     if scratch is not None:
         assert not scratch.counters.any()
@@ -112,6 +117,33 @@ def test_other_models(num_heads, num_kv_heads, head_dim, block_size, split) -> N
     assert_matches(batch, attend(batch, split=split))
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("head_dim", "wide_mma"), [(32, False), (32, True), (256, True)])
+def test_tall_tiles(head_dim: int, wide_mma: bool, int8: bool) -> None:
+    """Prompts beside streams of a few rows: one begins with its stream, one goes on behind an edge of a segment."""
+    wanted = [list(range(150)), [39], list(range(250, 320)), [5, 6, 7], []]
+    batch = ragged_batch(
+        [150, 40, 330, 8, 3], wanted, block_size=16, head_dim=head_dim, dtype=torch.bfloat16, int8=int8
+    )
+    out = attend(batch, split=False, tall=True, wide_mma=wide_mma)
+    assert_matches(batch, out)
+    for num_programs in (1, 20):
+        again = attend(batch, split=False, tall=True, wide_mma=wide_mma, num_programs=num_programs)
+        assert torch.equal(again, out)
+    short = [150, *range(221, 224)]
+    assert torch.equal(out[short], attend(batch, split=False)[short])  # they are no part of it
+
+
+def test_tall_tiles_never_read_later_keys() -> None:
+    batch = ragged_batch([300], [list(range(100, 300))], block_size=4, dtype=torch.bfloat16)
+    before = attend(batch, split=False, tall=True)
+    for cache in (batch.k_cache, batch.v_cache):
+        cache[batch.block_tables[0, 55:]] = torch.nan  # positions from 220 on
+    after = attend(batch, split=False, tall=True)
+    assert torch.equal(after[:120], before[:120])
+    assert after[120:].isnan().all()
+
+
 @pytest.mark.parametrize("num_rows", [3, 70])
 def test_the_contract_operator_takes_either_form(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = ragged_batch([300, 80], [[299], list(range(80 - num_rows, 79))], block_size=16)
@@ -125,7 +157,10 @@ def test_the_contract_operator_takes_either_form(num_rows: int, monkeypatch: pyt
     monkeypatch.setattr(attention, "planned_attention", observed)
     out = attention.paged_attention(*batch.arguments(32**-0.5))
     assert forms == [num_rows <= attention.SMALL_ROWS]
-    assert torch.equal(out, attend(batch, split=not forms[0]))
+    if num_rows == 3:
+        assert torch.equal(out, attend(batch, split=False))
+    else:
+        assert torch.equal(out, attend(batch, split=False, tall=True))
 
 
 def test_caches_of_another_float_dtype() -> None:

@@ -188,7 +188,7 @@ def test_launches_of_a_step(engine: Engine) -> None:
     state.block_table = [0]
     batch = build_batch([Chunk(state, 0, 3)], 16)[0]
     runner.launch(batch).wait()
-    graph = runner._small._graphs[4]  # type: ignore[attr-defined]
+    graph = runner._steps._graphs[4]  # type: ignore[attr-defined]
     with torch.inference_mode():
         kernels, others = counted(graph.replay)
     assert kernels == 6 * runner.config.num_layers + 1

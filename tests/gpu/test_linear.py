@@ -18,8 +18,10 @@ from guardengine.kernels.gpu.workspace import Workspace, allocate_workspace
 
 EPS = 1e-6
 FUSED = (NORMED, GATED, SUMMED)
-WHOLE = LinearConfig(block_n=32, block_k=64, split_k=1, num_warps=4, num_stages=3)
-SPLIT = LinearConfig(block_n=16, block_k=32, split_k=4, num_warps=4, num_stages=3)
+WHOLE = LinearConfig(block_m=32, block_n=32, block_k=64, split_k=1, num_warps=4, num_stages=3)
+SPLIT = LinearConfig(block_m=32, block_n=16, block_k=32, split_k=4, num_warps=4, num_stages=3)
+
+TALL = LinearConfig(block_m=64, block_n=16, block_k=32, split_k=4, num_warps=4, num_stages=3)
 
 
 def workspace(shape: tuple[int, ...], config: LinearConfig, max_rows: int = 64) -> Workspace:
@@ -85,7 +87,8 @@ def test_matches_the_formula(operator: str, dtype: torch.dtype, config: LinearCo
 
 
 @pytest.mark.parametrize(
-    ("operator", "config"), [(PLAIN, WHOLE), (GATED, WHOLE), *((operator, SPLIT) for operator in FUSED)]
+    ("operator", "config"),
+    [(PLAIN, WHOLE), (GATED, WHOLE), *((operator, config) for operator in FUSED for config in (SPLIT, TALL))],
 )
 def test_rows_do_not_depend_on_their_number_or_neighbours(operator: str, config: LinearConfig) -> None:
     x, weight = rand(64, 160, dtype=torch.bfloat16), rand(48, 160, dtype=torch.bfloat16)
@@ -111,13 +114,13 @@ def test_parts_are_added_in_one_order_whoever_comes_last(operator: str) -> None:
 def test_an_order_of_additions_is_a_weights_own(operator: str) -> None:
     """What the other tests rest on: another number of parts gives other bits."""
     x, weight = rand(3, 512), rand(32, 512)
-    three = LinearConfig(SPLIT.block_n, SPLIT.block_k, 3, 4, 3)
+    three = LinearConfig(32, SPLIT.block_n, SPLIT.block_k, 3, 4, 3)
     assert not torch.equal(run(operator, x, weight, SPLIT), run(operator, x, weight, three))
 
 
 def test_more_parts_than_tiles() -> None:
     x, weight = rand(3, 40), rand(20, 40)
-    empty = LinearConfig(16, 32, 4, 4, 3)
+    empty = LinearConfig(32, 16, 32, 4, 4, 3)
     exact = formula(NORMED, x, weight)
     assert_close_as_torch(run(NORMED, x, weight, empty), plain(NORMED, x, weight), exact)
 

@@ -13,7 +13,8 @@ from guardengine.kernels.gpu.plan import SEGMENT, max_plan_size, max_scratch_row
 
 
 def items_of(plan: np.ndarray) -> np.ndarray:
-    end = plans.HEADER_SIZE + plan[plans.NUM_ITEMS] * plans.ITEM_FIELDS
+    count = plan[plans.NUM_ITEMS] + plan[plans.NUM_TALL_ITEMS]
+    end = plans.HEADER_SIZE + count * plans.ITEM_FIELDS
     return plan[plans.HEADER_SIZE : end].reshape(-1, plans.ITEM_FIELDS)
 
 
@@ -29,20 +30,21 @@ class Batch:
             np.random.default_rng(0).permutation(len(wanted) * width).reshape(-1, width).astype(np.int32)
         )
 
-    def plan(self, tile_rows: int, split: bool) -> np.ndarray:
+    def plan(self, tile_rows: int, split: bool, tall_rows: int = 0) -> np.ndarray:
         return plan_attention(
             self.cu_seqlens,
             self.positions,
             self.tables,
             block_size=self.block_size,
             tile_rows=tile_rows,
+            tall_rows=tall_rows,
             split=split,
         )
 
 
-def check(batch: Batch, tile_rows: int, split: bool) -> None:
+def check(batch: Batch, tile_rows: int, split: bool, tall_rows: int = 0) -> None:
     """What the kernel relies on, item by item and in plain Python."""
-    plan = batch.plan(tile_rows, split)
+    plan = batch.plan(tile_rows, split, tall_rows)
     assert plan.dtype == np.int32
     assert plan[plans.PLAN_SIZE] == len(plan)
     owner = np.repeat(np.arange(len(batch.wanted)), np.diff(batch.cu_seqlens))
@@ -51,9 +53,12 @@ def check(batch: Batch, tile_rows: int, split: bool) -> None:
     seen: dict[int, list[tuple[int, int]]] = {row: [] for row in range(len(owner))}
     scratch: set[int] = set()
     tiles: dict[int, set[int]] = {}
-    for item in items.tolist():
+    for index, item in enumerate(items.tolist()):
         first_row, num_rows, first_key, end_key, table, segment, num_segments, scratch_row = item
-        assert 1 <= num_rows <= tile_rows
+        is_tall = index >= plan[plans.NUM_ITEMS]
+        assert 1 <= num_rows <= (tall_rows if is_tall else tile_rows)
+        of_stream = len(batch.wanted[owner[first_row]])
+        assert is_tall == (of_stream > 2 * tile_rows and tall_rows > 0 and not split)
         rows = range(first_row, first_row + num_rows)
         assert len({owner[row] for row in rows}) == 1
         assert first_key == segment * SEGMENT < end_key
@@ -82,13 +87,14 @@ def check(batch: Batch, tile_rows: int, split: bool) -> None:
         assert tiles[item[plans.FIRST_ROW]] == set(range(item[plans.NUM_SEGMENTS]))
     assert scratch == set(range(plan[plans.NUM_SCRATCH_ROWS]))
     lengths = items[:, plans.END_KEY] - items[:, plans.FIRST_KEY]
-    assert (np.diff(lengths) <= 0).all()
+    for part in np.split(lengths, [plan[plans.NUM_ITEMS]]):
+        assert (np.diff(part) <= 0).all()
 
     longest = int(batch.positions.max()) + 1 if len(owner) else 0
     used_blocks = len(plan) - first_block_id
     assert used_blocks == sum(max(rows) // batch.block_size + 1 for rows in batch.wanted if rows)
     assert plan[plans.NUM_SCRATCH_ROWS] <= max_scratch_rows(len(owner), longest)
-    assert len(plan) <= max_plan_size(len(owner), longest, used_blocks)
+    assert len(plan) <= max_plan_size(len(owner), longest, used_blocks, split=split)
 
 
 CASES: list[list[list[int]]] = [
@@ -108,6 +114,7 @@ CASES: list[list[list[int]]] = [
 @pytest.mark.parametrize("wanted", CASES)
 def test_every_row_sees_its_keys_once(wanted, tile_rows, block_size, split) -> None:
     check(Batch(wanted, block_size), tile_rows, split)
+    check(Batch(wanted, block_size), tile_rows, split, tall_rows=5 * tile_rows)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -65,7 +65,7 @@ def test_the_rule_fills_the_gpu(operator: str, shape: tuple[int, int], num_sms: 
 @pytest.mark.parametrize("max_rows", [1, 16, 17, 64])
 def test_scratch_is_enough_for_fewer_rows(max_rows: int) -> None:
     for operator, shape in WEIGHTS:
-        config = LinearConfig(64, 64, 4, 4, 4)
+        config = LinearConfig(32, 64, 64, 4, 4, 4)
         most = config.scratch(operator, num_columns(operator, shape), max_rows)
         for num_rows in range(1, max_rows + 1):
             some = config.scratch(operator, num_columns(operator, shape), num_rows)
@@ -102,7 +102,7 @@ def test_tune_of_another_operator() -> None:
 
 
 def test_a_workspace_is_as_large_as_the_largest_need() -> None:
-    config, whole = LinearConfig(16, 32, 4, 4, 3), LinearConfig(64, 64, 1, 4, 3)
+    config, whole = LinearConfig(32, 16, 32, 4, 4, 3), LinearConfig(32, 64, 64, 1, 4, 3)
     configs = {(NORMED, (40, 96)): config, (GATED, (40, 96)): config, (SUMMED, (64, 64)): whole}
     allocated = allocate_workspace(configs, "cpu", max_rows=40, others=[(100, 7)])
     # 2 tiles of 32 rows x 2 blocks x 4 parts: 32 rows of 16 gates, 16 ups and a sum of squares
