@@ -57,6 +57,7 @@ def check_device(check: Check) -> dict[str, Any]:
     import torch
 
     from guardengine import machine
+    from guardengine.bench import gpu_speed
 
     found: dict[str, Any] = {"machine": machine.machine_stamp()}
     found |= {name: _version(name) for name in ("triton", "transformers", "vllm", "sglang")}
@@ -68,6 +69,7 @@ def check_device(check: Check) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
+            "copy_bytes_per_s": gpu_speed.copy_bytes_per_s(),
             "driver": _output(
                 "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"
             ),
@@ -269,7 +271,7 @@ def _check_of(options: argparse.Namespace) -> Check:
         rows=options.rows or ((1, 3) if tiny else (1, 2, 5, 16, 17, 33, 64, 100, 700)),
         streams=options.streams or ((2,) if tiny else (1, 16, 64, 256)),
         contexts=options.contexts or ((5,) if tiny else (256, 1024, 4096, 8192)),
-        steps=2 if tiny else 50,
+        steps=options.steps or (2 if tiny else 50),
         deadline=time.perf_counter() + 60 * options.minutes,
     )
 
@@ -310,6 +312,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=numbers, metavar="N,N,...", help="of the operators that are checked")
     parser.add_argument("--streams", type=numbers, metavar="N,N,...", help="default 1,16,64,256")
     parser.add_argument("--contexts", type=numbers, metavar="N,N,...", help="default 256,1024,4096,8192")
+    parser.add_argument("--steps", type=int, metavar="N", help="timed at each point, default 50")
     parser.add_argument(
         "--minutes", type=float, default=_MINUTES, help="start nothing after this (%(default)g)"
     )

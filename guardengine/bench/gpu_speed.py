@@ -24,6 +24,21 @@ _BLOCK_SIZE = 16
 Point = tuple[int, int]  # streams, context
 
 
+def copy_bytes_per_s() -> float:
+    """What the GPU's memory does at most here: bytes read and written by a large copy, the median of ten."""
+    source = torch.randint(0, 256, (2**30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(11):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)) / 1e3)
+    return 2 * source.nbytes / statistics.median(times[1:])
+
+
 def engine_steps(
     folder: Path,
     config: ModelConfig,

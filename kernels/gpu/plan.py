@@ -98,7 +98,7 @@ def plan_attention(
         longest_first = (-lengths).argsort(kind="stable")
     else:  # a tile is an item
         longest_first = np.lexsort((-lengths, is_tall))
-        num_tall = np.count_nonzero(is_tall)
+        num_tall = int(np.count_nonzero(is_tall))
 
     header = np.zeros(HEADER_SIZE, dtype=np.int32)
     header[NUM_ITEMS] = len(items) - num_tall
