@@ -116,23 +116,29 @@ def check_engine(check: Check) -> dict[str, Any]:
     folder = cached_checkpoint(check.preset, progress=not check.interpret)
     found = {}
     for dtype in check.dtypes:
-        row = gpu_streams.check_streams(folder, check.device, dtype, is_tiny=check.interpret)
-        found[dtype] = row
-        for problem in row["problems"]:
-            check.problem(f"engine in {dtype}: {problem}")
+        for kv_dtype in ("auto",) if check.interpret else ("auto", "int8"):
+            name = dtype if kv_dtype == "auto" else f"{dtype}, int8 cache"
+            row = gpu_streams.check_streams(
+                folder, check.device, dtype, kv_dtype=kv_dtype, is_tiny=check.interpret
+            )
+            found[name] = row
+            for problem in row["problems"]:
+                check.problem(f"engine in {name}: {problem}")
     return found
 
 
 def check_sanitizer(check: Check) -> dict[str, Any]:
-    """The operators under compute-sanitizer: memory errors, races in shared memory, wrong barriers."""
+    """The operators under compute-sanitizer: memory errors, races in shared memory, wrong barriers. Not cuBLAS' own
+    kernels, with whose barriers it does not keep up."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None or check.interpret:
         return {"left_out": "compute-sanitizer is not installed" if tool is None else "there is no GPU"}
     found: dict[str, Any] = {}
     for name in _SANITIZER_TOOLS:
         command = [
-            tool, "--tool", name, "--error-exitcode", "99", sys.executable, "-P", "-m",
-            "guardengine.bench.gpu_check", "--only", "operators", "--preset", "stream-tiny", "--rows", "3,33",
+            tool, "--tool", name, "--error-exitcode", "99", "--kernel-name", "kns=_kernel", sys.executable, "-P", "-m",
+            "guardengine.bench.gpu_check", "--only", "operators", "--preset", "stream-tiny", "--rows", "3,33,70",
+            "--dtypes", "bfloat16",
         ]  # fmt: skip
         left = max(30.0, min(120.0, check.deadline - time.perf_counter()))
         try:
