@@ -40,7 +40,7 @@ def test_a_clean_run(tmp_path: Path) -> None:
     assert all(case["same_bits"] for case in cases)
     engine = record["sections"]["engine"]["float32"]
     assert engine["changed_bits"] == {}  # in the interpreter as it is patched here
-    assert engine["labels"] == 8
+    assert engine["labels"] == 8 + 15
     assert record["sections"]["speed"]["rows"][0]["step_ms"]["p50"] > 0
     assert "Nothing differs." in text
     assert "| context | streams | step ms |" in text
