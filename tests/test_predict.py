@@ -78,7 +78,8 @@ def test_assumptions_matter() -> None:
     assert ms(gap_us=3.0) - ms(gap_us=1.0) == pytest.approx(2e-3 * (6 * CONFIG.num_layers + 2))
     assert ms(bandwidth_share=0.5) > ms()
     assert ms(l2_speed=0.5) > ms()
-    assert ms(step_us=120.0) - ms() == pytest.approx(0.1)
+    assert ms(step_us=550.0) - ms() == pytest.approx(0.1)
+    assert ms(stream_us=28.0) - ms() == pytest.approx(8 * 0.01)
 
 
 def test_streams_at_a_rate_are_the_most_that_keep_up() -> None:

@@ -29,13 +29,19 @@ _MEMORY_SHARE = 0.9  # of the GPU's, for weights and KV cache
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """What is not counted. Defaults are guesses from published measurements of other engines, not our measurements."""
+    """What is not counted. Bandwidth, gaps and the host's times are fitted to steps of 0.6B measured on an H100 with a
+    Xeon (SPEED.md); L2 and multiplications are guesses from published measurements of other engines."""
 
     bandwidth_share: float = 0.85  # of the peak, while a kernel streams
     l2_speed: float = 2.5  # bandwidth of L2 over the memory's peak
     flops_share: float = 0.5  # of the peak, at 16 or 32 rows a tile
-    gap_us: float = 1.5  # between a graph's kernels: one drains, the next fills
-    step_us: float = 20.0  # of the host and the bus a step: upload, graph, download, event
+    gap_us: float = 5.0  # of each of a graph's kernels: it fills, drains, adds up its parts
+    step_us: float = (
+        450.0  # of the host and the bus a step, where it waits for each step before it begins the next
+    )
+    stream_us: float = (
+        18.0  # of the host a stream and step, the same: its place in the batch, its label, its policy
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ def predict(
     )
     num_launches = len(step.launches)
     step_s = device_s + num_launches * assumed.gap_us / 1e6
-    step_s += assumed.step_us / 1e6
+    step_s += (assumed.step_us + streams * assumed.stream_us) / 1e6
     kv = streams * -(-context // 16) * 16 * cost.kv_bytes_per_token
     weights = cost.num_weights * _ITEM_BYTES[dtype]
     return Prediction(
@@ -236,7 +242,8 @@ Steps of more than {SMALL_ROWS} rows multiply with cuBLAS.
 
 Assumed, not measured: {assumed["bandwidth_share"]:.0%} of the bandwidth and {assumed["flops_share"]:.0%} of the
 multiplications while a kernel runs, an L2 {assumed["l2_speed"]:g} times as fast as the memory, {assumed["gap_us"]:g} us
-between kernels of a graph, {assumed["step_us"]:g} us a step for upload, launch, download and event. Each has an option.
+for each kernel to fill and drain, {assumed["step_us"]:g} us a step and {assumed["stream_us"]:g} us a stream for the host,
+which in these steps waits for the device and the device for it. Each has an option.
 
 At most, within {_MEMORY_SHARE:.0%} of {gpu["memory_bytes"] / 1e9:g} GB:
 {rates}
@@ -274,6 +281,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--flops-share", type=_share, default=assumed.flops_share)
     parser.add_argument("--gap-us", type=_positive, default=assumed.gap_us)
     parser.add_argument("--step-us", type=_positive, default=assumed.step_us)
+    parser.add_argument("--stream-us", type=_positive, default=assumed.stream_us)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record, marked as a prediction")
     return parser.parse_args(arguments)
 
