@@ -97,7 +97,8 @@ def test_streams_at_a_rate_are_the_most_that_keep_up() -> None:
 
 def test_every_assumption_has_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "predicted.json"
-    given = {"bandwidth_share": 0.5, "l2_speed": 3.0, "flops_share": 0.25, "gap_us": 2.0, "step_us": 7.0}  # fmt: skip
+    given = {"bandwidth_share": 0.5, "l2_speed": 3.0, "flops_share": 0.25, "gap_us": 2.0, "step_us": 7.0,
+             "stream_us": 3.0}  # fmt: skip
     options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["--predict", "l4", "--streams", "1", "--context", "9", "--json", str(path), *options]) == 0
     assert json.loads(path.read_text())["assumptions"] == given
@@ -110,7 +111,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert text.startswith("PREDICTION, not a measurement")
-    assert "Assumed, not measured" in text
+    assert "Assumed, from steps of 0.6B on one H100" in text
     record = json.loads(path.read_text())
     assert record["kind"].startswith("PREDICTION")
     assert [row["num_launches"] for row in record["steps"]] == [170, 170]

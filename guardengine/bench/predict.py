@@ -240,10 +240,11 @@ least: over weights, keys and values once. L2 MB: what tiles read again, and a p
 fits into L2.
 Steps of more than {SMALL_ROWS} rows multiply with cuBLAS.
 
-Assumed, not measured: {assumed["bandwidth_share"]:.0%} of the bandwidth and {assumed["flops_share"]:.0%} of the
-multiplications while a kernel runs, an L2 {assumed["l2_speed"]:g} times as fast as the memory, {assumed["gap_us"]:g} us
-for each kernel to fill and drain, {assumed["step_us"]:g} us a step and {assumed["stream_us"]:g} us a stream for the host,
-which in these steps waits for the device and the device for it. Each has an option.
+Assumed, from steps of 0.6B on one H100: {assumed["bandwidth_share"]:.0%} of the bandwidth and
+{assumed["flops_share"]:.0%} of the multiplications while a kernel runs, an L2 {assumed["l2_speed"]:g} times as fast as
+the memory, {assumed["gap_us"]:g} us for each kernel to fill and drain, {assumed["step_us"]:g} us a step and
+{assumed["stream_us"]:g} us a stream for the host, which in these steps waits for the device and the device for it. Each
+has an option.
 
 At most, within {_MEMORY_SHARE:.0%} of {gpu["memory_bytes"] / 1e9:g} GB:
 {rates}
