@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -70,12 +69,13 @@ def build_batch(chunks: list[Chunk], block_size: int) -> tuple[Batch, list[list[
         ids += stream.token_ids[start : start + num_tokens]
     input_ids = np.frombuffer(ids, dtype=np.intc)
 
-    tables = [chunk.stream.block_table for chunk in chunks]
-    table_lengths = np.array([len(table) for table in tables])
+    blocks = array("i")
+    for chunk in chunks:
+        blocks += chunk.stream.block_table
+    table_lengths = np.array([len(chunk.stream.block_table) for chunk in chunks])
     block_tables = np.full((len(chunks), table_lengths.max()), -1, dtype=np.int32)
-    block_tables[np.arange(block_tables.shape[1]) < table_lengths[:, None]] = np.fromiter(
-        chain.from_iterable(tables), dtype=np.int32, count=table_lengths.sum()
-    )
+    is_used = np.arange(block_tables.shape[1]) < table_lengths[:, None]
+    block_tables[is_used] = np.frombuffer(blocks, dtype=np.intc)
     owner = np.repeat(np.arange(len(chunks)), lengths)
     slots = (
         block_tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
@@ -95,17 +95,17 @@ def build_batch(chunks: list[Chunk], block_size: int) -> tuple[Batch, list[list[
         label_counts.append(len(label_index) - before)
         completed.append(labels)
 
-    def tensor(values: npt.NDArray[np.integer], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(values).to(dtype)
+    def tensor(values: npt.NDArray[np.integer], dtype: type[np.integer] = np.int64) -> Tensor:
+        return torch.from_numpy(values.astype(dtype, copy=False))
 
     index = np.array(label_index, dtype=np.int64)
     batch = Batch(
         input_ids=tensor(input_ids),
-        rows=Rows(tensor(positions), tensor(cu_seqlens, torch.int32)),
+        rows=Rows(tensor(positions), tensor(cu_seqlens, np.int32)),
         slot_mapping=tensor(slots),
-        block_tables=tensor(block_tables, torch.int32),
+        block_tables=tensor(block_tables, np.int32),
         label_index=tensor(index),
-        label_rows=Rows(tensor(positions[index]), tensor(_cumulative(np.array(label_counts)), torch.int32)),
+        label_rows=Rows(tensor(positions[index]), tensor(_cumulative(np.array(label_counts)), np.int32)),
     )
     return batch, completed
 

@@ -159,9 +159,9 @@ class BlockPool:
         name, table = stream.stream_id, stream.block_table
         num_computed, num_scheduled = stream.num_computed_tokens, stream.num_scheduled_tokens
         if len(set(table)) != len(table):
-            raise IntegrityError(f"{name}: a block appears twice in its table {table}")
+            raise IntegrityError(f"{name}: a block appears twice in its table {table.tolist()}")
         if table and not 0 <= min(table) <= max(table) < self.num_blocks:
-            raise IntegrityError(f"{name}: its table {table} has a block outside the cache")
+            raise IntegrityError(f"{name}: its table {table.tolist()} has a block outside the cache")
         if not 0 <= num_computed <= num_scheduled <= stream.num_tokens:
             raise IntegrityError(
                 f"{name}: {num_computed} computed, {num_scheduled} scheduled of {stream.num_tokens} tokens"

@@ -215,7 +215,7 @@ class EngineCore:
         branch = parent.copy(self._admit(ticket))
         shared = parent.block_table[: self.pool.blocks_for(parent.num_scheduled_tokens)]
         self.pool.share(shared)
-        branch.block_table = list(shared)
+        branch.block_table = shared
         branch.num_computed_tokens = parent.num_computed_tokens
         branch.num_scheduled_tokens = parent.num_scheduled_tokens
         found = self._found.get(parent.stream_id)

@@ -7,6 +7,7 @@ on. What none of these can give is refused.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -61,7 +62,7 @@ class Residency:
             hit = cache.match(stream)
             labels = hit.labels
             pool.share(hit.blocks)
-            stream.block_table = hit.blocks
+            stream.block_table = array("i", hit.blocks)
             stream.num_scheduled_tokens = len(hit.blocks) * pool.block_size
         try:
             self._make_room(stream, self._reserve_blocks if is_new else 0)

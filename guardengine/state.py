@@ -82,7 +82,7 @@ class StreamState:
     num_scheduled_tokens: int = 0
     num_computed_tokens: int = 0
     num_seen_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: array[int] = field(default_factory=lambda: array("i"))  # copied whole into every batch
     block_digests: list[bytes] = field(default_factory=list)  # of full blocks, as far as they were needed
     wanted: list[Wanted] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)  # role "assistant"
@@ -124,6 +124,11 @@ class StreamState:
 
     def wanted_in(self, start: int, end: int) -> list[Wanted]:
         """The wanted labels at positions start..end-1."""
+        wanted = self.wanted
+        if (
+            wanted and start <= wanted[0].position and wanted[-1].position < end
+        ):  # as a rule: of what was appended
+            return wanted[:]
         first = bisect_left(self.wanted, start, key=_position)
         return self.wanted[first : bisect_left(self.wanted, end, lo=first, key=_position)]
 

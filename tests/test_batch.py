@@ -1,5 +1,7 @@
 """build_batch(): exact tensors of hand-made chunks."""
 
+from array import array
+
 import torch
 
 from guardengine import Policy
@@ -9,7 +11,7 @@ from guardengine.state import StreamState, Wanted
 
 
 def stream(name: str, ids: range, num_computed: int, table: list[int], wanted: list[Wanted]) -> StreamState:
-    state = StreamState(name, Policy.strict(), [], block_table=table, wanted=wanted)
+    state = StreamState(name, Policy.strict(), [], block_table=array("i", table), wanted=wanted)
     state.token_ids.extend(ids)
     state.num_computed_tokens = num_computed
     return state

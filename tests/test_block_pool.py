@@ -35,7 +35,7 @@ def branch_of(pool: BlockPool, parent: StreamState, name: str = "branch") -> Str
 def test_table_covers_tokens_exactly(num_tokens: int, num_blocks: int) -> None:
     pool = BlockPool(4, block_size=4)
     state = grown(pool, num_tokens)
-    assert state.block_table == list(range(num_blocks))
+    assert state.block_table.tolist() == list(range(num_blocks))
     assert pool.num_free == 4 - num_blocks
     pool.check_integrity([state])
 
@@ -44,15 +44,15 @@ def test_growing_within_a_block_takes_none() -> None:
     pool = BlockPool(4, block_size=4)
     state = grown(pool, 5)
     pool.grow(state, 8, no_copy)
-    assert state.block_table == [0, 1]
+    assert state.block_table.tolist() == [0, 1]
 
 
 def test_tails_are_reused_first() -> None:
     pool = BlockPool(4, block_size=4)
     first = grown(pool, 12)
     pool.shrink(first, 4)
-    assert first.block_table == [0]
-    assert grown(pool, 12, name="second").block_table == [1, 2, 3]
+    assert first.block_table.tolist() == [0]
+    assert grown(pool, 12, name="second").block_table.tolist() == [1, 2, 3]
 
 
 def test_too_few_blocks_changes_nothing() -> None:
@@ -61,7 +61,7 @@ def test_too_few_blocks_changes_nothing() -> None:
     second = stream(8, name="second")
     with pytest.raises(Overloaded, match=r"2 KV cache blocks of 4 tokens are needed and 1 of 4 are free"):
         pool.grow(second, 8, no_copy)
-    assert second.block_table == []
+    assert second.block_table.tolist() == []
     assert pool.num_free == 1
     pool.check_integrity([first])
 
@@ -74,7 +74,7 @@ def test_a_shared_partial_block_is_copied_before_it_is_written() -> None:
     copies: list[tuple[int, int]] = []
     pool.grow(branch, 7, lambda *copy: copies.append(copy))
     assert copies == [(1, 2)]
-    assert (parent.block_table, branch.block_table) == ([0, 1], [0, 2])
+    assert (parent.block_table.tolist(), branch.block_table.tolist()) == ([0, 1], [0, 2])
     # The parent is alone on its block now and writes in place.
     parent.token_ids.append(9)
     pool.grow(parent, 7, no_copy)
@@ -87,7 +87,7 @@ def test_a_copy_that_does_not_fit_changes_nothing() -> None:
     branch = branch_of(pool, parent)
     with pytest.raises(Overloaded, match="1 KV cache blocks"):
         pool.grow(branch, 7, no_copy)
-    assert branch.block_table == [0, 1]
+    assert branch.block_table.tolist() == [0, 1]
     pool.check_integrity([parent, branch])
 
 
@@ -97,7 +97,7 @@ def test_a_copy_that_fails_changes_nothing() -> None:
     branch = branch_of(pool, parent)
     with pytest.raises(AssertionError, match="block 1 copied to 2"):
         pool.grow(branch, 15, no_copy)
-    assert branch.block_table == [0, 1]
+    assert branch.block_table.tolist() == [0, 1]
     pool.check_integrity([parent, branch])
 
 
@@ -107,7 +107,7 @@ def test_a_full_shared_block_is_never_copied() -> None:
     branch = branch_of(pool, parent)
     branch.token_ids.append(9)
     pool.grow(branch, 9, no_copy)
-    assert branch.block_table == [0, 1, 2]
+    assert branch.block_table.tolist() == [0, 1, 2]
 
 
 def test_a_block_is_free_only_when_its_last_holder_lets_go() -> None:

@@ -6,6 +6,7 @@ The device is a queue that does nothing until somebody waits, so memory that is 
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def batch_of(
     for index, length in enumerate(lengths):
         blocks = -(-(start + length) // BLOCK_SIZE)
         state = StreamState(f"s{index}", Policy.strict(), [])
-        state.block_table = list(range(first_block, first_block + blocks))
+        state.block_table = array("i", range(first_block, first_block + blocks))
         state.token_ids.extend(rng.integers(0, 500, start + length).tolist())
         state.num_computed_tokens = start
         positions = range(start, start + length) if wanted is None else wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def test_launches_of_a_step(engine: Engine) -> None:
     runner = engine.core.runner
     state = StreamState("s", None, [])  # type: ignore[arg-type]
     state.token_ids.extend(ids_of(3))
-    state.block_table = [0]
+    state.block_table = array("i", [0])
     batch = build_batch([Chunk(state, 0, 3)], 16)[0]
     runner.launch(batch).wait()
     graph = runner._steps._graphs[4]  # type: ignore[attr-defined]
