@@ -166,8 +166,10 @@ class Calls:
         if append.future.done() or append.is_computed:  # its labels are on their way
             return
         append.failure = "overload" if append.is_refused and self.claim(append) else "timeout"
-        append.unrecorded[:] = [other for other in append.unrecorded if not other.is_recorded]
-        append.unrecorded.append(append)
+        unrecorded = append.unrecorded
+        append.unrecorded = []  # a list that it is in itself would keep both for the garbage collector
+        unrecorded[:] = [other for other in unrecorded if not other.is_recorded]
+        unrecorded.append(append)
         append.future.set_result(append.labels_by_now())
         self.send(Missed(append))
 

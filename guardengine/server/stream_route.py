@@ -50,13 +50,10 @@ class Connection:
     """One WebSocket and its streams."""
 
     def __init__(self, websocket: WebSocket, service: Service, engine: AsyncEngine, tenant: str) -> None:
-        self._websocket, self._service, self._engine = websocket, service, engine
+        self._websocket, self._service, self._engine, self._tenant = websocket, service, engine, tenant
         self._events: asyncio.Queue[Event] = asyncio.Queue(service.settings.max_queued_events)
         self._sessions: dict[str, StreamSession] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
         self._is_drained = asyncio.Event()
-        self._draining: Event | None = None
-        self._link = Link(service, engine, tenant, self._events.put, self._branch, self._forget)
 
     async def run(self) -> None:
         """Serve until the client or the server ends it."""
@@ -64,26 +61,30 @@ class Connection:
             tasks = [
                 asyncio.create_task(part) for part in (self._read(), self._write(), self._is_drained.wait())
             ]
-            close = (1001, "the server is shutting down")
             try:
                 finished, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in finished:
-                    if isinstance(result := task.result(), tuple):
-                        close = result
-                if tasks[2] in finished:
+                if finished == {tasks[2]}:
                     await self._flush()
-            except WebSocketDisconnect:
-                pass
-            except TimeoutError:
-                close = (1008, "events were not read in time")
-            except Exception as error:
-                close = (1011, "the server failed")
-                log_error(error, with_message=self._service.settings.log_text)
             finally:
-                await _end(tasks)  # first, as one of them makes sessions
+                ended = await _end(tasks)  # first, as one of them makes sessions
                 await _end([session.task for session in self._sessions.values() if session.task is not None])
             with contextlib.suppress(Exception):  # gone already
-                await asyncio.wait_for(self._websocket.close(*close), 1.0)
+                async with asyncio.timeout(1.0):  # wait_for may leave a task and its error holding each other
+                    await self._websocket.close(*self._closing(ended))
+
+    def _closing(self, ended: list[Any]) -> tuple[int, str]:
+        """The code and the reason to close with, by what the tasks came to. Their errors are not raised here: one that
+        had passed through a call that holds its task would keep both for the garbage collector."""
+        if not any(isinstance(outcome, WebSocketDisconnect) for outcome in ended):
+            for outcome in ended:
+                if isinstance(outcome, tuple):
+                    return outcome
+                if isinstance(outcome, TimeoutError):
+                    return 1008, "events were not read in time"
+                if isinstance(outcome, Exception):
+                    log_error(outcome, with_message=self._service.settings.log_text)
+                    return 1011, "the server failed"
+        return 1001, "the server is shutting down"
 
     # -- frames --------------------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ class Connection:
         if isinstance(operation, Open):
             self._service.drain.check()
             self._check_new(operation.stream)
-            session = StreamSession.start(self._link, operation)
+            session = StreamSession.start(self._link(), operation)
             self._sessions[operation.stream] = session
             return
         found = self._sessions.get(operation.stream)
@@ -132,6 +133,10 @@ class Connection:
                 param="stream",
             )
         await found.put(operation)
+
+    def _link(self) -> Link:
+        """Made for each stream: one that is kept here would keep this connection for the garbage collector."""
+        return Link(self._service, self._engine, self._tenant, self._events.put, self._branch, self._forget)
 
     def _check_new(self, name: str) -> None:
         most = self._service.settings.max_streams_per_connection
@@ -201,10 +206,11 @@ class Connection:
         }
 
 
-async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
+    """Cancel tasks and wait for them; returns their results, errors included."""
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    return await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _check_origin(websocket: WebSocket, service: Service) -> None:

@@ -132,6 +132,7 @@ class StreamSession:
         finally:
             self._link.forget(self.name)
             service.metrics.streams.dec()
+            self.task = None  # whose error, where it was cancelled, holds this call
 
     async def _serve(self) -> str:
         """Run operations to the end; returns why it came."""
