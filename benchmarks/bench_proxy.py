@@ -4,8 +4,9 @@
     python benchmarks/bench_proxy.py /tmp/guard --rate 8 --json benchmarks/results/proxy-NAME.json
 
 The upstream is a fake one that sends each word at its time, in a process of its own; the proxy is another, the clients
-are this one. Both ways are measured in the same run, taking turns. Times are also given in the guard's own steps: the
-median time of a step of as many streams with a token each, measured first.
+are this one. As in `guardengine proxy`, none of them stops to look for garbage in what it has loaded. Both ways are
+measured in the same run, taking turns. Times are also given in the guard's own steps: the median time of a step of as
+many streams with a token each, measured first.
 
 "First text" is shown when the guard has what settles it, which is the next word: `beyond hold-back` takes that one
 interval off. Every word is counted; with the policy given here nothing is blocked.
@@ -34,6 +35,7 @@ from starlette.responses import StreamingResponse
 from guardengine import AsyncEngine, Engine, Policy
 from guardengine.bench.report import check_writable, write_json
 from guardengine.machine import machine_stamp
+from guardengine.server.serve import collect_rarely
 
 QUESTION = "How would one go about building a small shed in the garden?"
 OPEN = Policy.loose(risk_thresholds={"Unsafe": 1.0})  # random weights would block
@@ -74,6 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     print(f"a step of {options.streams} streams, a token each: {1e3 * step_s:.1f} ms", flush=True)
     result: dict[str, Any] = {"machine": machine_stamp(), "options": asked, "step_ms": 1e3 * step_s}
     seen: dict[str, list[list[float]]] = {"direct": [], "proxy": []}
+    collect_rarely()
     with part("upstream", options) as upstream, part("proxy", options, upstream) as proxy:
         asyncio.run(replies(proxy, options, 2))  # warm
         for _ in range(options.rounds):
@@ -168,6 +171,7 @@ async def run_app(app: Any) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
     host, port = server.servers[0].sockets[0].getsockname()[:2]
+    collect_rarely()
     print(f"http://{host}:{port}", flush=True)
     await running
 
