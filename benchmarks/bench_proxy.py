@@ -36,6 +36,7 @@ from starlette.responses import StreamingResponse
 from guardengine import AsyncEngine, Engine, Policy
 from guardengine.bench.report import check_writable, write_json
 from guardengine.machine import machine_stamp
+from guardengine.proxy.command import MAX_STEP_MS
 from guardengine.server.serve import collect_rarely
 
 QUESTION = "How would one go about building a small shed in the garden?"
@@ -64,7 +65,12 @@ def main() -> None:
     parser.add_argument(
         "--prompt-words", type=int, default=200, help="of each of those (default: %(default)s)"
     )
-    parser.add_argument("--max-step-ms", type=float, help="of the guard (default: no limit)")
+    parser.add_argument(
+        "--max-step-ms",
+        type=float,
+        default=MAX_STEP_MS,
+        help="of the guard (default: %(default)s, the proxy's)",
+    )
     parser.add_argument("--quantization", default="int8", help="int8, w8a8 or none (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of the guard (default: one a core)")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -147,7 +153,7 @@ def part(name: str, options: argparse.Namespace, url: str = "") -> Iterator[str]
     command = [sys.executable, "-P", __file__, str(options.checkpoint), "--part", name, "--url", url]
     command += ["--quantization", options.quantization]
     command += [] if options.threads is None else ["--threads", str(options.threads)]
-    command += [] if options.max_step_ms is None else ["--max-step-ms", str(options.max_step_ms)]
+    command += ["--max-step-ms", str(options.max_step_ms)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         if process.stdout is None:
             raise RuntimeError("the part has no output")
