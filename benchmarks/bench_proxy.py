@@ -4,8 +4,9 @@
     python benchmarks/bench_proxy.py /tmp/guard --rate 8 --json benchmarks/results/proxy-NAME.json
 
 The upstream is a fake one that sends each word at its time, in a process of its own; the proxy is another, the clients
-are this one. Both ways are measured in the same run, taking turns. Times are also given in the guard's own steps: the
-median time of a step of as many streams with a token each, measured first.
+are this one. As in `guardengine proxy`, none of them stops to look for garbage in what it has loaded. Both ways are
+measured in the same run, taking turns. Times are also given in the guard's own steps: the median time of a step of as
+many streams with a token each, measured first.
 
 "First text" is shown when the guard has what settles it, which is the next word: `beyond hold-back` takes that one
 interval off. Every word is counted; with the policy given here nothing is blocked.
@@ -17,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -34,8 +36,11 @@ from starlette.responses import StreamingResponse
 from guardengine import AsyncEngine, Engine, Policy
 from guardengine.bench.report import check_writable, write_json
 from guardengine.machine import machine_stamp
+from guardengine.proxy.command import MAX_STEP_MS
+from guardengine.server.serve import collect_rarely
 
 QUESTION = "How would one go about building a small shed in the garden?"
+WORDS = ("shed", "garden", "timber", "roof", "window", "paint", "ladder", "nail")  # of others' prompts
 OPEN = Policy.loose(risk_thresholds={"Unsafe": 1.0})  # random weights would block
 
 
@@ -50,6 +55,22 @@ def main() -> None:
     )
     parser.add_argument("--words", type=int, default=64, help="of a reply (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of both ways (default: %(default)s)")
+    parser.add_argument(
+        "--prompts",
+        type=float,
+        default=0.0,
+        metavar="RATE",
+        help="further conversations that begin each second, each with a prompt of its own (default: none)",
+    )
+    parser.add_argument(
+        "--prompt-words", type=int, default=200, help="of each of those (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-step-ms",
+        type=float,
+        default=MAX_STEP_MS,
+        help="of the guard (default: %(default)s, the proxy's)",
+    )
     parser.add_argument("--quantization", default="int8", help="int8, w8a8 or none (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of the guard (default: one a core)")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -74,6 +95,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     print(f"a step of {options.streams} streams, a token each: {1e3 * step_s:.1f} ms", flush=True)
     result: dict[str, Any] = {"machine": machine_stamp(), "options": asked, "step_ms": 1e3 * step_s}
     seen: dict[str, list[list[float]]] = {"direct": [], "proxy": []}
+    collect_rarely()
     with part("upstream", options) as upstream, part("proxy", options, upstream) as proxy:
         asyncio.run(replies(proxy, options, 2))  # warm
         for _ in range(options.rounds):
@@ -98,7 +120,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def engine_options(options: argparse.Namespace) -> dict[str, Any]:
     quantization = None if options.quantization == "none" else options.quantization
     threads = {} if options.threads is None else {"num_threads": options.threads}
-    return {"quantization": quantization, "kv_cache_bytes": 2**29, "max_model_len": 2048, **threads}
+    return {
+        "quantization": quantization,
+        "kv_cache_bytes": 2**29,
+        "max_model_len": 2048,
+        "max_step_ms": options.max_step_ms,
+        **threads,
+    }
 
 
 def guard_step(options: argparse.Namespace) -> float:
@@ -125,6 +153,7 @@ def part(name: str, options: argparse.Namespace, url: str = "") -> Iterator[str]
     command = [sys.executable, "-P", __file__, str(options.checkpoint), "--part", name, "--url", url]
     command += ["--quantization", options.quantization]
     command += [] if options.threads is None else ["--threads", str(options.threads)]
+    command += ["--max-step-ms", str(options.max_step_ms)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         if process.stdout is None:
             raise RuntimeError("the part has no output")
@@ -168,6 +197,7 @@ async def run_app(app: Any) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
     host, port = server.servers[0].sockets[0].getsockname()[:2]
+    collect_rarely()
     print(f"http://{host}:{port}", flush=True)
     await running
 
@@ -194,7 +224,8 @@ async def replies(url: str, options: argparse.Namespace, num_words: int) -> list
         await asyncio.sleep(delay_s)  # streams are not in step
         began, times = time.perf_counter(), list[float]()
         async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-            response.raise_for_status()
+            if response.is_error:
+                raise RuntimeError(f"status {response.status_code}: {(await response.aread())[:300]!r}")
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
                     text = json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
@@ -203,9 +234,29 @@ async def replies(url: str, options: argparse.Namespace, num_words: int) -> list
             raise RuntimeError(f"{len(times)} of {num_words} words came")
         return times
 
+    async def read(client: httpx.AsyncClient, asked: dict[str, Any]) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            await client.post(f"{url}/v1/chat/completions", json=asked)
+
+    async def begin_others(client: httpx.AsyncClient) -> None:
+        while True:
+            await asyncio.sleep(1 / options.prompts)
+            prompt = " ".join(
+                f"{random.choice(WORDS)}{random.randrange(10)}" for _ in range(options.prompt_words)
+            )
+            other = body | {"messages": [{"role": "user", "content": prompt}], "seed": 1}
+            others.append(asyncio.create_task(read(client, other)))
+
+    others: list[asyncio.Task[Any]] = []
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+        if options.prompts:
+            others.append(asyncio.create_task(begin_others(client)))
         delays = [number / options.streams / options.rate for number in range(options.streams)]
-        return await asyncio.gather(*(one(client, delay) for delay in delays))
+        times = await asyncio.gather(*(one(client, delay) for delay in delays))
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        return times
 
 
 def milliseconds(seconds: list[float]) -> dict[str, float]:

@@ -248,9 +248,10 @@ class AsyncEngine:
     def _opened(
         self, state: StreamState, turn: Future, unrecorded: list[Append]
     ) -> tuple[AsyncStream, Append]:
-        """A handle on a new stream, whose `turn` is done when all of its tokens are. On the thread, so that a handle
-        that nobody waits for any more closes its stream."""
-        append = Append(state, turn, unrecorded, end=state.num_tokens)
+        """A handle on a new stream, whose `turn` is done when all of its labels are there. On the thread, so that a
+        handle that nobody waits for any more closes its stream."""
+        end = state.wanted[-1].position + 1  # not the header of a reply that is empty
+        append = Append(state, turn, unrecorded, end=end)
         self.thread.expect(append)
         return AsyncStream(self, self.thread, state, turn, unrecorded), append
 

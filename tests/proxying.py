@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,13 @@ class Upstream:
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join(10)
+
+    def wait_until_left(self, num_left: int) -> None:
+        """Until the proxy has hung up as often; it may have answered its client before."""
+        deadline = time.monotonic() + 10
+        while self.num_left < num_left and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert self.num_left == num_left
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_open += 1

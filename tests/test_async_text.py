@@ -56,6 +56,38 @@ async def opened(engine: AsyncEngine, **options: Any) -> AsyncStream:
 # -- the sync engine's -------------------------------------------------------------------------------------
 
 
+HISTORY = [USER, {"role": "assistant", "content": "Here."}]
+
+
+@pytest.mark.parametrize("before", [[], HISTORY, [{"role": "system", "content": "Be brief."}, *HISTORY]])
+def test_a_reply_that_is_opened_empty(folder, before) -> None:
+    """Its header is fed with the prompt, and the rest is as without; the prompt's label does not wait for it."""
+    messages = [*before, USER]
+
+    async def use(engine: AsyncEngine, _: Launches) -> None:
+        async with asyncio.timeout(20):
+            plain = await engine.open(messages)
+            await plain.prompt()
+            ahead = await engine.open([*messages, {"role": "assistant", "content": ""}], cache_salt="another")
+            label = await ahead.prompt()
+            await settled(engine)
+            template = engine.engine._chat.assistant_preamble()  # type: ignore[union-attr]
+            assert ahead.token_ids == plain.token_ids + template
+            assert label is not None
+            assert (label.position, ahead.labels) == (plain.num_tokens - 1, [])
+            for stream in (plain, ahead):
+                for delta in deltas(REPLY):
+                    await stream.append_text(delta)
+                await stream.finish_text()
+            assert ahead.token_ids == plain.token_ids
+            assert same(ahead.labels, plain.labels)
+            assert ahead.verdict == plain.verdict
+
+    num_tokens = sync_engine(folder)._chat.render(messages).prompt_end + 1  # type: ignore[union-attr]
+    for budget in (num_tokens, num_tokens + 3, 2048):  # the header is cut off, cut in two, or not
+        with_engine(folder, use, max_num_batched_tokens=budget)
+
+
 @pytest.mark.parametrize("encode", [str, str.encode, lambda text: bytearray(text.encode())])
 def test_labels_spans_and_cleared_text_are_those_of_engine(folder, encode) -> None:
     policy = lenient(hold_back=2)

@@ -67,7 +67,7 @@ def test_a_safe_stream_is_the_upstreams_bytes(proxy, upstream) -> None:
         chunk(None, "stop"),
         USAGE,
     ]
-    streams(upstream, *frames, b"data: [DONE]\n\n")
+    streams(upstream, b"".join(frames), DONE)  # at once: what is cleared in part goes out in pieces
     reply = proxy.stream()
     verdicts = reply.bytes.split(b": guardengine ")[1]
     assert reply.bytes == b"".join(frames) + b": guardengine " + verdicts
@@ -76,6 +76,33 @@ def test_a_safe_stream_is_the_upstreams_bytes(proxy, upstream) -> None:
     assert reply.headers["x-guardengine-prompt-action"] == "allow"
     assert reply.headers["content-type"].startswith("text/event-stream")
     settle(proxy)
+
+
+def test_the_first_word_does_not_wait_for_the_replys_header(proxy, upstream) -> None:
+    """The template's tokens before a reply are computed with the prompt, and once for all choices."""
+    chat = proxy.engine.engine._chat
+    asked = {"role": "user", "content": "Which way is it to the station, once more?"}
+    num_before = chat.render([asked]).prompt_end + 1 + len(chat.assistant_preamble())
+    counted: list[int] = []
+
+    def count() -> int:
+        return proxy.run(proxy.engine.stats())["tokens_computed"]
+
+    def script(_: Any) -> Any:
+        for _ in range(40):
+            if count() == start + num_before:
+                break
+            yield 0.05
+        counted.append(count() - start)
+        yield from sse(
+            chunk(" left"), chunk(" left", index=1), chunk(None, "stop"), chunk(None, "stop", 1), DONE
+        )
+
+    start, upstream.script = count(), script
+    assert proxy.stream(n=2, messages=[asked]).text(1) == " left"
+    settle(proxy)
+    assert counted == [num_before]
+    assert count() - start == num_before + 2 * 2  # a word and <|im_end|>
 
 
 def test_comments_do_not_wait(proxy, upstream) -> None:
@@ -87,20 +114,13 @@ def test_comments_do_not_wait(proxy, upstream) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_events_are_found_wherever_the_bytes_are_cut(proxy, upstream, size: int) -> None:
-    whole = b"".join(
-        [
-            chunk("One"),
-            chunk(" two").replace(b"\n\n", b"\r\n\r\n"),
-            b": x\r\n\r\n",
-            chunk(" three", "stop"),
-            DONE,
-        ]
-    )
+    first = chunk("One") + chunk(" two").replace(b"\n\n", b"\r\n\r\n")
+    whole = first + b": x\r\n\r\n" + chunk(" three", "stop") + DONE
     streams(upstream, *(whole[at : at + size] for at in range(0, len(whole), size)))
     reply = proxy.stream()
-    assert reply.bytes.replace(b": x\r\n\r\n", b"").startswith(
-        whole[: -len(DONE)].replace(b": x\r\n\r\n", b"")
-    )
+    assert reply.bytes.replace(b": x\r\n\r\n", b"").startswith(first)
+    reply = reply._replace(bytes=reply.bytes.replace(b"\r\n", b"\n"))
+    assert (reply.text(), reply.finish(), reply.is_done) == ("One two three", "stop", True)
 
 
 def test_a_large_event_is_shown_in_pieces(proxy, upstream) -> None:
@@ -151,7 +171,7 @@ def test_a_cut(proxy, upstream) -> None:
     reply = proxy.stream()
     assert (reply.text(), reply.finish(), reply.is_done) == ("Take a", "content_filter", True)
     assert reply.verdicts["choices"][0]["verdict"]["rule"] == "debounce"
-    assert upstream.num_left == left + 1
+    upstream.wait_until_left(left + 1)
     assert b"bomb" not in reply.bytes
     assert reply.chunks[-1] == {
         "id": "chatcmpl-1",
@@ -253,7 +273,7 @@ def test_log_probabilities_do_not_run_ahead(proxy, upstream) -> None:
         return event(value)
 
     safe = [logged("One", ["One"]), logged("", [" two"]), logged(" two", []), chunk(" 3", "stop")]
-    streams(upstream, *safe, DONE)
+    streams(upstream, b"".join(safe), DONE)
     assert b"".join(safe) in proxy.stream().bytes
     streams(upstream, logged("One", ["One"]), logged("", [" bo", "mb", " x"]), logged(" ok", []), HANG)
     reply = proxy.stream()
@@ -285,7 +305,8 @@ def test_choices_are_judged_apart(proxy, upstream) -> None:
     assert USAGE in reply.bytes
     assert [each["verdict"]["action"] for each in reply.verdicts["choices"]] == ["allow", "block"]
     once = proxy.metric("guardengine:prompt_tokens_total") - prompts
-    assert once == proxy.engine.engine._chat.render([USER]).prompt_end + 1
+    chat = proxy.engine.engine._chat
+    assert once == chat.render([USER]).prompt_end + 1 + len(chat.assistant_preamble())
     streams(
         upstream,
         chunk("a bomb", index=0),
@@ -350,7 +371,7 @@ def test_a_blocked_prompt(proxy, upstream, bad_prompt, stream) -> None:
     assert found.json()["error"]["guardengine"]["rule"] == "prompt"
     assert found.headers["x-guardengine-prompt-action"] == "block"
     assert b"Sure" not in found.content
-    assert upstream.num_left - left == len(upstream.asked) - asked
+    upstream.wait_until_left(left + len(upstream.asked) - asked)
     settle(proxy)
 
 

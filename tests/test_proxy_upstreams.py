@@ -225,10 +225,7 @@ def test_a_client_that_leaves(proxy, upstream, when) -> None:
             assert b"One" in client.recv(10_000) + client.recv(10_000)
         while len(upstream.asked) == num_asked:
             time.sleep(0.01)
-    deadline = time.monotonic() + 10
-    while upstream.num_left == left and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert upstream.num_left == left + 1
+    upstream.wait_until_left(left + 1)
     settle(proxy)
 
 

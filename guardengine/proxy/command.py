@@ -27,6 +27,7 @@ _LIMITS = (
     ("request-timeout-s", float, "until the end of its answer (default: 600)"),
     ("drain-timeout-s", float, "that replies have to finish after SIGTERM"),
 )
+MAX_STEP_MS = 50.0  # readers wait for a step, which may have others' prompts
 _FAILURES = (
     ("on-error", "text that could not be judged because the guard failed"),
     ("on-timeout", "text that was not judged in time"),
@@ -95,7 +96,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add_options(parser.add_argument_group("engine"), ENGINE)
     add_options(parser.add_argument_group("limits"), _TIMES + _SIZES + _LIMITS)
     add_logs(parser)
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, max_step_ms=MAX_STEP_MS)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -146,6 +146,8 @@ class Exchange:
     async def _judge_prompt(self) -> Verdict:
         """The policy on the prompt. Makes a guard for each choice where that lets it pass."""
         settings, policy, messages = self._proxy.settings, self._policy, self._call.messages
+        if messages[-1]["role"] != "assistant":  # its header now, or the reply's first word would wait for it
+            messages = [*messages, {"role": "assistant", "content": ""}]
         try:
             async with asyncio.timeout(settings.prompt_timeout_s + _SLACK_S):
                 await check_long(self._engine, (message["content"] for message in messages))

@@ -80,11 +80,7 @@ async def listen(
 ) -> None:
     """Run an app until it is told to go, and say on stdout what it does and where. Raises ConfigError for certificates
     that cannot be read."""
-    # What loading has made stays: looking through it again and again for garbage takes hundreds of milliseconds. So
-    # does looking through a thousand connections, which hold nothing that only the collector can free: rarely, then.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLDS)
+    collect_rarely()
     server = GuardServer(app, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
     running = asyncio.create_task(server.serve([listener]))
     while not server.started and not running.done():
@@ -97,6 +93,15 @@ async def listen(
         await running
     except OSError as error:  # of the certificate's files
         raise ConfigError(f"cannot serve: {error}") from None
+
+
+def collect_rarely() -> None:
+    """Let the garbage collector look at what is made from now on, and seldom."""
+    # What loading has made stays: looking through it again and again takes hundreds of milliseconds, in which nothing
+    # else runs. So does looking through a thousand connections, which hold nothing that only the collector can free.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def warn_without_keys(settings: ServerSettings, host: str, port: int) -> None:
