@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         WrongLoop,
         WrongThread,
     )
+    from guardengine.garbage import collect_rarely
     from guardengine.guarded_reply import guarded, guarded_sync
     from guardengine.intervention import intervene
     from guardengine.labels import GenModeration, Label, Moderation, Verdict
@@ -69,6 +70,7 @@ _HOME = {
     "Verdict": "labels",
     "WrongLoop": "errors",
     "WrongThread": "errors",
+    "collect_rarely": "garbage",
     "guarded": "guarded_reply",
     "guarded_sync": "guarded_reply",
     "intervene": "intervention",
@@ -104,6 +106,7 @@ __all__ = [
     "WrongLoop",
     "WrongThread",
     "__version__",
+    "collect_rarely",
     "guarded",
     "guarded_sync",
     "intervene",

@@ -62,10 +62,11 @@ TORCH_FREE = (
     "thinking",
     "unicode_rules",
     "upstream_key",
+    "garbage",
 )
 # Lower layers never import higher ones; names on one line do not import each other.
 LAYERS = (
-    ("errors", "_version", "byte_level", "unicode_rules", "lm_head", "thinking"),
+    ("errors", "_version", "garbage", "byte_level", "unicode_rules", "lm_head", "thinking"),
     ("labels", "config", "foreign_ids", "upstream_key"),
     ("policy", "text_books", "gen.parse"),
     ("gen.grammar",),

@@ -16,6 +16,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from guardengine.async_engine import AsyncEngine
 from guardengine.errors import ServerError
+from guardengine.garbage import collect_rarely
 from guardengine.hub import resolve_checkpoint
 from guardengine.on_ray.lag import LAG, LagPolicy
 from guardengine.on_ray.scale import Scale
@@ -71,6 +72,7 @@ class Guard:
         for kind, path in served.paths().items():
             own = {name: value for name, value in options.items() if kind == "stream" or name != "audit_log"}
             self._engines[kind] = await AsyncEngine.from_pretrained(path, **own)
+        collect_rarely()
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import socket
@@ -16,6 +15,7 @@ from fastapi import FastAPI
 from guardengine.async_engine import AsyncEngine
 from guardengine.config import ModelConfig
 from guardengine.errors import CheckpointError, ConfigError
+from guardengine.garbage import collect_rarely
 from guardengine.hub import resolve_checkpoint
 from guardengine.server.app import create_app
 from guardengine.server.run import GuardServer
@@ -23,7 +23,6 @@ from guardengine.server.settings import ServerSettings
 
 logger = logging.getLogger("guardengine.server")
 
-_GC_THRESHOLDS = (10_000, 20, 50)  # a full collection after ten million objects more than were freed
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -93,15 +92,6 @@ async def listen(
         await running
     except OSError as error:  # of the certificate's files
         raise ConfigError(f"cannot serve: {error}") from None
-
-
-def collect_rarely() -> None:
-    """Let the garbage collector look at what is made from now on, and seldom."""
-    # What loading has made stays: looking through it again and again takes hundreds of milliseconds, in which nothing
-    # else runs. So does looking through a thousand connections, which hold nothing that only the collector can free.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def warn_without_keys(settings: ServerSettings, host: str, port: int) -> None:
