@@ -12,7 +12,8 @@ def collect_rarely() -> None:
 
     Call it once engines are loaded. What loading has made stays: looking through it again and again takes a hundred
     milliseconds and more, in which nothing else runs. Labels and streams, of which a full collection looks through as
-    many as there are, hold nothing that only the collector can free.
+    many as there are, hold nothing that only the collector can free; of a server's connections asyncio's closed
+    transports do, some 3 KB each.
     """
     gc.collect()
     gc.freeze()
