@@ -173,6 +173,10 @@ class AsyncStream(StreamView):
             if self._calls.reason is None:  # else the engine closes its streams
                 raise
 
+    def abandon(self) -> None:
+        """Close it without waiting: the engine may hang, and who is cancelled must not hang with it."""
+        self._calls.abandon(self._state)
+
     @property
     def verdict(self) -> Verdict:
         """What the stream's policy makes of the labels so far, and of tokens that went unjudged."""

@@ -58,7 +58,7 @@ class Engine:
     ) -> None:
         self.core, self.answering = core, answering
         self.canary = Canary(core)
-        self._chat, self._heads = chat, heads
+        self.chat, self._heads = chat, heads
         self._default_policy = Policy.strict()
         # By id: policies do not change, so checks need not be repeated.
         self._checked_policies: dict[int, Policy] = {}
@@ -136,7 +136,7 @@ class Engine:
             else:
                 feed = self._feed_messages(messages, is_complete=False)
             ticket = Ticket(self._checked(policy), stream_id, tenant, cache_salt, priority)
-            return Stream(core, self._chat, core.open(feed, ticket, timeout_s))
+            return Stream(core, self.chat, core.open(feed, ticket, timeout_s))
 
     def restore(self, snapshot: Mapping[str, Any], stream_id: str | None = None) -> Stream:
         """Go on with a stream of which `Stream.snapshot` was taken, by another engine or this one.
@@ -159,13 +159,13 @@ class Engine:
                 readout=core.readout,
                 fingerprint=core.fingerprint,
                 vocab_size=core.vocab_size,
-                chat=self._chat,
+                chat=self.chat,
                 stream_id=stream_id,
             )
             self._checked(state.policy)
             ticket = Ticket(state.policy, state.stream_id, state.tenant, None, state.priority)
             core.restore(state, ticket, undelivered)
-            return Stream(core, self._chat, state)
+            return Stream(core, self.chat, state)
 
     def step(self) -> list[Label]:
         """Run one batched forward over all streams with pending tokens and return the labels that it completed.
@@ -373,9 +373,9 @@ class Engine:
         return [self.gen_moderation(job, checked) for job in jobs]
 
     def _require_chat(self) -> ChatTemplate:
-        if self._chat is None:
+        if self.chat is None:
             raise ConfigError(_NO_TOKENIZER)
-        return self._chat
+        return self.chat
 
     def _check_kind(self, kind: str, mend: str) -> None:
         if self.kind != kind:

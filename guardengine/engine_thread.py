@@ -123,7 +123,7 @@ class EngineThread:
         reason: Exception = StreamClosed("the engine has been closed; make a new one")
         try:
             engine = self._load()
-            self.core, self._chat = engine.core, engine._chat
+            self.core, self._chat = engine.core, engine.chat
             with engine.core.gate:  # from now on no other thread gets in
                 self.engine = engine
                 self.has_engine.set()

@@ -152,7 +152,7 @@ def engine_over(
         old.fingerprint,
         **({} if clock is None else {"clock": clock}),
     )
-    return Engine(core, loaded._chat, loaded._heads)
+    return Engine(core, loaded.chat, loaded._heads)
 
 
 def faults(engine: Engine) -> Faults:

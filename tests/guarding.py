@@ -33,7 +33,7 @@ def make_bombs_unsafe(monkeypatch: Any, tokenizer: Tokenizer) -> None:
 async def opened(engine: AsyncEngine, message: dict[str, str] = USER, **policy: Any) -> AsyncStream:
     if message is BAD_USER:  # before the engine may have read it
         await engine.stats()
-        bad_prompts.add(engine.engine._chat.render([message]).prompt_end)  # type: ignore[union-attr]
+        bad_prompts.add(engine.engine.chat.render([message]).prompt_end)  # type: ignore[union-attr]
     return await engine.open(messages=[message], policy=Policy.strict(**{"debounce": 1, **policy}))
 
 

@@ -175,7 +175,7 @@ class FakeGen:
             text=text,
             verdict=verdict,
             num_prompt_tokens=300,
-            num_answer_tokens=len(self.engine._chat.tokenizer.encode_text(text)) + 1,
+            num_answer_tokens=len(self.engine.chat.tokenizer.encode_text(text)) + 1,
         )
 
     async def stats(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_a_reply_that_is_opened_empty(folder, before) -> None:
             ahead = await engine.open([*messages, {"role": "assistant", "content": ""}], cache_salt="another")
             label = await ahead.prompt()
             await settled(engine)
-            template = engine.engine._chat.assistant_preamble()  # type: ignore[union-attr]
+            template = engine.engine.chat.assistant_preamble()  # type: ignore[union-attr]
             assert ahead.token_ids == plain.token_ids + template
             assert label is not None
             assert (label.position, ahead.labels) == (plain.num_tokens - 1, [])
@@ -83,7 +83,7 @@ def test_a_reply_that_is_opened_empty(folder, before) -> None:
             assert same(ahead.labels, plain.labels)
             assert ahead.verdict == plain.verdict
 
-    num_tokens = sync_engine(folder)._chat.render(messages).prompt_end + 1  # type: ignore[union-attr]
+    num_tokens = sync_engine(folder).chat.render(messages).prompt_end + 1  # type: ignore[union-attr]
     for budget in (num_tokens, num_tokens + 3, 2048):  # the header is cut off, cut in two, or not
         with_engine(folder, use, max_num_batched_tokens=budget)
 

@@ -103,7 +103,7 @@ def test_a_blocked_reply_is_stopped_and_forgotten(chat) -> None:
 
 def test_a_blocked_prompt_is_not_sent_on_and_forgotten(chat, folder) -> None:
     with sync_engine(folder) as engine:
-        bad_prompts.add(engine._chat.render(messages("a much longer prompt than the others")).prompt_end)
+        bad_prompts.add(engine.chat.render(messages("a much longer prompt than the others")).prompt_end)
     with upstream(["Fine."], ["Better."]) as llm:
         _, shown, said = chat(llm, "a much longer prompt than the others", "One", "Two")
         assert shown == "Fine.\nBetter.\n"

@@ -68,7 +68,7 @@ def generated(hf: tuple[Any, Any], messages: list[dict[str, str]]) -> tuple[list
 
 def is_grammatical(engine: Engine, answer: GenModeration) -> bool:
     walk = Walk(grammar_of(engine, answer.role))
-    ids = [*engine._chat.tokenizer.encode_text(answer.text), engine._chat.end_of_turn_id]  # type: ignore[union-attr]
+    ids = [*engine.chat.tokenizer.encode_text(answer.text), engine.chat.end_of_turn_id]  # type: ignore[union-attr]
     return all(walk.feed(token) for token in ids) and walk.has_ended
 
 

@@ -36,7 +36,7 @@ def server(folder) -> Iterator[Served]:
 @pytest.fixture(params=["engine", "url"])
 def run(request, folder, server, monkeypatch) -> Any:
     """run(use, **options): with a guard of either kind, on a policy whose only hits are bombs."""
-    chat = server.engine.engine._chat
+    chat = server.engine.engine.chat
     make_bombs_unsafe(monkeypatch, chat.tokenizer)
     bad_prompts.add(chat.render([BAD_USER]).prompt_end)
 
@@ -229,7 +229,7 @@ def test_a_server_that_dies_in_the_middle(folder, monkeypatch) -> None:
 
     for on_unreachable in ("closed", "open"):
         with served(folder) as server:
-            make_bombs_unsafe(monkeypatch, server.engine.engine._chat.tokenizer)
+            make_bombs_unsafe(monkeypatch, server.engine.engine.chat.tokenizer)
             guard = Guard(
                 server.url, policy=ONE, reconnect_s=0.05, timeout_s=5, on_unreachable=on_unreachable
             )

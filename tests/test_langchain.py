@@ -45,7 +45,7 @@ def server(checkpoints) -> Iterator[Served]:
 
 @pytest.fixture
 def guarded(server, monkeypatch) -> Any:
-    chat = server.engine.engine._chat
+    chat = server.engine.engine.chat
     make_bombs_unsafe(monkeypatch, chat.tokenizer)
     bad_prompts.add(chat.render([BAD_USER]).prompt_end)
     guard = Guard(server.url, policy={"debounce": 1})

@@ -56,7 +56,7 @@ def server(checkpoints) -> Iterator[Served]:
 @pytest.fixture
 def rail(server, monkeypatch) -> Any:
     """rail(**options): a guardrail that asks the server, where only bombs are unsafe."""
-    chat = server.engine.engine._chat
+    chat = server.engine.engine.chat
     make_bombs_unsafe(monkeypatch, chat.tokenizer)
     bad_prompts.add(chat.render([BAD_USER]).prompt_end)
     return lambda **options: GuardEngineGuardrail(

@@ -86,7 +86,7 @@ def run(checkpoints, monkeypatch) -> Any:
         async with AsyncEngine.from_pretrained(
             checkpoints(dtype="float32"), num_threads=1, kv_cache_bytes=2**25
         ) as engine:
-            tokenizer = engine.engine._chat.tokenizer
+            tokenizer = engine.engine.chat.tokenizer
             make_bombs_unsafe(monkeypatch, tokenizer)
             return await asyncio.wait_for(use(engine, tokenizer), 30)
 

@@ -38,7 +38,7 @@ def server(checkpoints) -> Iterator[Served]:
 @pytest.fixture(autouse=True)
 def bombs(server, monkeypatch) -> None:
     """Only bombs are unsafe, and prompts that end where BAD_USER's does."""
-    chat = server.engine.engine._chat
+    chat = server.engine.engine.chat
     make_bombs_unsafe(monkeypatch, chat.tokenizer)
     bad_prompts.add(chat.render([BAD_USER]).prompt_end)
     monkeypatch.setenv("GUARDENGINE_URL", server.url)

@@ -359,8 +359,8 @@ def test_a_conversation_opened_again_with_one_more_turn(checkpoints) -> None:
     more = {"role": "user", "content": "And a small one?"}
     size = {"kv_cache_bytes": 2**22, "max_model_len": 256, "block_size": BLOCK}
     with Engine.from_pretrained(checkpoints(dtype="float32"), **size) as engine:
-        assert engine._chat is not None
-        content = engine._chat.render([question, reply])
+        assert engine.chat is not None
+        content = engine.chat.render([question, reply])
         live = engine.open(messages=[question])
         live.append(content.token_ids[content.response_start : content.response_end])
         engine.run()

@@ -25,7 +25,7 @@ def proxy(folder, upstream) -> Iterator[Proxied]:
 
 @pytest.fixture
 def bad_prompt(proxy) -> None:
-    bad_prompts.add(proxy.engine.engine._chat.render([BAD_USER]).prompt_end)
+    bad_prompts.add(proxy.engine.engine.chat.render([BAD_USER]).prompt_end)
 
 
 def streams(upstream: Upstream, *steps: Any) -> None:
@@ -80,7 +80,7 @@ def test_a_safe_stream_is_the_upstreams_bytes(proxy, upstream) -> None:
 
 def test_the_first_word_does_not_wait_for_the_replys_header(proxy, upstream) -> None:
     """The template's tokens before a reply are computed with the prompt, and once for all choices."""
-    chat = proxy.engine.engine._chat
+    chat = proxy.engine.engine.chat
     asked = {"role": "user", "content": "Which way is it to the station, once more?"}
     num_before = chat.render([asked]).prompt_end + 1 + len(chat.assistant_preamble())
     counted: list[int] = []
@@ -305,7 +305,7 @@ def test_choices_are_judged_apart(proxy, upstream) -> None:
     assert USAGE in reply.bytes
     assert [each["verdict"]["action"] for each in reply.verdicts["choices"]] == ["allow", "block"]
     once = proxy.metric("guardengine:prompt_tokens_total") - prompts
-    chat = proxy.engine.engine._chat
+    chat = proxy.engine.engine.chat
     assert once == chat.render([USER]).prompt_end + 1 + len(chat.assistant_preamble())
     streams(
         upstream,
@@ -382,7 +382,7 @@ def test_a_blocked_prompt_answered_as_the_llm_would(folder, upstream, style, tex
     streams(upstream, chunk("Sure"), HANG)
     with proxied(folder, upstream, on_blocked_prompt=style, refusal="No.") as proxy:
         bad_prompts.add(
-            proxy.run(proxy.app.state.service.stream._loaded()).engine._chat.render([BAD_USER]).prompt_end
+            proxy.run(proxy.app.state.service.stream._loaded()).engine.chat.render([BAD_USER]).prompt_end
         )
         reply = proxy.stream(messages=[BAD_USER])
         assert (reply.status, reply.text(), reply.finish(), reply.is_done) == (200, text, finish, True)

@@ -78,7 +78,7 @@ def test_whole_replies_models_and_errors(client, proxy, upstream) -> None:
     assert found.headers["x-guardengine-action"] == "block"
     upstream.script = lambda asked: http(b'{"object": "list", "data": [{"id": "m", "object": "model"}]}')
     assert [model.id for model in client.models.list()] == ["m"]
-    bad_prompts.add(proxy.engine.engine._chat.render([BAD_USER]).prompt_end)
+    bad_prompts.add(proxy.engine.engine.chat.render([BAD_USER]).prompt_end)
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="m", messages=[BAD_USER], stream=True)
     assert refused.value.code == "content_filter"
@@ -220,7 +220,7 @@ def test_a_real_llm(folder, llm, monkeypatch) -> None:
         def hit(self: Policy, label_: Any) -> str | None:
             return "Unsafe" if label_.role == "assistant" and label_.position > first + label else None
 
-        first = proxy.engine.engine._chat.render([USER]).prompt_end
+        first = proxy.engine.engine.chat.render([USER]).prompt_end
         monkeypatch.setattr(Policy, "hit", hit)
         cut, reason = read(ask(**options, stream=True))
         assert reason == "content_filter"

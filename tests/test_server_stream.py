@@ -128,7 +128,7 @@ def test_a_further_user_turn_and_the_reply_to_it(server, folder) -> None:
     with sync_engine(folder) as engine:
         stream = engine.open([USER])
         stream.append_text("Yes.", is_final=True)
-        stream.append(engine._chat.tokenizer.encode_text("And then?"), role="user")
+        stream.append(engine.chat.tokenizer.encode_text("And then?"), role="user")
         engine.run()
         assert label["risk_probs"] == stream.prompt_label.risk_probs
         stream.append_text("Then wait.", is_final=True)

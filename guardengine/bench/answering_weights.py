@@ -96,7 +96,7 @@ def _fit_head(folder: Path, num_learned: int, seed: int) -> None:
     before: list[int] = []  # the token that a row was computed at
     targets: list[int] = []
     with Engine.from_pretrained(folder) as engine:
-        core, chat = engine.core, engine._chat
+        core, chat = engine.core, engine.chat
         if chat is None:
             raise ConfigError(f"{folder}: no tokenizer was written; pip install dashscope, and make it again")
         roles: tuple[Role, ...] = get_args(Role)

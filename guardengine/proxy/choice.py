@@ -19,7 +19,6 @@ from guardengine.guarded_reply import finish_reply
 from guardengine.labels import Verdict
 from guardengine.policy import Failure, Policy
 from guardengine.proxy.errors import broken
-from guardengine.server.judging import drop
 from guardengine.server.long_texts import check_long
 
 _TAIL = 200  # characters of a field that are given again
@@ -167,4 +166,4 @@ class ChoiceGuard:
         for task in self._tasks:
             task.cancel()
         if self._stream is not None and not self._stream.is_closed:
-            drop(self._stream)
+            self._stream.abandon()

@@ -24,7 +24,6 @@ from guardengine.proxy.parts import read_object, read_parts
 from guardengine.proxy.reply_stream import ModeratedStream
 from guardengine.proxy.settings import ProxySettings
 from guardengine.proxy.upstream import Upstream, media_type, returned
-from guardengine.server.judging import drop
 from guardengine.server.long_texts import check_long
 from guardengine.server.replies import AsciiJson, reply_of
 from guardengine.server.service import Service
@@ -157,7 +156,7 @@ class Exchange:
                 try:
                     self._label = await stream.prompt()
                 except BaseException:
-                    drop(stream)
+                    stream.abandon()
                     raise
         except Overloaded:
             if policy.on_overload != "open":
@@ -170,7 +169,7 @@ class Exchange:
         self._proxy.service.metrics.prompt_tokens.inc(stream.num_tokens)
         verdict = stream.verdict
         if verdict.action == "block":
-            drop(stream)
+            stream.abandon()
             return verdict
         streams: list[Any] = [stream]
         try:

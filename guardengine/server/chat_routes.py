@@ -41,7 +41,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     found: list[GenModeration] = await engine.moderate_many(
         [plain_messages(body.messages)], policy, mode=body.mode or service.settings.gen_mode
     )
-    tokenizer: Tokenizer = engine.engine._chat.tokenizer
+    tokenizer: Tokenizer = engine.engine.chat.tokenizer
     answer = answer_of(found[0], tokenizer, body.max_completion_tokens or body.max_tokens)
     _count(service, answer)
     completion = _Completion(body, service.settings.gen_model_name, answer, tokenizer)

@@ -130,15 +130,10 @@ async def _finish(
             len(stream.token_ids),
         )
     except BaseException:
-        drop(stream)
+        stream.abandon()
         raise
     await stream.close()
     return judged
-
-
-def drop(stream: AsyncStream) -> None:
-    """Close a stream without waiting for it: the engine may hang, and whoever is cancelled must not hang with it."""
-    stream._calls.abandon(stream._state)
 
 
 def _plain_reply(messages: Sequence[Message]) -> tuple[str | None, int]:

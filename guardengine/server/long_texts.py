@@ -16,7 +16,7 @@ _LONG = 16_384  # characters, which the engine's thread encodes in 10 to 30 ms
 
 async def check_long(engine: AsyncEngine, texts: Iterable[object]) -> None:
     """Raise StreamTooLong where a long text has more tokens than a stream may. What is no text is left to others."""
-    chat, most = engine.engine._chat, engine.engine.core.max_model_len
+    chat, most = engine.engine.chat, engine.engine.core.max_model_len
     if chat is None:
         return
     for text in texts:

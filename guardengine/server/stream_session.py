@@ -18,7 +18,6 @@ from guardengine.errors import ConfigError, GuardEngineError, StreamClosed
 from guardengine.labels import Label, Verdict
 from guardengine.policy import Policy
 from guardengine.server import wire
-from guardengine.server.judging import drop
 from guardengine.server.long_texts import check_long
 from guardengine.server.schemas import plain_messages
 from guardengine.server.service import Service
@@ -125,7 +124,7 @@ class StreamSession:
                     await self._refuse(error, None)
                     reason = "stream_closed"
                 except BaseException:
-                    drop(self._stream)
+                    self._stream.abandon()
                     raise
                 await self._stream.close()
                 await self._emit("closed", reason=reason)  # it counts until the client has room for this
@@ -196,7 +195,7 @@ class StreamSession:
             self._told.num_labels = min(opening.num_labels, len(stream.labels))
             await self._tell("finished" if self._told.is_finished else "labels")
         except BaseException:
-            drop(stream)
+            stream.abandon()
             raise
 
     async def _repeat(self, past: PastAppend | PastFinish | PastRollback) -> None:
@@ -270,7 +269,7 @@ class StreamSession:
         elif append.role == "assistant":
             await self._stream.append_text(append.text, timeout_s=timeout_s)
         else:
-            chat = self._link.engine.engine._chat
+            chat = self._link.engine.engine.chat
             if chat is None:
                 raise ConfigError("the checkpoint has no tokenizer.json; append token_ids")
             most = self._link.engine.engine.core.max_model_len
