@@ -72,7 +72,7 @@ FIRST = chunk("One two")
         (http(b"<html>", kind="text/html"), 502, "upstream_broken"),
         (http(json.dumps(completion({"content": "a bomb"})).encode()), 502, "upstream_broken"),
         (
-            http(gzip.compress(DONE), kind="text/event-stream", more="Content-Encoding: gzip\r\n"),
+            http(gzip.compress(DONE, mtime=0), kind="text/event-stream", more="Content-Encoding: gzip\r\n"),
             502,
             "upstream_broken",
         ),
