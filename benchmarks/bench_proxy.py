@@ -9,7 +9,8 @@ measured in the same run, taking turns. Times are also given in the guard's own 
 many streams with a token each, measured first.
 
 "First text" is shown when the guard has what settles it, which is the next word: `beyond hold-back` takes that one
-interval off. Every word is counted; with the policy given here nothing is blocked.
+interval off. With --prompts, long prompts of others are judged beside the replies. Every word is counted; with the
+policy given here nothing is blocked.
 """
 
 from __future__ import annotations

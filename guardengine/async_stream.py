@@ -120,8 +120,8 @@ class AsyncStream(StreamView):
         """Wait until the latest user turn is read, or given up, and return its label.
 
         None where there is none: the turn was not computed in time or at all (see `verdict`), or the call that fed it
-        was cancelled. After `open` everything that the stream was opened with is waited for, the beginning of a reply
-        included. Raises StreamClosed.
+        was cancelled. After `open` all labels of what the stream was opened with are waited for, those of the beginning
+        of a reply included. Raises StreamClosed.
         """
         self._calls.bind()
         turn = self._turn

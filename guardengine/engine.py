@@ -114,7 +114,8 @@ class Engine:
 
         messages: rendered with the checkpoint's chat template, content as plain text whatever it spells. The
         prompt label is read at the <|im_end|> of the last user turn. A final assistant message is the beginning
-        of the reply: its tokens are labelled, and more may be appended.
+        of the reply: its tokens are labelled, and more may be appended. Where that is text, an empty one lets the
+        template's tokens before the reply be computed with the prompt instead of with the first of it.
         token_ids: fed as they are. Role "user": one prompt label, at the last of them. Role "assistant": one
         label for each.
 

@@ -59,10 +59,16 @@ async def opened(engine: AsyncEngine, **options: Any) -> AsyncStream:
 HISTORY = [USER, {"role": "assistant", "content": "Here."}]
 
 
-@pytest.mark.parametrize("before", [[], HISTORY, [{"role": "system", "content": "Be brief."}, *HISTORY]])
-def test_a_reply_that_is_opened_empty(folder, before) -> None:
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER],
+        [{"role": "system", "content": "Be brief."}, *HISTORY, USER],
+        [*HISTORY, USER, {"role": "assistant", "content": "Looking."}, {"role": "tool", "content": "Paris"}],
+    ],
+)
+def test_a_reply_that_is_opened_empty(folder, messages) -> None:
     """Its header is fed with the prompt, and the rest is as without; the prompt's label does not wait for it."""
-    messages = [*before, USER]
 
     async def use(engine: AsyncEngine, _: Launches) -> None:
         async with asyncio.timeout(20):

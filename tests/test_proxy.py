@@ -253,7 +253,7 @@ def test_a_tool_call(proxy, upstream) -> None:
 
     safe = [told(**call(name="look_up", arguments="")), told(**call(arguments='{"city": "Pa'))]
     safe += [told(**call(arguments='ris"}')), chunk(None, "tool_calls")]
-    streams(upstream, *safe, DONE)
+    streams(upstream, b"".join(safe), DONE)
     reply = proxy.stream()
     assert [e for e in reply.events if e.startswith(b"data: {")] == safe
     streams(upstream, safe[0], told(**call(arguments='{"city": a bomb here')), HANG)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -25,8 +24,6 @@ from starlette.responses import JSONResponse, StreamingResponse
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TextIteratorStreamer
 
 from guardengine import Policy
-from guardengine.proxy.command import add_command
-from guardengine.server.command import ENGINE, given
 
 pytestmark = pytest.mark.usefixtures("bombs_are_unsafe")
 
@@ -229,18 +226,6 @@ def test_a_real_llm(folder, llm, monkeypatch) -> None:
 
 
 # -- the command -------------------------------------------------------------------------------------------
-
-
-def test_steps_are_kept_short_unless_the_command_says_otherwise() -> None:
-    """Or a reader would wait for all of somebody else's long prompt."""
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers())
-
-    def limit(*more: str) -> Any:
-        return given(parser.parse_args(["proxy", "--upstream=http://x", "guard", *more]), ENGINE)
-
-    assert limit() == {"max_step_ms": 50.0}
-    assert limit("--max-step-ms=1e5") == {"max_step_ms": 1e5}
 
 
 def test_the_command_serves_and_ends(folder, upstream) -> None:

@@ -19,6 +19,7 @@ from guardengine.upstream_key import read_upstream_key
 
 KEY, SECRET = "a-key-of-twenty-chars", "sk-the-upstreams-own-key"
 SETTINGS = ProxySettings(upstream="http://localhost:1")
+SYSTEM = {"role": "system", "content": "And say how."}
 IMAGE = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
 
 
@@ -103,6 +104,8 @@ def test_bodies_of_two_readings_are_refused(proxy, upstream, body) -> None:
             "messages[0].content[0]",
         ),
         ({"messages": [USER | {"reasoning": "x"}]}, "messages[0]"),
+        ({"messages": [USER, SYSTEM]}, "messages[1]"),
+        ({"messages": [USER, SYSTEM, {"role": "assistant", "content": "Yes"}]}, "messages[1]"),
     ],
 )
 def test_what_the_guard_would_not_read_is_refused(more, param) -> None:
@@ -377,7 +380,12 @@ def test_the_command(monkeypatch, tmp_path) -> None:
     assert (settings.upstream, settings.on_block, settings.server.max_requests) == ("http://x", "refuse", 7)
     assert settings.server.policy == Policy.strict(on_timeout="open", hold_back=3)
     assert settings.pass_headers[-1] == "x-team"
-    assert found["options"] == {"quantization": "int8"}
+    assert found["options"] == {
+        "quantization": "int8",
+        "max_step_ms": 50.0,
+    }  # or others' prompts would stop readers
+    assert main([*command, "--max-step-ms", "1e5"]) == 0
+    assert found["options"]["max_step_ms"] == 1e5
     assert settings.server.request_timeout_s == 600
     assert main([*command, "--upstream-key-file", str(tmp_path / "none")]) == 2
 

@@ -78,6 +78,7 @@ def read_call(body: bytes, settings: ProxySettings) -> Call:
     if not isinstance(messages, list) or not messages:
         raise _refusal("messages: a non-empty list is needed", "messages", "invalid_text")
     read = [_message(message, f"messages[{index}]", unread) for index, message in enumerate(messages)]
+    _check_end(read)
     texts = [write_text(request[name]) for name in _TEXTS if request.get(name) and name not in unread]
     if texts:
         before = "\n\n".join(texts)
@@ -85,6 +86,20 @@ def read_call(body: bytes, settings: ProxySettings) -> Call:
             before = f"{read.pop(0)['content']}\n\n{before}"
         read.insert(0, {"role": "system", "content": before})
     return Call(write_json(request), read, model or "", bool(is_stream), num_choices)
+
+
+def _check_end(messages: list[dict[str, str]]) -> None:
+    """Refuse a system message after the last turn of the user: the prompt is judged at that turn's end."""
+    for index in range(len(messages) - 1, -1, -1):
+        role = messages[index]["role"]
+        if role == "system":
+            raise _refusal(
+                f"messages[{index}]: a system message after the last user turn would go unread; put it before that",
+                f"messages[{index}]",
+                "invalid_text",
+            )
+        if role != "assistant":
+            return
 
 
 def read_object(body: bytes) -> dict[str, Any]:
