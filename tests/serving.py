@@ -150,7 +150,7 @@ class FakeGen:
     """Answers as AsyncEngine does for a Gen checkpoint, from what the last message says."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.engine = SimpleNamespace(_chat=SimpleNamespace(tokenizer=tokenizer))
+        self.engine = SimpleNamespace(chat=SimpleNamespace(tokenizer=tokenizer))
         self.calls: list[tuple[Any, Any, Any]] = []
 
     def __await__(self) -> Any:

@@ -193,8 +193,14 @@ def test_the_kv_cache_takes_half_of_what_is_left(gpus: Any) -> None:
 def test_shapes_that_no_kernel_takes(changes: dict[str, int], match: str) -> None:
     config = dataclasses.replace(preset_config("stream-tiny"), **changes)
     with pytest.raises(ConfigError, match=match + ".*backend='reference'"):
-        check_shapes(config)
-    check_shapes(preset_config("stream-8b"))
+        check_shapes(config, EngineConfig())
+    check_shapes(preset_config("stream-8b"), EngineConfig())
+    check_shapes(preset_config("stream-8b"), EngineConfig(max_num_batched_tokens=16384))
+
+
+def test_steps_that_are_too_large_to_capture() -> None:
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens=16385.*16384"):
+        check_shapes(preset_config("stream-8b"), EngineConfig(max_num_batched_tokens=16385))
 
 
 def test_working_memory_of_the_released_sizes() -> None:

@@ -358,7 +358,7 @@ def test_texts_are_not_logged(http, server, caplog) -> None:
 class FailingEngine:
     def __init__(self, secret: str) -> None:
         self._secret = secret
-        self.engine = SimpleNamespace(_chat=None, core=SimpleNamespace(max_model_len=1))
+        self.engine = SimpleNamespace(chat=None, core=SimpleNamespace(max_model_len=1))
 
     async def open(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError(f"failed on {self._secret}")

@@ -31,11 +31,13 @@ def server(folder) -> Iterator[Served]:
 @pytest.fixture(autouse=True)
 def uncollected(server) -> Iterator[None]:
     gc.collect()
+    gc.freeze()  # what other tests keep is not counted
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        gc.unfreeze()
 
 
 def parts() -> Counter[str]:
