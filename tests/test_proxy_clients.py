@@ -6,23 +6,23 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import httpx
 import openai
 import pytest
 import torch
-import uvicorn
-from fastapi import FastAPI, Request
 from guarding import bad_prompts
-from proxying import DONE, HANG, USER, Proxied, chunk, completion, event, http, proxied, sse
-from starlette.responses import JSONResponse, StreamingResponse
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TextIteratorStreamer
+from proxying import DONE, HANG, USER, Proxied, chunk, completion, http, proxied, sse
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import guardengine
 from guardengine import Policy
 
 pytestmark = pytest.mark.usefixtures("bombs_are_unsafe")
@@ -139,79 +139,67 @@ def test_the_asynchronous_client(proxy, upstream) -> None:
 # -- a real LLM --------------------------------------------------------------------------------------------
 
 
-class Llm:
-    """A random Qwen3 behind an app of a few lines, as small servers around transformers' generate are."""
-
-    def __init__(self, folder: Path) -> None:
-        self._tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
-        config = Qwen3Config(
-            vocab_size=151936, num_attention_heads=2, num_key_value_heads=2, eos_token_id=151645, **sizes
-        )
-        self._model = Qwen3ForCausalLM(config).eval()
-        self.said: list[str] = []
-        app = FastAPI()
-        app.post("/v1/chat/completions")(self.complete)
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            pass
-        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
-
-    async def complete(self, request: Request) -> Any:
-        asked = await request.json()
-        text = "\n".join(f"{message['role']}: {message['content']}" for message in asked["messages"])
-        inputs = self._tokenizer(text, return_tensors="pt")
-        options = {"max_new_tokens": asked["max_tokens"], "do_sample": True, "pad_token_id": 151643}
-        if not asked.get("stream"):
-            torch.manual_seed(asked["seed"])
-            ids = self._model.generate(**inputs, **options)[0, inputs.input_ids.shape[1] :]
-            self.said.append(self._tokenizer.decode(ids, skip_special_tokens=True))
-            return JSONResponse(completion({"content": self.said[-1]}))
-        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-        def generate() -> None:
-            torch.manual_seed(asked["seed"])
-            self._model.generate(**inputs, **options, streamer=streamer)
-
-        threading.Thread(target=generate, daemon=True).start()
-
-        def frames() -> Iterator[bytes]:
-            said = ""
-            for piece in streamer:
-                said += piece
-                yield chunk(piece)
-            self.said.append(said)
-            yield chunk(None, "stop")
-            yield event({"choices": [], "usage": {"total_tokens": 9}})
-            yield DONE
-
-        return StreamingResponse(frames(), media_type="text/event-stream")
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(10)
+class Llm(NamedTuple):
+    url: str
+    model: str
 
 
 @pytest.fixture(scope="module")
-def llm(folder) -> Iterator[Llm]:
-    llm = Llm(folder)
-    yield llm
-    llm.stop()
+def llm(folder, tmp_path_factory) -> Iterator[Llm]:
+    """transformers' own server, with a random Qwen3."""
+    model = tmp_path_factory.mktemp("llm")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|im_end|>")
+    tokenizer.chat_template = (Path(guardengine.__file__).parent / "qwen3_chat.jinja").read_text()
+    tokenizer.save_pretrained(model)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    config = Qwen3Config(
+        vocab_size=151936, num_attention_heads=2, num_key_value_heads=2, eos_token_id=151645, **sizes
+    )
+    Qwen3ForCausalLM(config).save_pretrained(model)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).parent / "transformers", "serve", model, "--host", "127.0.0.1"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        [*command, "--port", str(port), "--device", "cpu"], stderr=subprocess.DEVNULL, env=environment
+    ) as process:
+        try:
+            url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
+            while not is_healthy(url):
+                assert process.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.2)
+            yield Llm(url, str(model))
+        finally:
+            process.kill()
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").is_success
+    except httpx.HTTPError:
+        return False
 
 
 def test_a_real_llm(folder, llm, monkeypatch) -> None:
     """What it says comes out whole, and with a policy that hits its words is cut before the first of them."""
+    options: dict[str, Any] = {"model": llm.model, "messages": [USER], "max_tokens": 24}
+    direct = openai.OpenAI(base_url=f"{llm.url}/v1", api_key="any", max_retries=0, timeout=60)
+    said = read(direct.chat.completions.create(**options, stream=True))
+    assert said[1] == "length"
     with proxied(folder, llm) as proxy:
-        client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="any", max_retries=0, timeout=20)
+        client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="any", max_retries=0, timeout=60)
         ask = client.chat.completions.create
-        options: dict[str, Any] = {"model": "m", "messages": [USER], "max_tokens": 24, "seed": 3}
-        text, reason = read(ask(**options, stream=True, stream_options={"include_usage": True}))
-        assert (text, reason) == (llm.said[-1], "stop")
-        assert len(text) > 24
-        assert ask(**options).choices[0].message.content == llm.said[-1]
+        *chunks, last = ask(**options, stream=True)
+        assert read([*chunks, last]) == said
+        assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (10, 24)
+        assert len(said[0]) > 24
+        whole = ask(**options)
+        assert (
+            whole.choices[0].message.content
+            == direct.chat.completions.create(**options).choices[0].message.content
+        )
         label = 9  # this many tokens are fine
 
         def hit(self: Policy, label_: Any) -> str | None:
@@ -221,8 +209,8 @@ def test_a_real_llm(folder, llm, monkeypatch) -> None:
         monkeypatch.setattr(Policy, "hit", hit)
         cut, reason = read(ask(**options, stream=True))
         assert reason == "content_filter"
-        assert text.startswith(cut)
-        assert 0 < len(cut) < len(text)
+        assert said[0].startswith(cut)
+        assert 0 < len(cut) < len(said[0])
 
 
 # -- the command -------------------------------------------------------------------------------------------
