@@ -5,18 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from guardengine import GenModeration, InvalidText, Policy, StreamTooLong, Verdict
+from guardengine import Engine, GenModeration, InvalidText, Policy, StreamTooLong, Verdict
 from guardengine.annotate.run import Options, Report, annotate
 from guardengine.labels import UNPARSABLE
 
 GUARD = ["guard_risk", "guard_category", "guard_scores", "guard_first_flag_token", "guard_first_flag_char"]
+
+
+def open_engine(checkpoint: Path) -> Iterator[Engine]:
+    """An engine on one thread, whole when it is closed."""
+    with Engine.from_pretrained(checkpoint, kv_cache_bytes=2**23, max_model_len=512, num_threads=1) as engine:
+        yield engine
+        engine.check_integrity()
 
 
 class FakeGen:

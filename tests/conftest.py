@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from annotating import Files
 from feeding import VOCAB
 from guarding import make_bombs_unsafe
 
@@ -92,6 +93,24 @@ def folder(checkpoints: Callable[..., Path]) -> Path:
 def tokenizer(folder: Path) -> Tokenizer:
     """That of `folder`."""
     return Tokenizer.from_dir(folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoints: Callable[..., Path]) -> Path:
+    """A tiny Stream checkpoint in bfloat16, as it is released, that reads text."""
+    return checkpoints()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    """Data sets to annotate, as JSON lines."""
+    return Files(tmp_path)
+
+
+@pytest.fixture(params=[".jsonl", ".parquet"])
+def either(tmp_path: Path, request: pytest.FixtureRequest) -> Files:
+    """The same in each format."""
+    return Files(tmp_path, request.param)
 
 
 @pytest.fixture

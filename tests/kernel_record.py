@@ -9,6 +9,7 @@ from typing import Any
 
 from kernel_compiler import GPUS, TRITON_VERSION, Gpu, Measured, compile_all, complaints, is_wide, record
 
+from guardengine.kernels.gpu import WIDE_MMA
 from guardengine.kernels.gpu.compiled import Compiled, configurations
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ Table = dict[str, dict[str, list[Measured]]]  # gpu -> configuration -> its laun
 def listed(gpu: str) -> list[Compiled]:
     """The configurations in use on a GPU like this one. Names are unique."""
     target = GPUS[gpu].target
-    wide_mma = target.backend == "cuda" and target.arch // 10 in (9, 10)
+    wide_mma = target.backend == "cuda" and target.arch // 10 in WIDE_MMA
     found = configurations(GPUS[gpu].num_sms, wide_mma=wide_mma)
     names = [configuration.name for configuration in found]
     if len(set(names)) < len(names):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from annotating import (
     FakeGen,
     checkpoint_folder,
     guard_values,
+    open_engine,
     read_lines,
     run,
     write_lines,
@@ -41,15 +42,8 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(checkpoints: Callable[..., Path]) -> Path:
-    return checkpoints()
-
-
-@pytest.fixture(scope="module")
-def engine(checkpoint: Path) -> Any:
-    with Engine.from_pretrained(checkpoint, kv_cache_bytes=2**23, max_model_len=512, num_threads=1) as engine:
-        yield engine
-        engine.check_integrity()
+def engine(checkpoint: Path) -> Iterator[Engine]:
+    yield from open_engine(checkpoint)
 
 
 @pytest.fixture(scope="module")

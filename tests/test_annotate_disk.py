@@ -18,17 +18,6 @@ from annotating import ROWS, Files, run, write_lines
 from guardengine import ConfigError, OutputError
 from guardengine.cli import main
 
-
-@pytest.fixture
-def files(tmp_path: Path) -> Files:
-    return Files(tmp_path)
-
-
-@pytest.fixture(params=[".jsonl", ".parquet"])
-def either(tmp_path: Path, request: pytest.FixtureRequest) -> Files:
-    return Files(tmp_path, request.param)
-
-
 # -- disks -------------------------------------------------------------------------------------------------
 
 

@@ -20,17 +20,6 @@ from guardengine import ConfigError
 from guardengine.annotate.layout import Layout
 from guardengine.cli import main
 
-
-@pytest.fixture
-def files(tmp_path: Path) -> Files:
-    return Files(tmp_path)
-
-
-@pytest.fixture(params=[".jsonl", ".parquet"])
-def either(tmp_path: Path, request: pytest.FixtureRequest) -> Files:
-    return Files(tmp_path, request.param)
-
-
 # -- kills -------------------------------------------------------------------------------------------------
 
 

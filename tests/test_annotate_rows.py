@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from annotating import GUARD, FakeGen, checkpoint_folder, guard_values, read_lines, run, write_lines
+from annotating import (
+    GUARD,
+    FakeGen,
+    checkpoint_folder,
+    guard_values,
+    open_engine,
+    read_lines,
+    run,
+    write_lines,
+)
 
 from guardengine import Engine, Overloaded
 from guardengine.cli import main
 
 
 @pytest.fixture(scope="module")
-def checkpoint(checkpoints: Callable[..., Path]) -> Path:
-    return checkpoints()
-
-
-@pytest.fixture(scope="module")
-def engine(checkpoint: Path) -> Any:
-    with Engine.from_pretrained(checkpoint, kv_cache_bytes=2**23, max_model_len=512, num_threads=1) as engine:
-        yield engine
-        engine.check_integrity()
+def engine(checkpoint: Path) -> Iterator[Engine]:
+    yield from open_engine(checkpoint)
 
 
 @pytest.fixture

@@ -61,3 +61,11 @@ def test_no_labels_wanted() -> None:
     assert batch.label_index.numel() == 0
     assert batch.label_rows.cu_seqlens_q.tolist() == [0, 0]
     assert completed == [[]]
+
+
+def test_labels_just_outside_of_a_chunk_wait() -> None:
+    """One before it, one after it, both, neither."""
+    for positions in ([2, 3, 4, 5], [3, 4, 5], [2, 3, 4], [3, 4], [5], [2]):
+        reply = stream("r", range(6), 3, [0, 1], [Wanted(p, "assistant") for p in positions])
+        _, (completed,) = build_batch([Chunk(reply, 3, 2)], 4)
+        assert [wanted.position for _, wanted in completed] == [p for p in positions if 3 <= p < 5]

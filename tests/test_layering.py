@@ -40,6 +40,7 @@ TORCH_FREE = (
     "gen.grammar",
     "gen.parse",
     "idle_streams",
+    "garbage",
     "integrations.guard",
     "integrations.held",
     "integrations.openai",
@@ -62,7 +63,6 @@ TORCH_FREE = (
     "thinking",
     "unicode_rules",
     "upstream_key",
-    "garbage",
 )
 # Lower layers never import higher ones; names on one line do not import each other.
 LAYERS = (

@@ -170,7 +170,7 @@ class Counter:
         config = self.config
         return operators.attention_tile_rows(
             config.num_heads, config.num_kv_heads, config.head_dim, self.dtype,
-            wide_mma=self.gpu.capability[0] in (9, 10),
+            wide_mma=self.gpu.capability[0] in operators.WIDE_MMA,
         )  # fmt: skip
 
     def _attention(self, shape: Shape, plan: Words) -> Launch:

@@ -314,7 +314,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--only", type=sections, default=list(_SECTIONS), metavar="SECTION,...", help=", ".join(_SECTIONS)
     )
     parser.add_argument("--preset", help="random weights of this size (stream-0.6b)")
-    parser.add_argument("--dtypes", type=dtypes, metavar="DTYPE,...", help="default bfloat16,float32")
+    parser.add_argument(
+        "--dtypes",
+        type=dtypes,
+        metavar="DTYPE,...",
+        help="default bfloat16,float32; float16 is the operators' only",
+    )
     parser.add_argument("--rows", type=numbers, metavar="N,N,...", help="of the operators that are checked")
     parser.add_argument("--streams", type=numbers, metavar="N,N,...", help="default 1,16,64,256")
     parser.add_argument("--contexts", type=numbers, metavar="N,N,...", help="default 256,1024,4096,8192")

@@ -36,12 +36,8 @@ class Assumptions:
     l2_speed: float = 2.5  # bandwidth of L2 over the memory's peak
     flops_share: float = 0.5  # of the peak, at 16 or 32 rows a tile
     gap_us: float = 5.0  # of each of a graph's kernels: it fills, drains, adds up its parts
-    step_us: float = (
-        450.0  # of the host and the bus a step, where it waits for each step before it begins the next
-    )
-    stream_us: float = (
-        18.0  # of the host a stream and step, the same: its place in the batch, its label, its policy
-    )
+    step_us: float = 450.0  # of the host and the bus a step, each of which is waited for before the next
+    stream_us: float = 18.0  # of the host a stream and step: its place in the batch, its label, its policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from guardengine.kernels.gpu.attention import WIDE_MMA as WIDE_MMA
 from guardengine.kernels.gpu.attention import TileRows as TileRows
 from guardengine.kernels.gpu.attention import attention_scratch as attention_scratch
 from guardengine.kernels.gpu.attention import attention_tile_rows as attention_tile_rows

@@ -24,6 +24,7 @@ from guardengine.kernels.gpu.plan import plan_attention
 _BLOCK_KEYS = 32
 _PROGRAMS_PER_MULTIPROCESSOR = 3  # as many as 168 registers a thread allow
 _TALL_PROGRAMS_PER_MULTIPROCESSOR = 2
+WIDE_MMA = (9, 10)  # compute capabilities, major, of GPUs for which `has_wide_mma` holds
 _PROGRAMS_ON_CPU = 3  # Triton's interpreter
 
 
@@ -64,7 +65,7 @@ def attention_tile_rows(
 
 def has_wide_mma(device: torch.device) -> bool:
     """Whether matrix instructions take their operands from shared memory (wgmma, tcgen05): taller tiles fit then."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in WIDE_MMA
 
 
 def attention_config(

@@ -66,8 +66,8 @@ MODELS = {
 def configurations(num_sms: int, *, wide_mma: bool, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
     """List what runs on a GPU with that many multiprocessors.
 
-    The matrix products of small steps are in the
-    configurations chosen by rule; what tuning may choose instead is not listed.
+    The matrix products of small steps are in the configurations chosen by rule; what tuning may choose instead is not
+    listed.
     """
     found: list[Compiled] = []
     for model, sizes in MODELS.items():
