@@ -53,10 +53,10 @@ HAS_AVX512 := $(shell for flag in avx512_bf16 avx512_vnni avx512vbmi; do grep -q
 
 # The kernels that this CPU may lack the instructions for, compiled to others: same tests.
 NATIVE := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile PYTHON=$(BIN)/python
-NATIVE_TESTS := tests/test_cpu_ops.py tests/test_cpu_engine.py tests/test_quantized_ops.py tests/test_int8_cache.py
+NATIVE_TESTS := tests/kernels/test_cpu_ops.py tests/runners/test_cpu_engine.py tests/kernels/test_quantized_ops.py tests/runners/test_int8_cache.py
 
 # avx512 shares with avx512bf16 all that is not an operator.
-OPERATOR_TESTS := tests/test_cpu_ops.py tests/test_quantized_ops.py
+OPERATOR_TESTS := tests/kernels/test_cpu_ops.py tests/kernels/test_quantized_ops.py
 
 test-emulated: install
 	$(NATIVE) emulated check-intrinsics
@@ -78,7 +78,7 @@ gpu-kernels: install
 	$(BIN)/python -P -m pytest -q tests/aot/test_kernels.py --record
 
 gpu-check: install
-	$(BIN)/python -P -m guardengine.bench.gpu_check --json gpu-check.json --markdown gpu-check.md
+	$(BIN)/python -P -m guardengine.bench.gpu.check --json gpu-check.json --markdown gpu-check.md
 
 # Both runtimes come first into python, and reports go past pytest. Python itself does not free all it takes.
 ASAN = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
@@ -88,7 +88,7 @@ ASAN = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=l
 test-asan: install
 	$(NATIVE) sanitized check-threads
 	$(ASAN) --isa avx2 $(NATIVE_TESTS) -k "not transformers_numbers"
-	$(ASAN) tests/test_cpu_ops.py -k "not avx2 and not 16384 and not neighbours"
+	$(ASAN) tests/kernels/test_cpu_ops.py -k "not avx2 and not 16384 and not neighbours"
 
 # The wheel has its C++ run-time library inside (hidden: torch loads another), so it asks for a C library only.
 wheel: install

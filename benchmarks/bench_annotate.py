@@ -29,7 +29,7 @@ from guardengine import Engine
 from guardengine.annotate.run import Options, Report, annotate
 from guardengine.bench.checkpoints import cached_checkpoint
 from guardengine.bench.workload import random_ids
-from guardengine.tokenizer import Tokenizer
+from guardengine.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 SHORTEST, LONGEST = 200, 800  # tokens of a conversation

@@ -26,7 +26,7 @@ from guardengine.bench.answering_weights import conversations, make_answering_ch
 from guardengine.bench.checkpoints import cache_folder
 from guardengine.bench.report import markdown_table
 from guardengine.gen.answers import MAX_NEW_TOKENS
-from guardengine.machine import machine_stamp
+from guardengine.measuring.machine import machine_stamp
 
 WARM_UP = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 

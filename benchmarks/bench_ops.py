@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from guardengine import machine
 from guardengine.kernels import cpu, native, reference
+from guardengine.measuring import machine
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER = 1024, 16, 8, 128, 3072
 LINEARS = {

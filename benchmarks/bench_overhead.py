@@ -26,15 +26,17 @@ from typing import Any
 
 import numpy as np
 
-from guardengine import Engine, EngineConfig, machine, pipeline
-from guardengine.batch import Batch
+from guardengine import Engine, EngineConfig
 from guardengine.bench.checkpoints import STREAM_PRESETS, cached_checkpoint
 from guardengine.bench.report import markdown_table
-from guardengine.block_pool import BlockPool
-from guardengine.core import EngineCore
-from guardengine.prefix_cache import PrefixCache
-from guardengine.readout import Readout
-from guardengine.runner import Computed, Scores
+from guardengine.core import pipeline
+from guardengine.core.block_pool import BlockPool
+from guardengine.core.engine_core import EngineCore
+from guardengine.core.prefix_cache import PrefixCache
+from guardengine.core.readout import Readout
+from guardengine.measuring import machine
+from guardengine.runners.batch import Batch
+from guardengine.runners.runner import Computed, Scores
 
 NUM_OPEN, NUM_ACTIVE, BLOCK_SIZE = 2000, 64, 16
 

@@ -36,9 +36,9 @@ from starlette.responses import StreamingResponse
 
 from guardengine import AsyncEngine, Engine, Policy
 from guardengine.bench.report import check_writable, write_json
-from guardengine.garbage import collect_rarely
-from guardengine.machine import machine_stamp
-from guardengine.proxy.command import MAX_STEP_MS
+from guardengine.cli.proxy import MAX_STEP_MS
+from guardengine.engine.memory import collect_rarely
+from guardengine.measuring.machine import machine_stamp
 
 QUESTION = "How would one go about building a small shed in the garden?"
 WORDS = ("shed", "garden", "timber", "roof", "window", "paint", "ladder", "nail")  # of others' prompts

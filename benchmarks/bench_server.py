@@ -4,7 +4,7 @@
 
 Makes stream-tiny weights, so that what is measured is the way to the model and back, not the model. The server runs in
 a process of its own, the load in this one; on a machine of few cores they take time from each other, which the ratio
-includes. Every label is counted. Labels are the engine's: tests/test_server_stream.py.
+includes. Every label is counted. Labels are the engine's: tests/server/test_websocket.py.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from guardengine import AsyncEngine
 from guardengine.bench.report import write_json
-from guardengine.machine import machine_stamp
-from guardengine.make_checkpoint import make_checkpoint
+from guardengine.checkpoint.random_weights import make_checkpoint
+from guardengine.measuring.machine import machine_stamp
 
 PROMPT = [151644, 872, 198, 9707, 11, 1246, 311, 1936, 264, 12764, 30, 151645]
 TEXT = "How would one go about building a small shed in the garden?"

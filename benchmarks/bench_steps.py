@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from guardengine import Engine, machine
-from guardengine.batch import Batch, Rows
+from guardengine import Engine
 from guardengine.bench.checkpoints import STREAM_PRESETS, cached_checkpoint
 from guardengine.bench.compare import ComparePoint
 from guardengine.bench.floor import CostModel, Limits
 from guardengine.bench.report import markdown_table
 from guardengine.errors import GuardEngineError
+from guardengine.measuring import machine
+from guardengine.runners.batch import Batch, Rows
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from points import name_point, read_point

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import quantiles
 
-from guardengine import vocabulary
-from guardengine.retokenizer import Retokenizer
-from guardengine.text_books import Held
-from guardengine.tokenizer import Tokenizer
+from guardengine.text import vocabulary
+from guardengine.text.retokenizer import Retokenizer
+from guardengine.text.spans import Held
+from guardengine.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 CHINESE = (

@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from guardengine import Engine
 from guardengine.bench.report import check_writable, write_json
+from guardengine.checkpoint.random_weights import make_checkpoint
 from guardengine.client import GuardClient
 from guardengine.errors import GuardEngineError
-from guardengine.machine import machine_stamp
-from guardengine.make_checkpoint import make_checkpoint
+from guardengine.measuring.machine import machine_stamp
 from guardengine.server.wire import label_json, verdict_json
 
 WORDS = "take the 42 lock, pick; it\n\tdef f(x): 你好 世界 réponse café 🙂 and don't stop. Then".split(" ")  # noqa: SIM905

@@ -56,7 +56,7 @@ struct GeBatch {
   void* out;  // [W, C] float logits; without guard heads [W, E] normed rows in the model's dtype
 };
 
-// Run one batch: guardengine.model.forward and guard_logits, or final_rows. 0, or -2 when there is no memory for
+// Run one batch: guardengine.runners.model.forward and guard_logits, or final_rows. 0, or -2 when there is no memory for
 // its rows (then nothing was changed).
 GE_API int ge_step(void* model, const GeBatch* batch);
 

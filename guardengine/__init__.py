@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from guardengine._version import __version__
 
 if TYPE_CHECKING:
-    from guardengine.async_engine import AsyncEngine
-    from guardengine.async_stream import AsyncStream
     from guardengine.compat import AutoGuard
     from guardengine.config import EngineConfig, ModelConfig
-    from guardengine.engine import Engine
+    from guardengine.engine.async_engine import AsyncEngine
+    from guardengine.engine.async_stream import AsyncStream
+    from guardengine.engine.engine import Engine
+    from guardengine.engine.memory import collect_rarely
+    from guardengine.engine.stream import Stream
     from guardengine.errors import (
         AuditError,
         Blocked,
@@ -33,23 +35,21 @@ if TYPE_CHECKING:
         WrongLoop,
         WrongThread,
     )
-    from guardengine.garbage import collect_rarely
-    from guardengine.guarded_reply import guarded, guarded_sync
-    from guardengine.intervention import intervene
+    from guardengine.guarding.guarded import guarded, guarded_sync
+    from guardengine.guarding.intervention import intervene
     from guardengine.labels import GenModeration, Label, Moderation, Verdict
     from guardengine.policy import Policy
-    from guardengine.stream import Stream
-    from guardengine.text_books import Span
+    from guardengine.text.spans import Span
 
 _HOME = {
-    "AsyncEngine": "async_engine",
-    "AsyncStream": "async_stream",
+    "AsyncEngine": "engine.async_engine",
+    "AsyncStream": "engine.async_stream",
     "AuditError": "errors",
     "AutoGuard": "compat",
     "Blocked": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
-    "Engine": "engine",
+    "Engine": "engine.engine",
     "EngineConfig": "config",
     "GenModeration": "labels",
     "GuardEngineError": "errors",
@@ -63,17 +63,17 @@ _HOME = {
     "Overloaded": "errors",
     "Policy": "policy",
     "ServerError": "errors",
-    "Span": "text_books",
-    "Stream": "stream",
+    "Span": "text.spans",
+    "Stream": "engine.stream",
     "StreamClosed": "errors",
     "StreamTooLong": "errors",
     "Verdict": "labels",
     "WrongLoop": "errors",
     "WrongThread": "errors",
-    "collect_rarely": "garbage",
-    "guarded": "guarded_reply",
-    "guarded_sync": "guarded_reply",
-    "intervene": "intervention",
+    "collect_rarely": "engine.memory",
+    "guarded": "guarding.guarded",
+    "guarded_sync": "guarding.guarded",
+    "intervene": "guarding.intervention",
 }
 
 __all__ = [

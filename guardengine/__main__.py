@@ -2,6 +2,6 @@
 
 import sys
 
-from guardengine.cli import main
+from guardengine.cli.main import main
 
 sys.exit(main())

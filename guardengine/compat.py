@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guardengine.admission import Ticket
 from guardengine.config import ModelConfig
-from guardengine.conversation import Feed
-from guardengine.core import EngineCore
-from guardengine.engine import Engine
+from guardengine.core.admission import Ticket
+from guardengine.core.engine_core import EngineCore
+from guardengine.core.feeds import Feed
+from guardengine.core.state import StreamState, Wanted
+from guardengine.core.whole_streams import run_feeds
+from guardengine.engine.engine import Engine
 from guardengine.errors import ConfigError, InvalidTokens
 from guardengine.labels import Label, Role
 from guardengine.policy import Policy
-from guardengine.state import StreamState, Wanted
-from guardengine.whole_streams import run_feeds
 
 Result = dict[str, list[Any]]
 

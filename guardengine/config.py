@@ -248,7 +248,9 @@ class EngineConfig:
     idle_ttl_s: float | None = None  # streams that were idle for so long are closed
     num_threads: int | None = None  # None: one for each core (the reference backend: torch's choice)
     pin_threads: bool = False  # keep the cpu backend's threads on a core each
-    audit_log: str | PathLike[str] | None = None  # a file that every decision goes to: guardengine.audit
+    audit_log: str | PathLike[str] | None = (
+        None  # a file that every decision goes to: guardengine.records.audit_log
+    )
     audit_token_ids: bool = True  # with the ids, which `guardengine replay` needs; False: with their digest
 
     @staticmethod

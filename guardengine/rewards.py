@@ -20,8 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from guardengine.errors import ConfigError, InvalidText
-from guardengine.judging import (
+from guardengine.engine.judging import (
     Answer,
     AsyncModerator,
     Batches,
@@ -31,9 +30,10 @@ from guardengine.judging import (
     run,
     run_async,
 )
+from guardengine.errors import ConfigError, InvalidText
 from guardengine.labels import UNPARSABLE, GenModeration, Moderation
 from guardengine.policy import Policy
-from guardengine.thinking import split_thinking
+from guardengine.text.thinking import split_thinking
 
 Equation = Literal["guard-only", "hybrid"]
 OnUnjudged = Literal["raise", "unsafe"]

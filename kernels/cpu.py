@@ -1,7 +1,7 @@
 """The operators in C++ (csrc/), for CPUs: the kernels that the engine's cpu backend is made of, one at a time.
 
-The engine runs whole steps in one native call (guardengine.cpu_runner) and does not come through here; these are the
-same kernels for tests and measurements, with `reference`'s signatures and contracts. Head dimensions must be
+The engine runs whole steps in one native call (guardengine.runners.cpu_runner) and does not come through here; these
+are the same kernels for tests and measurements, with `reference`'s signatures and contracts. Head dimensions must be
 multiples of 32. GUARDENGINE_ISA chooses an instruction set; as many threads as torch has.
 
 A row of any result is the same bits whatever other rows are computed with it and by however many threads.

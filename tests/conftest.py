@@ -15,9 +15,9 @@ from feeding import VOCAB
 from guarding import make_bombs_unsafe
 
 from guardengine import Engine
+from guardengine.checkpoint.random_weights import make_checkpoint
 from guardengine.kernels import library, native
-from guardengine.make_checkpoint import make_checkpoint
-from guardengine.tokenizer import Tokenizer
+from guardengine.text.tokenizer import Tokenizer
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only costs
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_gen import AsyncFakeGen, FakeGen
 from hypothesis import given
 from hypothesis import strategies as st
 
 from guardengine import AsyncEngine, Engine, GenModeration, Moderation, Policy, Verdict
+from guardengine.engine.judging import judge_each, run
 from guardengine.errors import ConfigError, GuardEngineError, InvalidText, StreamTooLong
-from guardengine.judging import judge_each, run
 from guardengine.rewards import (
     AsyncGuardReward,
     GuardReward,
@@ -22,37 +23,9 @@ from guardengine.rewards import (
     guard_only_reward,
     hybrid_reward,
 )
-from guardengine.thinking import split_thinking
+from guardengine.text.thinking import split_thinking
 
 SAFETIES = ("Safe", "Unsafe", "Controversial", "Unparsable", "Unjudged")
-
-
-class FakeGen:
-    """A Gen checkpoint that reads its answers off the text: "Unsafe", "Controversial", "refuse"; "long" it cannot read.
-    Both kinds of engine."""
-
-    def __init__(self) -> None:
-        self.asked: list[list[Any]] = []
-        self.policies: list[Policy | None] = []
-
-    def moderate_many(self, conversations: Any, policy: Policy | None = None) -> list[Any]:
-        self.asked.append([list(messages) for messages in conversations])
-        self.policies.append(policy)
-        if any("too long" in messages[-1]["content"] for messages in conversations):
-            raise StreamTooLong("9000 tokens")
-        return [self.answer(messages[-1]["content"]) for messages in conversations]
-
-    def answer(self, text: str) -> GenModeration:
-        safety = next((s for s in ("Unsafe", "Controversial", "Unparsable") if s in text), "Safe")
-        refusal = None if "cut" in text else "Yes" if "refuse" in text else "No"
-        verdict = Verdict("allow", "Safe", None, None, "none", 0)
-        return GenModeration("assistant", safety, (), refusal, {}, {}, {}, text, verdict, 1, 1)
-
-
-class AsyncFakeGen(FakeGen):
-    async def moderate_many(self, conversations: Any, policy: Policy | None = None) -> list[Any]:  # type: ignore[override]
-        await asyncio.sleep(0)
-        return super().moderate_many(conversations, policy)
 
 
 class FakeStream(FakeGen):

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from guardengine.bench.workload import random_ids
-from guardengine.checkpoint import open_checkpoint
+from guardengine.checkpoint.files import open_checkpoint
+from guardengine.checkpoint.weights import tensor_shapes
 from guardengine.errors import ConfigError
-from guardengine.weights import tensor_shapes
 
 VOCAB_SIZE = 1024
 EMBEDDING = "model.embed_tokens.weight"

@@ -15,7 +15,7 @@ from guardengine.bench import report
 from guardengine.bench.compare import ComparePoint
 from guardengine.bench.floor import CostModel, Limits, Work
 from guardengine.config import ModelConfig
-from guardengine.machine import Ceilings
+from guardengine.measuring.machine import Ceilings
 
 _PERCENTILES = (20, 50, 80)
 

@@ -28,14 +28,14 @@ from rounds import Turns, take_turns, tokens_per_stream
 from tqdm import tqdm
 from worker_process import WorkerFailed, WorkerProcess
 
-from guardengine import machine
 from guardengine.bench import report
 from guardengine.bench.checkpoints import STREAM_PRESETS, cached_checkpoint
 from guardengine.bench.compare import ComparePoint
 from guardengine.bench.floor import CostModel
-from guardengine.checkpoint import open_checkpoint
+from guardengine.checkpoint.files import open_checkpoint
 from guardengine.config import ModelConfig
 from guardengine.errors import ConfigError, GuardEngineError
+from guardengine.measuring import machine
 
 _BLOCK_SIZE = 16  # the engine's default
 _SPARE_BYTES = 2 * 2**30  # for what a peer needs beside weights and KV cache

@@ -6,8 +6,8 @@ from typing import Any
 
 from protocol import Chunks, serve
 
-from guardengine.engine import Engine
-from guardengine.stream import Stream
+from guardengine.engine.engine import Engine
+from guardengine.engine.stream import Stream
 
 
 class GuardEngine:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from guardengine.annotate.journal import Annotation, Entry, Fault
 from guardengine.annotate.layout import Messages
 from guardengine.annotate.response_chars import ResponseChars
+from guardengine.engine.judging import Moderator, judge_each, run
 from guardengine.errors import GuardEngineError
-from guardengine.judging import Moderator, judge_each, run
 from guardengine.labels import UNPARSABLE, GenModeration, Label, Moderation
 from guardengine.policy import Policy
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from guardengine.chat import ROLES
 from guardengine.errors import ConfigError
+from guardengine.text.chat_template import ROLES
 
 Messages = list[dict[str, str]]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from guardengine.tokenizer import Tokenizer
+from guardengine.text.tokenizer import Tokenizer
 
 _TAGS = re.compile(r"</?think>")
 

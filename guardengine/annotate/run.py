@@ -24,10 +24,10 @@ from guardengine.annotate.output import Output, write_output
 from guardengine.annotate.response_chars import ResponseChars
 from guardengine.annotate.rows import JsonlSource
 from guardengine.annotate.tables import TableSource, arrow
-from guardengine.engine import Engine
+from guardengine.checkpoint.hub import resolve_checkpoint
+from guardengine.engine.engine import Engine
+from guardengine.engine.judging import Moderator
 from guardengine.errors import ConfigError
-from guardengine.hub import resolve_checkpoint
-from guardengine.judging import Moderator
 from guardengine.policy import Policy
 
 DEFAULT_WINDOW_ROWS = 2048

@@ -17,19 +17,21 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
-from guardengine import machine
-from guardengine.bench import compare, plot, predict, report, soak, throughput
+from guardengine.bench import compare, plot, report, throughput
 from guardengine.bench.check import check_labels
 from guardengine.bench.checkpoints import STREAM_PRESETS, cache_folder, cached_checkpoint
 from guardengine.bench.floor import CostModel
+from guardengine.bench.gpu import predict
 from guardengine.bench.hf import HFGuard, import_transformers
 from guardengine.bench.options import count, counts, exit_status, say
+from guardengine.bench.soak import run as soak
 from guardengine.bench.workload import ArrivalKind, Point
 from guardengine.config import ModelConfig
-from guardengine.engine import Engine
+from guardengine.engine.engine import Engine
 from guardengine.errors import ConfigError
 from guardengine.kernels.quantization import SCHEMES
-from guardengine.runner import CacheShape
+from guardengine.measuring import machine
+from guardengine.runners.runner import CacheShape
 
 _MODEL_STATS = ("dtype", "quantization", "kv_dtype", "backend", "isa", "device", "num_threads")
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}

@@ -3,7 +3,7 @@
 Random weights never write "Safety:". Here the layers are random, and the head's rows of the grammar's tokens are the
 ridge regression from the layers' output after each token of many random answers to the token that comes next, plus a
 part that tells conversations apart: a direction in which the outputs after one and the same token differ. All other
-rows are 0. How often a greedy answer then keeps to the grammar, tests/test_gen.py says.
+rows are 0. How often a greedy answer then keeps to the grammar, tests/gen/test_gen.py says.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from guardengine import Engine
-from guardengine.admission import Ticket
+from guardengine.checkpoint.random_weights import make_checkpoint
 from guardengine.config import RISKS
-from guardengine.conversation import Feed
+from guardengine.core.admission import Ticket
+from guardengine.core.feeds import Feed
+from guardengine.core.state import Wanted
 from guardengine.errors import ConfigError
 from guardengine.gen.grammar import Grammar
 from guardengine.gen.parse import NONE, REFUSALS
 from guardengine.labels import Role
-from guardengine.make_checkpoint import make_checkpoint
 from guardengine.policy import Policy
-from guardengine.state import Wanted
 
 NAMED = ("Violent", "PII", "Unethical Acts")
 NUM_DIRECTIONS, LIVELY = 12, 2.0

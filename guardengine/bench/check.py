@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from guardengine import machine
 from guardengine.bench.hf import GuardOutput, HFGuard
 from guardengine.bench.workload import random_ids
-from guardengine.engine import Engine
+from guardengine.engine.engine import Engine
 from guardengine.errors import LabelsDiffer
+from guardengine.measuring import machine
 
 _PROMPT_LEN, _RESPONSE_LEN = 12, 20
 _FP32_LIMIT = 1e-3  # of logits; two correct float32 computations stay well below, a wrong one is far above

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from guardengine.checkpoint.random_weights import PRESETS, make_checkpoint
 from guardengine.errors import ConfigError
-from guardengine.make_checkpoint import PRESETS, make_checkpoint
 
 STREAM_PRESETS = tuple(name for name in PRESETS if name.startswith("stream-"))
 

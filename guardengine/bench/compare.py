@@ -18,9 +18,9 @@ import torch
 
 from guardengine.bench.hf import AttnImplementation, GuardOutput, HFGuard, IncrementalStream
 from guardengine.bench.workload import random_ids
-from guardengine.engine import Engine
+from guardengine.engine.engine import Engine
+from guardengine.engine.stream import Stream
 from guardengine.errors import ConfigError, IntegrityError
-from guardengine.stream import Stream
 
 ENGINE, RELEASED, INCREMENTAL = "engine", "hf_released", "hf_incremental"
 WARM_UP_ROUNDS = 1

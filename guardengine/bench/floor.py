@@ -95,8 +95,8 @@ class Limits:
 
     @staticmethod
     def best_of(probes: Sequence[Any], dtype: str, quantization: str | None = None) -> Limits:
-        """The best that any of the probes (`guardengine.machine.Ceilings`) reached with the instructions that the
-        dtype, or w8a8, could use."""
+        """The best that any of the probes (`guardengine.measuring.machine.Ceilings`) reached with the instructions that
+        the dtype, or w8a8, could use."""
         peaks = [
             max(
                 p.fp32_flops or 0.0,

@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from guardengine import machine
 from guardengine.bench.compare import ENGINE, INCREMENTAL, RELEASED
 from guardengine.errors import ConfigError
+from guardengine.measuring import machine
 
 SCHEMA = 1
 

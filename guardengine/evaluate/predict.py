@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from guardengine.chat import ChatTemplate
-from guardengine.conversation import Feed
-from guardengine.engine import Engine
+from guardengine.core.feeds import Feed
+from guardengine.core.state import Wanted
+from guardengine.core.whole_streams import run_feeds
+from guardengine.engine.engine import Engine
+from guardengine.engine.judging import Moderator, judge_each, run
 from guardengine.errors import ConfigError, InvalidText, InvalidTokens, StreamTooLong
 from guardengine.evaluate.outcomes import Outcome, Target, gen_outcome, stream_outcome
 from guardengine.evaluate.rows import BadRows, Row
-from guardengine.judging import Moderator, judge_each, run
 from guardengine.labels import GenModeration, Role
 from guardengine.policy import Policy
-from guardengine.state import Wanted
-from guardengine.thinking import split_thinking
-from guardengine.whole_streams import run_feeds
+from guardengine.text.chat_template import ChatTemplate
+from guardengine.text.thinking import split_thinking
 
 CONVERSATIONS_AT_A_TIME = 16
 

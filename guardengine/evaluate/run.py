@@ -8,9 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from guardengine.chat import ChatTemplate
-from guardengine.checkpoint import open_checkpoint
-from guardengine.engine import Engine
+from guardengine.checkpoint.files import open_checkpoint
+from guardengine.checkpoint.hub import resolve_checkpoint
+from guardengine.engine.engine import Engine
 from guardengine.errors import ConfigError
 from guardengine.evaluate.outcomes import STREAM_RULES, Outcome, RuleName
 from guardengine.evaluate.predict import (
@@ -22,8 +22,8 @@ from guardengine.evaluate.predict import (
 )
 from guardengine.evaluate.rows import BadRows, Row, read_rows
 from guardengine.evaluate.summary import Report, summarize
-from guardengine.hub import resolve_checkpoint
-from guardengine.tokenizer import Tokenizer
+from guardengine.text.chat_template import ChatTemplate
+from guardengine.text.tokenizer import Tokenizer
 
 
 def evaluate(

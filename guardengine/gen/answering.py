@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from guardengine.admission import Ticket
-from guardengine.conversation import Feed
-from guardengine.core import EngineCore
+from guardengine.core.admission import Ticket
+from guardengine.core.engine_core import EngineCore
+from guardengine.core.feeds import Feed
+from guardengine.core.state import StreamState, Wanted
 from guardengine.errors import CheckpointError, Overloaded
 from guardengine.gen.answers import Answer, ChosenAnswer, Floats, GreedyAnswer, Mode, Move
 from guardengine.gen.grammar import Grammar
 from guardengine.gen.prompts import Prompt
 from guardengine.labels import Role
 from guardengine.policy import Policy
-from guardengine.state import StreamState, Wanted
 
 _ROWS_AT_ONCE = 32  # of a whole vocabulary's logits
 _NO_POLICY = Policy.strict()  # answers are judged when they are complete

@@ -8,7 +8,7 @@ from guardengine.gen.answering import Job
 from guardengine.gen.parse import NONE, Parsed, parse
 from guardengine.labels import UNPARSABLE, GenModeration, Label, Role, Verdict
 from guardengine.policy import Policy
-from guardengine.tokenizer import Tokenizer
+from guardengine.text.tokenizer import Tokenizer
 
 _NO_LOGITS = np.empty(0, dtype=np.float32)
 

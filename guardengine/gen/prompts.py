@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from guardengine.chat import ChatTemplate
 from guardengine.errors import InvalidText
 from guardengine.labels import Role
+from guardengine.text.chat_template import ChatTemplate
 
 _ROLES: tuple[Role, ...] = ("user", "assistant")
 

@@ -12,14 +12,14 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from guardengine.errors import Blocked, ConfigError, Overloaded, ServerError
-from guardengine.integrations.held import HeldItems, Split
+from guardengine.guarding.held_items import HeldItems, Split
+from guardengine.guarding.pull_ahead import MAX_AHEAD, PullAhead
 from guardengine.labels import Verdict
 from guardengine.policy import OnFailure, Policy
-from guardengine.pull_ahead import MAX_AHEAD, PullAhead
 
 if TYPE_CHECKING:  # which bring torch: who asks a server does not need it
-    from guardengine.async_engine import AsyncEngine
-    from guardengine.async_stream import AsyncStream
+    from guardengine.engine.async_engine import AsyncEngine
+    from guardengine.engine.async_stream import AsyncStream
 
 Messages = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class Guard:
         self._engine = engine
         self._owns_engine = checkpoint is not None
         if url is None:
-            from guardengine.async_engine import AsyncEngine
+            from guardengine.engine.async_engine import AsyncEngine
 
             if engine is not None and not isinstance(engine, AsyncEngine):
                 raise ConfigError(f"engine is {type(engine).__name__}, not an AsyncEngine")

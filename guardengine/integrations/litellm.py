@@ -30,7 +30,7 @@ from guardengine.labels import Verdict
 from guardengine.policy import Policy
 
 if TYPE_CHECKING:
-    from guardengine.async_engine import AsyncEngine
+    from guardengine.engine.async_engine import AsyncEngine
 
 OnBlock = Literal["content_filter", "raise"]
 

@@ -18,12 +18,12 @@ import torch
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from guardengine.deltas import Reply, Shape
-from guardengine.engine import Engine
+from guardengine.engine.engine import Engine
+from guardengine.engine.stream import Stream
 from guardengine.errors import ConfigError
-from guardengine.guarded_reply import can_end_turn, is_blocked
+from guardengine.guarding.deltas import Reply, Shape
+from guardengine.guarding.guarded import can_end_turn, is_blocked
 from guardengine.labels import Verdict
-from guardengine.stream import Stream
 
 
 class GuardStoppingCriteria(StoppingCriteria):

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from guardengine.engine.judging import AsyncModerator, Moderator
 from guardengine.errors import ConfigError
-from guardengine.judging import AsyncModerator, Moderator
 from guardengine.rewards import AsyncGuardReward, Equation, GuardReward, Reward, Text
 
 RewardFunction = Callable[..., list[float | None]]

@@ -21,9 +21,9 @@ from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from guardengine.async_engine import AsyncEngine
+from guardengine.engine.async_engine import AsyncEngine
+from guardengine.engine.judging import AsyncModerator
 from guardengine.errors import ConfigError
-from guardengine.judging import AsyncModerator
 from guardengine.rewards import AsyncGuardReward, Equation, Reward
 
 T = TypeVar("T")

@@ -27,8 +27,8 @@ from guardengine.annotate.journal import Fault, of_line, to_line
 from guardengine.annotate.judging import Item, Judged, judge_call
 from guardengine.annotate.response_chars import ResponseChars
 from guardengine.annotate.run import Options, load_engine
+from guardengine.checkpoint.hub import resolve_checkpoint
 from guardengine.errors import CheckpointError, ConfigError
-from guardengine.hub import resolve_checkpoint
 from guardengine.on_ray.annotating import Actors
 from guardengine.on_ray.cluster import named
 

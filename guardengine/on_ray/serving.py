@@ -14,10 +14,10 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from guardengine.async_engine import AsyncEngine
+from guardengine.checkpoint.hub import resolve_checkpoint
+from guardengine.engine.async_engine import AsyncEngine
+from guardengine.engine.memory import collect_rarely
 from guardengine.errors import ServerError
-from guardengine.garbage import collect_rarely
-from guardengine.hub import resolve_checkpoint
 from guardengine.on_ray.lag import LAG, LagPolicy
 from guardengine.on_ray.scale import Scale
 from guardengine.server.app import create_app

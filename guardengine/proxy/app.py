@@ -7,14 +7,14 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from guardengine.async_engine import AsyncEngine
+from guardengine.engine.async_engine import AsyncEngine
 from guardengine.proxy import routes
 from guardengine.proxy.exchange import Proxy
 from guardengine.proxy.metrics import ProxyMetrics
 from guardengine.proxy.settings import ProxySettings
 from guardengine.proxy.upstream import Upstream
-from guardengine.server import operations
 from guardengine.server.app import app_around
+from guardengine.server.routes import operations
 from guardengine.server.service import Service
 
 

@@ -12,10 +12,10 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
-from guardengine.async_engine import AsyncEngine
-from guardengine.async_stream import AsyncStream
+from guardengine.engine.async_engine import AsyncEngine
+from guardengine.engine.async_stream import AsyncStream
 from guardengine.errors import GuardEngineError, Overloaded, StreamTooLong
-from guardengine.guarded_reply import finish_reply
+from guardengine.guarding.guarded import finish_reply
 from guardengine.labels import Verdict
 from guardengine.policy import Failure, Policy
 from guardengine.proxy.errors import broken

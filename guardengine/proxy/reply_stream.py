@@ -15,6 +15,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from guardengine.guarding.pull_ahead import PullAhead
 from guardengine.labels import Label
 from guardengine.proxy import answers
 from guardengine.proxy.choice import ChoiceGuard
@@ -22,7 +23,6 @@ from guardengine.proxy.errors import UpstreamError
 from guardengine.proxy.events import Event
 from guardengine.proxy.parts import Json, Part, read_object, read_parts
 from guardengine.proxy.settings import ProxySettings
-from guardengine.pull_ahead import PullAhead
 
 logger = logging.getLogger("guardengine.proxy")
 

@@ -8,8 +8,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from guardengine.async_engine import AsyncEngine
-from guardengine.hub import resolve_checkpoint
+from guardengine.checkpoint.hub import resolve_checkpoint
+from guardengine.engine.async_engine import AsyncEngine
 from guardengine.proxy.app import create_proxy
 from guardengine.proxy.settings import ProxySettings
 from guardengine.server.serve import bound, listen, log_to_stderr, warn_without_keys

@@ -12,16 +12,19 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from guardengine._version import __version__
-from guardengine.async_engine import AsyncEngine
+from guardengine.engine.async_engine import AsyncEngine
 from guardengine.errors import ConfigError, GuardEngineError
-from guardengine.server import chat_routes, guard_routes, operations, pages, stream_route
 from guardengine.server.auth import Authentication
 from guardengine.server.limits import Limits, log_error
 from guardengine.server.replies import AsciiJson, reply_of
+from guardengine.server.routes import chat as chat_routes
+from guardengine.server.routes import guard as guard_routes
+from guardengine.server.routes import operations, pages
 from guardengine.server.schemas import ErrorResponse
 from guardengine.server.service import Service
 from guardengine.server.settings import ServerSettings
 from guardengine.server.statuses import Refusal, refusal_of
+from guardengine.server.websocket import route as stream_route
 
 _STATUSES = (400, 401, 404, 408, 413, 429, 500, 503, 504)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from guardengine.async_engine import AsyncEngine
+from guardengine.engine.async_engine import AsyncEngine
 from guardengine.errors import StreamTooLong
 
 _LONG = 16_384  # characters, which the engine's thread encodes in 10 to 30 ms

@@ -12,11 +12,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from guardengine.async_engine import AsyncEngine
+from guardengine.checkpoint.hub import resolve_checkpoint
 from guardengine.config import ModelConfig
+from guardengine.engine.async_engine import AsyncEngine
+from guardengine.engine.memory import collect_rarely
 from guardengine.errors import CheckpointError, ConfigError
-from guardengine.garbage import collect_rarely
-from guardengine.hub import resolve_checkpoint
 from guardengine.server.app import create_app
 from guardengine.server.run import GuardServer
 from guardengine.server.settings import ServerSettings

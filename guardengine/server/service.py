@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.requests import HTTPConnection
 
-from guardengine.async_engine import AsyncEngine
+from guardengine.engine.async_engine import AsyncEngine
 from guardengine.server.drain import Drain
 from guardengine.server.metrics import Metrics
 from guardengine.server.settings import ServerSettings

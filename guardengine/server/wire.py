@@ -7,8 +7,8 @@ from typing import Any
 
 from guardengine.labels import Label, Verdict
 from guardengine.policy import Policy
-from guardengine.server.taxonomy import finite
-from guardengine.text_books import Span
+from guardengine.server.routes.taxonomy import finite
+from guardengine.text.spans import Span
 
 Json = dict[str, Any]
 SpanOf = Callable[[Label], Span | None]

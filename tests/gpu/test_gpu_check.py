@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from guardengine.bench import gpu_check, gpu_speed
+from guardengine.bench.gpu import check as gpu_check
+from guardengine.bench.gpu import speed as gpu_speed
 from guardengine.kernels import gpu
 
 
@@ -88,7 +89,7 @@ def test_what_comes_too_late_is_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    command = [sys.executable, "-P", "-m", "guardengine.bench.gpu_check"]
+    command = [sys.executable, "-P", "-m", "guardengine.bench.gpu.check"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert "there is no GPU to check" in found.stderr

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import guardengine
 from guardengine import Engine
-from guardengine.make_checkpoint import make_checkpoint
+from guardengine.checkpoint.random_weights import make_checkpoint
 
 assert Path(guardengine.__file__).is_relative_to(sys.prefix), guardengine.__file__
 folder = make_checkpoint(Path(sys.argv[1]), "stream-tiny", vocab_size=512)

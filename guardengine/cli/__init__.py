@@ -1,0 +1,1 @@
+"""The `guardengine` command: one file a command."""

@@ -1,0 +1,1 @@
+"""The core: the books of all streams, KV blocks, the queue, and the step."""

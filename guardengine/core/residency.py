@@ -1,0 +1,128 @@
+"""Residency: whose keys and values are in the KV cache. Joins the block pool, the prefix cache and the idle streams.
+
+Memory is found in this order: free blocks; cached blocks that nobody holds, least recently used first; blocks of
+idle streams, least recently active first, which keep their ids and labels and are computed again when they go
+on. What none of these can give is refused.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from guardengine.core.block_pool import BlockPool
+from guardengine.core.idle_streams import IdleStreams
+from guardengine.core.state import StreamState
+from guardengine.errors import Overloaded, StreamTooLong
+from guardengine.labels import Label
+
+
+class Found(NamedTuple):
+    """A stream's first tokens, found in the prefix cache, with the labels that are wanted there."""
+
+    stream: StreamState
+    num_tokens: int
+    labels: list[Label]
+
+    def of(self, branch: StreamState) -> Found:
+        """The same for a branch."""
+        labels = [replace(label, stream_id=branch.stream_id) for label in self.labels]
+        return Found(branch, self.num_tokens, labels)
+
+    def cut(self, num_tokens: int) -> Found:
+        """What is left when the stream is cut to `num_tokens` tokens."""
+        labels = [label for label in self.labels if label.position < num_tokens]
+        return Found(self.stream, min(self.num_tokens, num_tokens), labels)
+
+
+class Residency:
+    """Gives streams their KV blocks and takes them back. `copy_block(source, destination)` copies contents."""
+
+    def __init__(self, pool: BlockPool, reserve_blocks: int, copy_block: Callable[[int, int], None]) -> None:
+        self.pool = pool
+        self.idle = IdleStreams()
+        self.num_preempted = 0
+        self._reserve_blocks = reserve_blocks
+        self._copy_block = copy_block
+
+    def take(self, stream: StreamState, *, is_new: bool = False) -> Found | None:
+        """Give the stream blocks for all of its tokens, found ones where the prefix cache knows its beginning.
+
+        Returns what was found: scheduled tokens, for the caller to count as computed. A new stream leaves the reserve
+        to those that are open. Raises Overloaded, with nothing changed, when there is no room.
+        """
+        pool, cache = self.pool, self.pool.cache
+        if pool.has_room(stream):  # of most appends: a few tokens in the last block
+            return None
+        labels: list[Label] = []
+        is_found = cache is not None and not stream.block_table
+        if cache is not None and is_found:
+            hit = cache.match(stream)
+            labels = hit.labels
+            pool.share(hit.blocks)
+            stream.block_table = array("i", hit.blocks)
+            stream.num_scheduled_tokens = len(hit.blocks) * pool.block_size
+        try:
+            self._make_room(stream, self._reserve_blocks if is_new else 0)
+            pool.grow(stream, stream.num_tokens, self._copy_block)
+        except BaseException:
+            if is_found:
+                pool.shrink(stream, 0)
+                stream.drop_blocks()
+            raise
+        if not is_found or not stream.num_scheduled_tokens:
+            return None
+        return Found(stream, stream.num_scheduled_tokens, labels).of(stream)
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether a new stream of `num_tokens` tokens would be given blocks."""
+        needed = self.pool.blocks_for(num_tokens) + self._reserve_blocks
+        return self.pool.num_free >= needed or self.pool.num_free + self.idle.num_blocks() >= needed
+
+    def check_length(self, num_tokens: int, max_model_len: int, *, is_new: bool = False) -> None:
+        """Raise StreamTooLong for a stream of `num_tokens` tokens that could never be computed."""
+        num_blocks = self.pool.num_blocks - (self._reserve_blocks if is_new else 0)
+        limit = min(max_model_len, num_blocks * self.pool.block_size)
+        if num_tokens > limit:
+            reason = (
+                f"max_model_len={limit}"
+                if limit == max_model_len
+                else f"the {limit} tokens of the whole KV cache (raise kv_cache_bytes)"
+            )
+            raise StreamTooLong(
+                f"a stream of {num_tokens} tokens exceeds {reason}; shorten the conversation or open a new stream"
+            )
+
+    def publish(self, stream: StreamState, num_computed_before: int) -> None:
+        """Make the blocks known that were filled since `num_computed_before` tokens were computed."""
+        size = self.pool.block_size
+        first, end = num_computed_before // size, stream.num_computed_tokens // size
+        if self.pool.cache is not None and end > first:
+            self.pool.cache.publish(stream, first, end)
+
+    def release(self, stream: StreamState) -> None:
+        """Take all blocks of a stream; those that the prefix cache knows stay there until they are needed."""
+        self.pool.shrink(stream, 0)
+        stream.drop_blocks()
+
+    def _make_room(self, stream: StreamState, reserve: int) -> None:
+        pool = self.pool
+        needed = pool.blocks_to_grow(stream, stream.num_tokens)
+        if pool.num_free >= needed + reserve:
+            return
+        num_idle = self.idle.num_blocks()
+        if pool.num_free + num_idle < needed + reserve:
+            kept = f", {reserve} of them kept for open streams (kv_reserve)" if reserve else ""
+            raise Overloaded(
+                f"{needed} KV cache blocks of {pool.block_size} tokens are needed and {pool.num_free} of "
+                f"{pool.num_blocks} are free, {num_idle} more held by idle streams{kept}; close streams or raise "
+                "kv_cache_bytes"
+            )
+        while pool.num_free < needed:
+            victim = self.idle.take_resident()
+            if victim is None:  # their blocks were shared with streams that are not idle
+                break  # `grow` refuses
+            self.release(victim)
+            self.num_preempted += 1

@@ -1,0 +1,1 @@
+"""Engine and Stream, AsyncEngine and AsyncStream, and the thread between them."""

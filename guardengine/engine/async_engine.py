@@ -1,0 +1,335 @@
+"""AsyncEngine: the engine for asyncio. Every call is a message to the one thread that has the engine; see `calls`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from guardengine.core.admission import check_timeout
+from guardengine.core.feeds import Feed
+from guardengine.core.health import describe, report
+from guardengine.core.state import StreamState
+from guardengine.core.whole_streams import moderation, open_feed
+from guardengine.engine.async_stream import AsyncStream
+from guardengine.engine.calls import Append, Call, Calls, Future
+from guardengine.engine.engine import Engine, Messages
+from guardengine.engine.engine_thread import EngineThread
+from guardengine.errors import ConfigError, Overloaded, StreamClosed
+from guardengine.gen.answering import Answering, Job
+from guardengine.gen.answers import Mode
+from guardengine.labels import GenModeration, Moderation, Role
+from guardengine.policy import Policy
+
+MAX_WAITING = 4096
+
+
+class AsyncEngine:
+    """Moderates many conversations at once, for many tasks of one event loop.
+
+        async with AsyncEngine.from_pretrained(path) as engine:
+            async with await engine.open(messages=[...]) as stream:
+                label = await stream.prompt()
+                labels = await stream.append([8420, 525])
+
+    One thread has the engine: it runs steps while tokens are pending and sleeps otherwise. `AsyncEngine(engine)` takes
+    an engine over, from the thread that owns it; its own methods raise WrongThread from then on, and it is closed with
+    the AsyncEngine.
+
+    max_waiting: how many appends may wait to be accepted, for room or for the step under way.
+
+    Any call may be cancelled at any time and disturbs no other. Every call raises WrongLoop from another event loop
+    than the first, and StreamClosed once the engine has been closed.
+    """
+
+    def __init__(self, engine: Engine, *, max_waiting: int = MAX_WAITING) -> None:
+        _check_max_waiting(max_waiting)
+        engine.core.check_engine_open()
+        engine.core.gate.hand_over()
+        self._start(lambda: engine, max_waiting)
+        self.thread.has_engine.wait()
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str | Path, *, max_waiting: int = MAX_WAITING, **options: Any
+    ) -> AsyncEngine:
+        """Load a checkpoint in the engine's thread; the event loop goes on. Options as in `Engine.from_pretrained`.
+
+        Use it as `async with AsyncEngine.from_pretrained(...) as engine` or `engine = await
+        AsyncEngine.from_pretrained(...)`: both wait until it is loaded, and raise CheckpointError or ConfigError.
+        """
+        _check_max_waiting(max_waiting)
+        self = cls.__new__(cls)
+        self._start(lambda: Engine.from_pretrained(path_or_id, **options), max_waiting)
+        return self
+
+    def _start(self, load: Callable[[], Engine], max_waiting: int) -> None:
+        self.calls = Calls(max_waiting)
+        self.thread = EngineThread(load, self.calls)
+        self._health: Future | None = None
+        weakref.finalize(self, self.thread.abort).atexit = False
+
+    async def _loaded(self) -> AsyncEngine:
+        await self.calls.call(bool)
+        return self
+
+    def __await__(self) -> Generator[Any, None, AsyncEngine]:
+        return self._loaded().__await__()
+
+    async def __aenter__(self) -> AsyncEngine:
+        return await self._loaded()
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        await self.close(drain=kind is None)
+
+    # -- streams -------------------------------------------------------------------------------------------
+
+    async def open(
+        self,
+        messages: Messages | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        role: Role = "user",
+        policy: Policy | None = None,
+        stream_id: str | None = None,
+        tenant: str = "",
+        cache_salt: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncStream:
+        """Open a stream, as `Engine.open` does. Returns before anything is computed: see `AsyncStream.prompt`.
+
+        timeout_s: when what the stream is opened with is not computed by then, counted from this call, it counts as
+        unjudged (Policy.on_timeout); it is computed all the same.
+
+        Raises InvalidText or InvalidTokens, StreamTooLong, ConfigError or StreamClosed, and Overloaded at once when
+        there is no room, or none beside the tenant's appends that wait for it.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + check_timeout(timeout_s)
+        turn, unrecorded = self.calls.new_future(), list[Append]()
+
+        def run() -> tuple[AsyncStream, Append]:
+            if self.thread.is_full(tenant):
+                raise Overloaded(
+                    f"appends of tenant {tenant!r} wait for room, which a new stream would take from them; close "
+                    "streams, or retry when they are done"
+                )
+            stream = self.engine.open(
+                messages,
+                token_ids=token_ids,
+                role=role,
+                policy=policy,
+                stream_id=stream_id,
+                tenant=tenant,
+                cache_salt=cache_salt,
+                priority=priority,
+            )
+            return self._opened(stream._state, turn, unrecorded)
+
+        try:
+            stream, append = await self.calls.call(run, is_skippable=True)
+        except BaseException:
+            self.calls.forget(turn)
+            raise
+        if deadline is not None:
+            timer = self.calls.bind().call_later(deadline - time.monotonic(), self.calls.expire, append)
+            turn.add_done_callback(lambda _: timer.cancel())
+        return stream  # type: ignore[no-any-return]
+
+    async def restore(self, snapshot: Mapping[str, Any], stream_id: str | None = None) -> AsyncStream:
+        """Go on with a stream of which a snapshot was taken, as `Engine.restore`, and raises as it does. Labels that
+        were owed are computed at once and come into `labels`; so do those that no `step` had returned."""
+        engine, turn = (await self._loaded()).engine, self.calls.new_future()
+
+        def run() -> AsyncStream:
+            state = engine.restore(snapshot, stream_id)._state
+            self.thread.expect_turn(state, turn)
+            return AsyncStream(self, self.thread, state, turn, [])
+
+        try:
+            await asyncio.to_thread(engine.core.fingerprint.weights)  # reads whole files, once
+            return await self.calls.call(run, is_skippable=True)  # type: ignore[no-any-return]
+        except BaseException:
+            self.calls.forget(turn)
+            raise
+
+    # -- whole conversations -------------------------------------------------------------------------------
+
+    async def moderate(
+        self, messages: Messages, policy: Policy | None = None, *, mode: Mode | None = None
+    ) -> Moderation | GenModeration:
+        """Moderate one finished conversation. See `moderate_many`."""
+        return (await self.moderate_many([messages], policy, mode=mode))[0]
+
+    async def moderate_many(
+        self, conversations: Sequence[Messages], policy: Policy | None = None, *, mode: Mode | None = None
+    ) -> list[Moderation] | list[GenModeration]:
+        """Moderate finished conversations beside the open streams, as `Engine.moderate_many` does.
+
+        Where the model failed on a conversation, its labels are incomplete and `response` is the policy's verdict on
+        the error, conversations that end with the user included; a Gen checkpoint's answer is "Unparsable" then.
+        Raises Overloaded when not even one fits, and where `max_waiting` conversations wait for a Gen checkpoint.
+        """
+        await self._loaded()
+        if (answering := self.engine.answering) is not None:
+            return await self._answer_many(answering, conversations, policy, mode)
+        self.engine.check_answers_in_labels(mode)
+        checked, feeds = await asyncio.to_thread(self.engine.prepare_conversations, conversations, policy)
+        await self.calls.call(lambda: self._check_lengths(feeds))
+        turns = [self.calls.new_future() for _ in feeds]
+        to_do = deque(zip(range(len(feeds)), feeds, turns, strict=True))
+        done: dict[int, Moderation] = {}
+        running: dict[Future, tuple[int, AsyncStream]] = {}  # streams that nobody holds any more close
+        try:
+            while to_do or running:
+                if to_do:
+                    opened = await self.calls.call(
+                        lambda: self._open_feeds(to_do, checked), is_skippable=True
+                    )
+                    running |= opened
+                if not running:
+                    raise Overloaded(
+                        f"open streams leave no room for a conversation of {len(to_do[0][1].token_ids)} tokens; close "
+                        "some, or retry when they are done"
+                    )
+                finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for turn in finished:
+                    turn.result()
+                    index, stream = running.pop(turn)
+                    done[index] = moderation(stream._state, checked)
+        finally:
+            for turn in turns:
+                self.calls.forget(turn)
+        return [done[index] for index in range(len(feeds))]
+
+    async def _answer_many(
+        self,
+        answering: Answering,
+        conversations: Sequence[Messages],
+        policy: Policy | None,
+        mode: Mode | None,
+    ) -> list[GenModeration]:
+        engine, calls = self.engine, self.calls
+        checked, prompts, chosen = await asyncio.to_thread(
+            engine.prepare_prompts, conversations, policy, mode
+        )
+        futures = [calls.new_future() for _ in prompts]
+        try:
+            await calls.call(lambda: self.thread.answer(answering, prompts, chosen, futures))
+            jobs: list[Job] = await asyncio.gather(*futures)
+            return [engine.gen_moderation(job, checked) for job in jobs]
+        finally:
+            for future in futures:
+                future.cancel()  # those that are not done: the thread drops their conversations
+                calls.forget(future)
+
+    def _check_lengths(self, feeds: Sequence[Feed]) -> None:
+        for feed in feeds:
+            self.engine.core.check_length(len(feed.token_ids), is_new=True)
+
+    def _open_feeds(
+        self, to_do: deque[tuple[int, Feed, Future]], policy: Policy
+    ) -> dict[Future, tuple[int, AsyncStream]]:
+        """Open as many as there is room for. On the thread."""
+        core, opened = self.engine.core, dict[Future, tuple[int, AsyncStream]]()
+        while to_do and not self.thread.is_full(""):
+            index, feed, turn = to_do[0]
+            state = open_feed(core, feed, policy, must=False)
+            if state is None:
+                break
+            to_do.popleft()
+            opened[turn] = (index, self._opened(state, turn, [])[0])
+        return opened
+
+    def _opened(
+        self, state: StreamState, turn: Future, unrecorded: list[Append]
+    ) -> tuple[AsyncStream, Append]:
+        """A handle on a new stream, whose `turn` is done when all of its labels are there. On the thread, so that a
+        handle that nobody waits for any more closes its stream."""
+        end = state.wanted[-1].position + 1  # not the header of a reply that is empty
+        append = Append(state, turn, unrecorded, end=end)
+        self.thread.expect(append)
+        return AsyncStream(self, self.thread, state, turn, unrecorded), append
+
+    # -- the engine itself ---------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, once it is loaded. Its methods are the thread's."""
+        engine = self.thread.engine
+        if engine is None:
+            raise ConfigError(
+                "the engine is not loaded yet; use `async with` or `await` on the AsyncEngine first"
+            )
+        return engine
+
+    async def stats(self) -> dict[str, Any]:
+        """As `Engine.stats`, and appends_waiting: those that were not accepted yet; lag_s: for how long the append
+        or conversation that waits longest has waited to be answered, 0 where none does."""
+        stats: dict[str, Any] = await self.calls.call(
+            lambda: {**self.engine.stats(), "lag_s": self.thread.lag_s()}
+        )
+        return {**stats, "appends_waiting": len(self.calls.unaccepted)}
+
+    async def health(self, timeout_s: float = 5.0) -> dict[str, Any]:
+        """As `Engine.health`, answered within `timeout_s`: "stalled" when the engine's thread does not come round to
+        it by then, hanging in a step or loading. "failing" as well when the thread has ended by an error."""
+        check_timeout(timeout_s)
+        thread = self.thread
+        if thread.error is None and (self._health is None or self._health.done()):
+            self._health = self.calls.new_future()
+            self.calls.send(Call(lambda: self.engine.health(), self._health))
+        if thread.error is None and self._health is not None:
+            await asyncio.wait([self._health], timeout=timeout_s)
+            if self._health.done() and self._health.exception() is None:
+                return dict(self._health.result())
+        core = None if thread.engine is None else thread.engine.core
+        if thread.error is not None:
+            return report(core, "failing", f"the engine's thread has ended: {describe(thread.error)}")
+        if self._health is not None and self._health.done():
+            self._health.result()  # raises
+        began = thread.step_began
+        where = "is loading" if core is None else "is busy with calls"
+        if began is not None:
+            where = f"has been in a step for {time.monotonic() - began:.1f} s"
+        return report(
+            core, "stalled", f"no answer within timeout_s={timeout_s:g}: the engine's thread {where}"
+        )
+
+    async def check_integrity(self) -> None:
+        """Raise IntegrityError if the engine's books contradict each other. For tests and debugging."""
+        await self.calls.call(lambda: self.engine.check_integrity())
+
+    async def close(self, *, drain: bool = True, timeout_s: float | None = 30.0) -> None:
+        """Take no more calls, and close the engine with its streams and its thread.
+
+        drain: first compute all tokens that were accepted or find room, and deliver their labels. Calls that are not
+        done then, or after `timeout_s`, raise StreamClosed. A step that is under way at that time is not waited for any
+        longer: the thread closes the engine after it. Closing twice is fine; when this is cancelled, it goes on.
+        """
+        timeout_s = None if timeout_s is None else check_timeout(timeout_s)
+        calls = self.calls
+        calls.bind()
+        reason = StreamClosed("the engine has been closed; make a new one")
+        calls.flush()
+        calls.refuse(reason, also_waiting=not drain)
+        if drain:
+            self.thread.stop()
+        else:
+            self.thread.abort()
+        try:
+            await asyncio.wait_for(calls.ended.wait(), timeout_s)
+        except TimeoutError:
+            calls.refuse(reason, also_waiting=True)
+            self.thread.abort()
+        else:
+            self.thread.join()
+
+
+def _check_max_waiting(max_waiting: int) -> None:
+    if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 1:
+        raise ConfigError(f"max_waiting={max_waiting!r}: a whole number from 1 is needed")

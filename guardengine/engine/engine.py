@@ -1,0 +1,395 @@
+"""Engine: the public runtime. Joins checkpoint, template, policy and EngineCore; single-threaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from guardengine._version import __version__
+from guardengine.checkpoint.hub import resolve_checkpoint
+from guardengine.config import RISKS, EngineConfig, GuardHeadsConfig
+from guardengine.core.admission import Ticket, check_timeout
+from guardengine.core.engine_core import EngineCore
+from guardengine.core.feeds import Feed, feed_ids, feed_messages
+from guardengine.core.health import Canary, check_health
+from guardengine.core.whole_streams import moderation, run_feeds
+from guardengine.engine.loading import choose_backend, load_engine
+from guardengine.engine.stream import Stream
+from guardengine.errors import ConfigError, InvalidText
+from guardengine.gen.answering import Answering, Job, run_prompts
+from guardengine.gen.answers import Mode
+from guardengine.gen.moderation import gen_moderation
+from guardengine.gen.parse import CATEGORIES
+from guardengine.gen.prompts import Prompt, render_prompt
+from guardengine.kernels import backend_of
+from guardengine.labels import GenModeration, Label, Moderation, Role
+from guardengine.policy import Policy
+from guardengine.records.snapshot import read_snapshot
+from guardengine.text.chat_template import ChatTemplate
+
+logger = logging.getLogger("guardengine")
+
+_MAX_CHECKED = 64  # policies that are remembered
+
+_NO_TOKENIZER = (
+    "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "
+    "add Qwen3's tokenizer.json to it, or pass token ids"
+)
+
+Messages = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
+
+
+class Engine:
+    """Moderates many conversations at once. Make one with `from_pretrained`; also a context manager.
+
+    One thread's: the first that opens a stream or steps. Calls from another one, or from inside another call, raise
+    WrongThread. AsyncEngine is for many tasks.
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        chat: ChatTemplate | None,
+        heads: GuardHeadsConfig | None,
+        answering: Answering | None = None,
+    ) -> None:
+        self.core, self.answering = core, answering
+        self.canary = Canary(core)
+        self.chat, self._heads = chat, heads
+        self._default_policy = Policy.strict()
+        # By id: policies do not change, so checks need not be repeated.
+        self._checked_policies: dict[int, Policy] = {}
+
+    @staticmethod
+    def from_pretrained(
+        path_or_id: str | Path,
+        *,
+        device: str = "auto",
+        backend: str = "auto",
+        dtype: str = "auto",
+        quantization: str | None = None,
+        revision: str | None = None,
+        progress: bool = False,
+        **limits: Any,
+    ) -> Engine:
+        """Load a checkpoint folder or hub id. `limits` are the fields of EngineConfig.
+
+        dtype "auto" is the checkpoint's own (float32 for float16 ones); a hub id needs a pinned `revision`
+        unless it is one whose revision ships with guardengine.
+
+        Raises CheckpointError for what is wrong with the files and ConfigError for what is wrong with the options.
+        """
+        options = EngineConfig.from_options(limits)
+        loaded = load_engine(
+            resolve_checkpoint(path_or_id, revision),
+            options,
+            choose_backend(backend, device, quantization),
+            dtype,
+            quantization,
+            progress=progress,
+        )
+        engine = Engine(*loaded)
+        logger.info("loaded %s: %s", path_or_id, engine._stats())  # not a first use: no owner yet
+        return engine
+
+    # -- streams -------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        messages: Messages | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        role: Role = "user",
+        policy: Policy | None = None,
+        stream_id: str | None = None,
+        tenant: str = "",
+        cache_salt: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> Stream:
+        """Open a stream, from messages or from raw token ids; nothing is computed before `step`.
+
+        messages: rendered with the checkpoint's chat template, content as plain text whatever it spells. The
+        prompt label is read at the <|im_end|> of the last user turn. A final assistant message is the beginning
+        of the reply: its tokens are labelled, and more may be appended. Where that is text, an empty one lets the
+        template's tokens before the reply be computed with the prompt instead of with the first of it.
+        token_ids: fed as they are. Role "user": one prompt label, at the last of them. Role "assistant": one
+        label for each.
+
+        tenant: whom `max_streams_per_tenant` and `max_pending_tokens_per_tenant` count. cache_salt: streams of the
+        same salt (by default the tenant) share cached KV blocks where they begin alike; between others not even
+        timing tells. priority: -3 to 3, higher runs sooner. timeout_s: as in `Stream.append`.
+
+        `policy` is Policy.strict() by default. Raises InvalidText or InvalidTokens, StreamTooLong, Overloaded,
+        ConfigError or StreamClosed; nothing is opened then.
+        """
+        core = self.core
+        with core.gate:
+            core.check_engine_open()
+            self._check_kind("stream", "open() and streams are of Stream checkpoints; use moderate()")
+            if (messages is None) == (token_ids is None):
+                raise ConfigError("open() needs either messages or token_ids")
+            if token_ids is not None:
+                feed = feed_ids(core.check_token_ids(token_ids), role)
+            else:
+                feed = self._feed_messages(messages, is_complete=False)
+            ticket = Ticket(self._checked(policy), stream_id, tenant, cache_salt, priority)
+            return Stream(core, self.chat, core.open(feed, ticket, timeout_s))
+
+    def restore(self, snapshot: Mapping[str, Any], stream_id: str | None = None) -> Stream:
+        """Go on with a stream of which `Stream.snapshot` was taken, by another engine or this one.
+
+        Labels, verdict and turns are what they were. Nothing is computed before the next `append`, which computes
+        the whole stream again; labels that were owed, or that no `step` had returned, come with the next `step`, and
+        none comes twice. stream_id: another one than the snapshot's; labels that were returned keep the old one.
+        `cache_salt`, `tenant` and `priority` are the snapshot's. Deadlines (`timeout_s`) are not part of it.
+
+        Raises CheckpointError for a snapshot of other weights, ConfigError for one of another dtype or quantization,
+        from a version that this one does not read, or that is damaged; and, as `open` does, ConfigError (a stream_id
+        in use), StreamTooLong, Overloaded or StreamClosed. Nothing is opened then.
+        """
+        core = self.core
+        with core.gate:
+            core.check_engine_open()
+            self._check_kind("stream", "restore() is of Stream checkpoints")
+            state, undelivered = read_snapshot(
+                snapshot,
+                readout=core.readout,
+                fingerprint=core.fingerprint,
+                vocab_size=core.vocab_size,
+                chat=self.chat,
+                stream_id=stream_id,
+            )
+            self._checked(state.policy)
+            ticket = Ticket(state.policy, state.stream_id, state.tenant, None, state.priority)
+            core.restore(state, ticket, undelivered)
+            return Stream(core, self.chat, state)
+
+    def step(self) -> list[Label]:
+        """Run one batched forward over all streams with pending tokens and return the labels that it completed.
+
+        [] when nothing is pending, or when the step computed only parts of prompts. An exception from the model
+        leaves every stream as it was, the same tokens pending.
+        """
+        with self.core.gate:
+            return self.core.step()
+
+    def run(self) -> list[Label]:
+        """Step until nothing is pending; returns all labels. Raises as `step` does; labels that had come before are
+        then returned by the next call."""
+        with self.core.gate:
+            return self.core.run()
+
+    # -- whole conversations -------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> Literal["stream", "gen"]:
+        """Of the checkpoint."""
+        return "gen" if self._heads is None else "stream"
+
+    def moderate(
+        self, messages: Messages, policy: Policy | None = None, *, mode: Mode | None = None
+    ) -> Moderation | GenModeration:
+        """Moderate one finished conversation. See `moderate_many`."""
+        return self.moderate_many([messages], policy, mode=mode)[0]
+
+    def moderate_many(
+        self, conversations: Sequence[Messages], policy: Policy | None = None, *, mode: Mode | None = None
+    ) -> list[Moderation] | list[GenModeration]:
+        """Moderate finished conversations, as many at a time as fit, in one batch a step.
+
+        Stream checkpoints: a Moderation each. The labels are those of the last assistant message's tokens up to and
+        including its <|im_end|>; response is None where the conversation ends with the user, and judges the response
+        alone: the prompt is in `prompt`.
+        Other streams of the engine advance too and their labels come with the next `step`.
+
+        Gen checkpoints: a GenModeration each, of the last message. mode "choice" (the default) takes the likeliest
+        answer of the grammar that the checkpoint was trained to keep, with its probabilities, in a step or a few;
+        "greedy" takes the likeliest token after every token, up to 128, as transformers' greedy generate does.
+
+        Bad input raises as in `open`, before anything is computed; Overloaded, when other streams leave no room, may
+        come later. mode with a Stream checkpoint: ConfigError.
+        """
+        with self.core.gate:
+            self.core.check_engine_open()
+            if self.answering is not None:
+                return self._answer_many(self.answering, conversations, policy, mode)
+            self.check_answers_in_labels(mode)
+            checked, feeds = self.prepare_conversations(conversations, policy)
+            states = run_feeds(self.core, feeds, checked)
+        return [moderation(state, checked) for state in states]
+
+    def prepare_conversations(
+        self, conversations: Sequence[Messages], policy: Policy | None
+    ) -> tuple[Policy, list[Feed]]:
+        """What `moderate_many` runs. For any thread; raises as it does, before anything is computed."""
+        return self._checked(policy), self._feed_conversations(conversations)
+
+    def check_answers_in_labels(self, mode: Mode | None) -> None:
+        """Raise ConfigError for a Gen checkpoint, and for a `mode`, which is of one."""
+        self._check_kind("stream", _NO_TOKENIZER)
+        if mode is not None:
+            raise ConfigError(f"mode={mode!r} is of Gen checkpoints, and this is a Stream one; leave it out")
+
+    def prepare_prompts(
+        self, conversations: Sequence[Messages], policy: Policy | None, mode: Mode | None
+    ) -> tuple[Policy, list[Prompt], Mode]:
+        """The same for a Gen checkpoint."""
+        if mode not in (None, *get_args(Mode)):
+            raise ConfigError(f"mode={mode!r}: choose one of {', '.join(get_args(Mode))}")
+        chat = self._require_chat()
+        max_tokens = self.core.max_model_len
+        prompts = _for_each(
+            conversations, lambda messages: render_prompt(chat, messages, max_tokens=max_tokens)
+        )
+        return self._checked(policy), list(prompts), mode or "choice"
+
+    def gen_moderation(self, job: Job, policy: Policy) -> GenModeration:
+        """The outcome of an answer that is complete. For any thread."""
+        return gen_moderation(job, self._require_chat().tokenizer, policy)
+
+    # -- the engine itself ---------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start and gauges of now, as a plain dict."""
+        with self.core.gate:
+            self.core.check_engine_open()
+            self.core.sweep()
+            return self._stats()
+
+    def health(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """Run one token through the model, beside all streams, and report as a plain dict.
+
+        status: "ok"; "failing", when that raised, was not finite or, but for the reference backend, differs in a bit
+        from the first time; "stalled", when it took longer than `timeout_s`. note: why, in words. canary_ms: how long
+        it took. last_error: the newest step's, None when that went well. last_step_age_s: since the newest step that
+        went well.
+
+        Where no KV block is free nothing is run, the note says so, and the newest step decides. Raises StreamClosed.
+        """
+        with self.core.gate:
+            self.core.check_engine_open()
+            if timeout_s is not None:
+                check_timeout(timeout_s)
+            return check_health(self.core, self.canary, timeout_s)
+
+    def _stats(self) -> dict[str, Any]:
+        core, runner = self.core, self.core.runner
+        pool, cache = core.pool, core.pool.cache
+        return {
+            **core.counters,
+            "failures": dict(core.failures),
+            "preemptions": core.residency.num_preempted,
+            "streams_open": len(core.streams),
+            "streams_idle": len(core.residency.idle),
+            "tokens_pending": core.admission.total.num_pending_tokens,
+            "prefix_tokens_queried": cache.num_queried_tokens if cache else 0,
+            "prefix_tokens_hit": cache.num_hit_tokens if cache else 0,
+            "kv_blocks_total": pool.num_blocks,
+            "kv_blocks_free": pool.num_free,
+            "kv_blocks_cached": pool.num_cached,
+            "kv_blocks_evicted": pool.num_evicted,
+            "kv_cache_bytes": runner.kv_cache.nbytes
+            + (0 if runner.kv_scales is None else runner.kv_scales.nbytes),
+            "block_size": pool.block_size,
+            "max_model_len": core.max_model_len,
+            "max_num_streams": core.options.max_num_streams,
+            "backend": backend_of(runner.ops),
+            "device": str(runner.device),
+            "isa": runner.isa,
+            "dtype": str(runner.dtype).removeprefix("torch."),
+            "quantization": runner.quantization,
+            "kv_dtype": str(runner.kv_cache.dtype).removeprefix("torch."),
+            "num_threads": runner.num_threads,
+            "version": __version__,
+        }
+
+    def weights_digest(self) -> str:
+        """sha256 over the checkpoint's config.json and safetensors files, as `sha256sum config.json
+        model*.safetensors | sha256sum` prints it in its folder. Reads all of them at the first call.
+
+        Raises CheckpointError when they have changed since they were loaded.
+        """
+        with self.core.gate:
+            return self.core.fingerprint.weights()
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if the engine's books contradict each other. For tests and debugging."""
+        with self.core.gate:
+            self.core.check_integrity()
+
+    def close(self) -> None:
+        """Close every stream and free weights and KV cache. Every later call raises StreamClosed."""
+        with self.core.gate:
+            self.core.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # -- internals -----------------------------------------------------------------------------------------
+
+    def _checked(self, policy: Policy | None) -> Policy:
+        policy = self._default_policy if policy is None else policy
+        if self._checked_policies.get(id(policy)) is policy:
+            return policy
+        if not isinstance(policy, Policy):
+            raise ConfigError(f"policy={policy!r}: a Policy is needed, such as Policy.strict()")
+        heads = self._heads
+        if heads is None:
+            policy.check_names(RISKS, CATEGORIES)
+        else:
+            policy.check_names(
+                tuple(dict.fromkeys(heads.response_risks + heads.query_risks)),
+                tuple(dict.fromkeys(heads.response_categories + heads.query_categories)),
+            )
+        if len(self._checked_policies) >= _MAX_CHECKED:
+            self._checked_policies.clear()
+        self._checked_policies[id(policy)] = policy
+        return policy
+
+    def _feed_conversations(self, conversations: Sequence[Messages]) -> list[Feed]:
+        return list(
+            _for_each(conversations, lambda messages: self._feed_messages(messages, is_complete=True))
+        )
+
+    def _feed_messages(self, messages: Messages | None, *, is_complete: bool) -> Feed:
+        max_tokens = self.core.max_model_len
+        return feed_messages(self._require_chat(), messages, is_complete=is_complete, max_tokens=max_tokens)
+
+    def _answer_many(
+        self,
+        answering: Answering,
+        conversations: Sequence[Messages],
+        policy: Policy | None,
+        mode: Mode | None,
+    ) -> list[GenModeration]:
+        checked, prompts, chosen = self.prepare_prompts(conversations, policy, mode)
+        jobs = run_prompts(self.core, answering, prompts, chosen)
+        return [self.gen_moderation(job, checked) for job in jobs]
+
+    def _require_chat(self) -> ChatTemplate:
+        if self.chat is None:
+            raise ConfigError(_NO_TOKENIZER)
+        return self.chat
+
+    def _check_kind(self, kind: str, mend: str) -> None:
+        if self.kind != kind:
+            raise ConfigError(f"this is a {self.kind.capitalize()} checkpoint: {mend}")
+
+
+def _for_each(conversations: Sequence[Messages], prepare: Callable[[Messages], T]) -> Iterator[T]:
+    if not isinstance(conversations, list | tuple):
+        raise InvalidText(
+            f"conversations is {type(conversations).__name__}; a list of message lists is needed"
+        )
+    for index, messages in enumerate(conversations):
+        try:
+            yield prepare(messages)
+        except InvalidText as error:
+            raise InvalidText(f"conversations[{index}]: {error}") from None

@@ -1,0 +1,218 @@
+"""Stream: the handle that users hold on one conversation. Checks nothing and computes nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from guardengine.core.engine_core import EngineCore
+from guardengine.core.feeds import feed_more
+from guardengine.core.state import StreamState
+from guardengine.core.text_feeding import accept_text, check_nothing_held, cleared_chars, held_text, span_of
+from guardengine.errors import InvalidText
+from guardengine.labels import Label, Role, Verdict
+from guardengine.records.snapshot import take_snapshot
+from guardengine.text.chat_template import ChatTemplate
+from guardengine.text.spans import Piece, Span
+
+
+class StreamView:
+    """What can be read of a stream, from any thread and after close."""
+
+    def __init__(self, state: StreamState) -> None:
+        self._state = state
+
+    @property
+    def stream_id(self) -> str:
+        return self._state.stream_id
+
+    @property
+    def is_closed(self) -> bool:
+        return self._state.is_closed
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All ids fed so far, the template's included."""
+        return self._state.token_ids.tolist()
+
+    @property
+    def num_tokens(self) -> int:
+        """How many ids were fed so far."""
+        return self._state.num_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens accepted and not yet computed."""
+        return self._state.num_pending_tokens
+
+    @property
+    def prompt_label(self) -> Label | None:
+        """The label of the latest user turn, read at its end; None while it is pending."""
+        state = self._state
+        # Copied first: the engine's thread may be at work on it.
+        if any(wanted.role == "user" for wanted in state.wanted[:]) or not state.prompt_labels:
+            return None
+        return state.prompt_labels[-1]
+
+    @property
+    def labels(self) -> list[Label]:
+        """The labels of the assistant tokens so far, in order."""
+        return self._state.labels[:]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the stream's policy makes of the labels so far."""
+        return self._state.verdict
+
+    def span(self, at: Label | int) -> Span | None:
+        """Where the token of a label, or at a position, stands in the text of its reply; None if it was not fed as
+        text. The <|im_end|> of `finish_text` has an empty span at the end."""
+        return span_of(self._state, at)
+
+    @property
+    def cleared_chars(self) -> int:
+        """How many characters of the latest reply's text may be shown: those wholly in tokens that
+        `verdict.cleared` counts."""
+        return cleared_chars(self._state, self.verdict.cleared)
+
+    @property
+    def held_text(self) -> str:
+        """What `append_text` was given and holds back."""
+        return held_text(self._state)
+
+    def __repr__(self) -> str:
+        state = self._state
+        status = "closed" if state.is_closed else f"{state.num_pending_tokens} pending"
+        return f"<{type(self).__name__} {state.stream_id}: {state.num_tokens} tokens, {status}>"
+
+
+class Stream(StreamView):
+    """A handle on one conversation in an engine. Made by `Engine.open` and `Stream.fork`.
+
+    Also a context manager that closes it. Methods are for the engine's thread; properties may be read from any, and
+    after close.
+    """
+
+    def __init__(self, core: EngineCore, chat: ChatTemplate | None, state: StreamState) -> None:
+        super().__init__(state)
+        self._core, self._chat = core, chat
+
+    def append(
+        self, token_ids: Sequence[int], role: Role = "assistant", *, timeout_s: float | None = None
+    ) -> None:
+        """Accept more tokens; `Engine.step` computes them.
+
+        Role "assistant": every token gets a label. Role "user": a further user turn, with one prompt label at its
+        end. On a stream opened from messages the ids are the message's content and the template's tokens around
+        it are added here; an assistant's reply may end with <|im_end|>, which closes it, and may begin with
+        <think> when the LLM reasons. On a stream opened from token ids everything is fed as it is.
+
+        timeout_s: tokens that are not computed by then count as unjudged, which is the policy's `on_timeout`; they
+        are computed and labelled all the same.
+
+        Raises InvalidTokens (also while text is held back: see `append_text`), StreamTooLong, Overloaded, StreamClosed
+        or ConfigError; the stream is then unchanged.
+        """
+        core, state = self._core, self._state
+        with core.gate:
+            core.check_open(state)
+            check_nothing_held(state)
+            ids = core.check_token_ids(token_ids)
+            core.accept(state, feed_more(self._chat, state, ids, role), timeout_s)
+
+    def append_text(
+        self, delta: str | bytes, *, is_final: bool = False, timeout_s: float | None = None
+    ) -> None:
+        """Accept more of the assistant's reply as text, from an LLM with any tokenizer, in pieces of any size.
+
+        The ids fed are at any time the first ids of the whole reply's text, and at its end all of them. What more
+        text could still split in another way is held back: as a rule the last word, at most 256 characters (a longer
+        run without a place to cut is cut there; see retokenizer.py). Held text is not judged, so do not show it:
+        `cleared_chars` never counts it. Nothing is fed, and `step` returns no labels, while all of it is held.
+
+        bytes: UTF-8, which may be cut within a character; what is not UTF-8 becomes U+FFFD. Special tokens spelled in
+        text are text. is_final: as `finish_text` after it. timeout_s: as in `append`, for what is fed now.
+
+        Text that follows ids, a message's beginning or a rollback is tokenized as if it began there.
+        Raises as `append`, InvalidText (another type, lone surrogates) and ConfigError (no tokenizer in the
+        checkpoint); the stream is then unchanged.
+        """
+        self._accept(Piece(delta, is_final=is_final, ends_turn=is_final), timeout_s)
+
+    def append_foreign_ids(
+        self, token_ids: Sequence[int], tokenizer: Any, *, timeout_s: float | None = None
+    ) -> None:
+        """`append_text` of what `tokenizer` decodes these ids to; a character that is not complete waits for the next.
+
+        tokenizer: the LLM's, anything with decode(ids) -> str (`tokenizers.Tokenizer`, transformers'). What its
+        decode leaves out, such as its own end of text, is left out here. Raises as `append_text`; InvalidTokens for
+        ids that it refuses.
+        """
+        self._accept(Piece.of_foreign(token_ids, tokenizer), timeout_s)
+
+    def finish_text(self, *, end_turn: bool = True, timeout_s: float | None = None) -> None:
+        """Feed what `append_text` holds back, and the reply's <|im_end|>: the label there has seen the whole reply.
+
+        Without end_turn the reply stays open. On a stream opened from token ids, whose caller owns the template, no
+        <|im_end|> is fed. Raises as `append_text`.
+        """
+        self._accept(Piece(is_final=True, ends_turn=end_turn), timeout_s)
+
+    def _accept(self, piece: Piece, timeout_s: float | None) -> None:
+        with self._core.gate:
+            accept_text(self._core, self._chat, self._state, piece, timeout_s)
+
+    def fork(self, stream_id: str | None = None) -> Stream:
+        """Branch off a stream with the same tokens, labels and verdict, sharing the computed KV blocks.
+
+        Labels that the parent has emitted are the branch's too and keep the parent's stream_id; labels that are
+        still pending will be emitted by both. So is text that is held back.
+
+        Raises Overloaded, StreamClosed or ConfigError (a stream_id in use).
+        """
+        with self._core.gate:
+            return Stream(self._core, self._chat, self._core.fork(self._state, stream_id))
+
+    def rollback(self, num_tokens: int) -> None:
+        """Drop the last `num_tokens` tokens with their labels, and what the policy concluded from them.
+
+        On a stream opened from messages tokens of a reply can be dropped, or whole turns; with a reply's first
+        token its header goes too.
+        Raises InvalidTokens (more than there are, or template tokens) or StreamClosed.
+        """
+        with self._core.gate:
+            self._core.rollback(self._state, num_tokens)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The stream as a small JSON value with which `Engine.restore` goes on, in this process or another.
+
+        It holds ids, labels and what is owed; no keys and values, and no deadlines. The first snapshot of an engine
+        reads the checkpoint's files once for their digest, a second for each GB or less (`Engine.weights_digest`).
+
+        Raises StreamClosed, CheckpointError when the files have changed since they were loaded, and InvalidText while
+        text is held back, which a snapshot does not carry.
+        """
+        with self._core.gate:
+            return snapshot_of(self._core, self._state)
+
+    def close(self) -> None:
+        """Free the stream's KV blocks and its place in the engine. Closing twice is fine."""
+        with self._core.gate:
+            self._core.close_stream(self._state)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def snapshot_of(core: EngineCore, state: StreamState) -> dict[str, Any]:
+    """What `Stream.snapshot` returns. With the engine's gate held."""
+    core.check_open(state)
+    if held := held_text(state):
+        raise InvalidText(
+            f"{len(held)} characters of the reply are held back, and a snapshot holds ids only; call finish_text() "
+            "first, or take it when held_text is empty"
+        )
+    return take_snapshot(state, core.fingerprint, core.num_undelivered(state))

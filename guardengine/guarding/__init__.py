@@ -1,0 +1,1 @@
+"""An LLM's deltas in, what is cleared out."""

@@ -1,0 +1,165 @@
+"""intervene(): a reply that is taken back and generated on in another way when it turns unsafe.
+
+The detect, roll back and intervene loop of the Qwen3Guard Technical Report (arXiv 2510.14276), section 4.5: the reader
+lags some tokens behind, so that there is something to take back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+from guardengine.core.text_feeding import accepted_chars, cleared_chars, cut_before
+from guardengine.engine.async_stream import AsyncStream
+from guardengine.errors import ConfigError
+from guardengine.guarding.deltas import Extractor, Reply, Shape
+from guardengine.guarding.guarded import (
+    OnBlock,
+    append_delta,
+    check_on_block,
+    finish_reply,
+    instead,
+    is_blocked,
+)
+from guardengine.guarding.pull_ahead import MAX_AHEAD, PullAhead
+from guardengine.labels import Verdict
+
+Kept = str | list[int] | None
+Generate = Callable[[Kept, Any], AsyncIterable[Any] | Iterable[Any]]
+Callback = Callable[[Verdict, Kept], Awaitable[Any] | Any]
+
+
+def intervene(
+    generate: Generate,
+    stream: AsyncStream,
+    *,
+    callback: Callback,
+    buffer_tokens: int = 40,
+    max_retries: int = 5,
+    text: Extractor | None = None,
+    ids: Extractor | None = None,
+    on_block: OnBlock = "stop",
+    substitute: str | int | Sequence[int] | None = None,
+    max_ahead: int = MAX_AHEAD,
+    timeout_s: float | None = None,
+    end_turn: bool = True,
+) -> AsyncGenerator[Any, None]:
+    """Yield a reply like `guarded`, but where it is blocked, take back what is not cleared and generate on.
+
+    generate(kept, guidance): the LLM's deltas from there on, as `guarded` takes them. kept: the reply so far, str or
+    a list of ids, which the deltas continue; None at first. guidance: what `callback` returned, None at first.
+    callback(verdict, kept): is called on a block, after the stream was rolled back to its last cleared token, with the
+    verdict that blocked and what is kept. It may be async. What it returns (a hint for the LLM's context, say) is
+    handed to `generate`.
+
+    A token comes out when `buffer_tokens` newer ones are cleared, or at the end of a reply that is not blocked. So
+    what came out is always the beginning of what is kept. Text is cut where a token ends with a character; what
+    follows is tokenized as if it began there. Keys and values are those of the kept tokens, and no others are
+    computed again.
+
+    It is given up after `max_retries` callbacks, and at once when rolling back does not lift the block: the prompt's,
+    or that of a failure which the policy does not let pass. What was kept and not shown stays hidden then, and
+    `on_block` and `substitute` say what comes instead, as in `guarded`. For the other options, the sources that
+    `generate` returns and errors see there. Of another tokenizer pass the text (`text`), not the ids.
+    """
+    shape = Shape(text, ids)
+    shape.check()
+    check_on_block(on_block, substitute)
+    if not isinstance(stream, AsyncStream):
+        raise ConfigError(f"stream is {type(stream).__name__}, not an AsyncStream")
+    for name, function in (("generate", generate), ("callback", callback)):
+        if not callable(function):
+            raise ConfigError(f"{name}={function!r:.80}: a function is needed")
+    for name, count, least in (
+        ("buffer_tokens", buffer_tokens, 0),
+        ("max_retries", max_retries, 0),
+        ("max_ahead", max_ahead, 1),
+    ):
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise ConfigError(f"{name}={count!r}: a whole number from {least} is needed")
+
+    async def run() -> AsyncGenerator[Any, None]:
+        await stream.prompt()
+        draft = _Draft(stream, shape, buffer_tokens)
+        guidance: Any = None
+        num_retries = 0
+        while not is_blocked(stream):
+            ahead = PullAhead(generate(draft.kept, guidance), max_ahead)
+            try:
+                ahead.start()
+                while deltas := await ahead.take():
+                    await append_delta(stream, draft.add(deltas), timeout_s)
+                    for shown in draft.take():
+                        yield shown
+                    if is_blocked(stream):
+                        break
+                else:
+                    await finish_reply(stream, end_turn, timeout_s)
+            finally:
+                await ahead.close()
+            if not is_blocked(stream):
+                for shown in draft.rest():
+                    yield shown
+                return
+            if num_retries == max_retries:
+                break
+            num_retries += 1
+            verdict = stream.verdict
+            await draft.roll_back()
+            if is_blocked(stream):
+                break
+            guidance = callback(verdict, draft.kept)
+            if inspect.isawaitable(guidance):
+                guidance = await guidance
+        for shown in instead(stream.verdict, on_block, substitute):
+            yield shown
+
+    return run()
+
+
+class _Draft:
+    """One reply with what was shown of it and what may still be taken back."""
+
+    def __init__(self, stream: AsyncStream, shape: Shape, buffer_tokens: int) -> None:
+        self.kept: Kept = None
+        self._stream, self._buffer_tokens = stream, buffer_tokens
+        self._reply = Reply(stream, shape)  # reads deltas
+        self._num_before = stream._state.num_assistant_tokens
+        self._chars_before = accepted_chars(stream._state)
+        self._num_shown = 0  # characters or ids
+
+    def add(self, deltas: Iterable[Any]) -> str | list[int]:
+        delta = self._reply.read(deltas)
+        if isinstance(delta, str):
+            self.kept = (self.kept if isinstance(self.kept, str) else "") + delta
+        else:
+            self.kept = [*(self.kept or ()), *delta]
+        return delta
+
+    def take(self) -> Sequence[Any]:
+        """What may be shown by now: what is cleared, but for the newest tokens of that."""
+        cleared = max(self._stream.verdict.cleared - self._buffer_tokens, self._num_before)
+        if isinstance(self.kept, str):
+            return self._show(cleared_chars(self._stream._state, cleared) - self._chars_before)
+        return self._show(cleared - self._num_before)
+
+    def rest(self) -> Sequence[Any]:
+        return self._show(len(self.kept or ()))
+
+    async def roll_back(self) -> None:
+        """Drop what is not cleared, from the stream and from what is kept."""
+        state = self._stream._state
+        cleared = max(self._stream.verdict.cleared, self._num_before)
+        if isinstance(self.kept, str):
+            cleared, num_chars = cut_before(state, cleared)
+            self.kept = self.kept[: max(num_chars - self._chars_before, 0)]
+        elif self.kept is not None:
+            self.kept = self.kept[: cleared - self._num_before]
+        await self._stream.rollback(max(state.num_assistant_tokens - cleared, 0))
+
+    def _show(self, end: int) -> Sequence[Any]:
+        start, kept = self._num_shown, self.kept or ""
+        shown = kept[start:end] if end > start else kept[:0]
+        self._num_shown += len(shown)
+        return self._reply.shaped(shown)

@@ -1,0 +1,1 @@
+"""What measurements share: the machine and its ceilings, files of numbers, pictures."""

@@ -1,0 +1,210 @@
+"""What this machine is and what it can do at most, for judging measurements. Knows no model and no tensors.
+
+`probe_ceilings` measures with the compiled library; `machine_stamp` is what a benchmark record says about
+where it was taken.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from guardengine._version import __version__
+from guardengine.errors import ConfigError
+from guardengine.kernels import library as compiled
+
+_FP32, _BF16, _INT8 = 0, 1, 2  # enum GePeak in csrc/probe.h
+_PROBLEMS = {
+    -1: "an argument is out of range",
+    -2: "there is not enough memory for the read buffer: free some",
+    -3: "the threads cannot be started: use fewer, or raise the limit (ulimit -u)",
+}
+_MAX_THREADS = 1024
+_MIN_READ_BYTES = 512 * 2**20
+_READ_REPEATS = 5
+_PEAK_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """The most that `num_threads` threads of this machine do in a second, at the moment of the probe.
+
+    A peak is 0.0 where the CPU lacks the instructions: AVX512-BF16 dot products for bf16, VNNI or AVX2 for int8 (a
+    multiplication and an addition are two operations). Matrix units (AMX) are not probed. Reading is from memory,
+    the fastest and the median of several passes; on shared machines they can differ a lot, and between probes.
+    """
+
+    num_threads: int
+    read_bytes_per_s: float
+    read_bytes_per_s_median: float
+    read_buffer_bytes: int
+    fp32_flops: float
+    bf16_flops: float
+    int8_ops: float
+    isa: str
+
+
+def load_library(path: Path | None = None) -> ctypes.CDLL:
+    """The compiled library, with its functions' types declared. Raises ConfigError when it is not usable."""
+    path = path or compiled.path
+    mend = "build it with `pip install --no-build-isolation -e .` in the source folder, or install a wheel"
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: the C++ part of guardengine was not built; {mend}")
+    try:
+        library: ctypes.CDLL = compiled.open_library(path)
+        isa, read, peak = library.ge_isa, library.ge_probe_read, library.ge_probe_peak
+    except (OSError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} cannot be used ({error}): it is of another version or machine; {mend}"
+        ) from None
+    double = ctypes.POINTER(ctypes.c_double)
+    isa.argtypes, isa.restype = [], ctypes.c_char_p
+    read.argtypes, read.restype = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int, double, double], ctypes.c_int
+    peak.argtypes, peak.restype = [ctypes.c_int, ctypes.c_int, ctypes.c_double, double], ctypes.c_int
+    return library
+
+
+def probe_ceilings(num_threads: int, *, read_buffer_bytes: int | None = None) -> Ceilings:
+    """Measure read bandwidth and arithmetic peaks with `num_threads` threads: about a second.
+
+    Use no more threads than cores. The read buffer is by default 512 MiB or twice the last-level cache, whichever
+    is more, and at most a quarter of the available memory: a pass from end to end then leaves nothing cached for
+    the next. A virtual machine that touches that memory for the first time may take some seconds more.
+
+    Raises ConfigError when the library is not built, or for what the machine cannot do.
+    """
+    if (
+        isinstance(num_threads, bool)
+        or not isinstance(num_threads, int)
+        or not 1 <= num_threads <= _MAX_THREADS
+    ):
+        raise ConfigError(f"num_threads={num_threads!r}: a whole number from 1 to {_MAX_THREADS} is needed")
+    smallest = 4096 * num_threads
+    if read_buffer_bytes is None:
+        read_buffer_bytes = max(_MIN_READ_BYTES, 2 * last_level_cache_bytes())
+        read_buffer_bytes = max(smallest, min(read_buffer_bytes, memory_bytes("MemAvailable") // 4))
+    if read_buffer_bytes < smallest:
+        raise ConfigError(
+            f"read_buffer_bytes={read_buffer_bytes}: {num_threads} threads need {smallest} at least; "
+            "for memory bandwidth use several times the last-level cache"
+        )
+    library = load_library()
+    best, median = ctypes.c_double(), ctypes.c_double()
+    _check(library.ge_probe_read(num_threads, read_buffer_bytes, _READ_REPEATS, best, median))
+    peaks = []
+    for kind in (_FP32, _BF16, _INT8):
+        peak = ctypes.c_double()
+        _check(library.ge_probe_peak(kind, num_threads, _PEAK_S, peak))
+        peaks.append(peak.value)
+    return Ceilings(
+        num_threads=num_threads,
+        read_bytes_per_s=best.value,
+        read_bytes_per_s_median=median.value,
+        read_buffer_bytes=read_buffer_bytes,
+        fp32_flops=peaks[0],
+        bf16_flops=peaks[1],
+        int8_ops=peaks[2],
+        isa=library.ge_isa().decode(),
+    )
+
+
+def machine_stamp() -> dict[str, Any]:
+    """What a benchmark record says about its machine and software. What is not known is None."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": memory_bytes("MemTotal"),
+        "last_level_cache_bytes": last_level_cache_bytes() or None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "numpy": _version("numpy"),
+        "guardengine": __version__,
+        **_git_state(Path(__file__).resolve().parents[2]),
+    }
+
+
+def memory_bytes(key: str) -> int:
+    """`MemTotal` or `MemAvailable` of /proc/meminfo; where there is none, the physical memory."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def physical_cores() -> list[int]:
+    """A CPU of each core that this process may use: hyperthreads of one core count once."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores: dict[str, int] = {}
+    for cpu in sorted(usable):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.setdefault(siblings.read_text(), cpu)
+        except OSError:
+            cores[str(cpu)] = cpu
+    return list(cores.values())
+
+
+def last_level_cache_bytes() -> int:
+    """The largest cache of the first core, or 0 where the system does not tell."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        if text.endswith("K") and text[:-1].isdecimal():
+            sizes.append(int(text[:-1]) * 1024)
+    return max(sizes)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise ConfigError(f"the probe failed: {_PROBLEMS.get(status, f'status {status}')}")
+
+
+def _cpu_model() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state(folder: Path) -> dict[str, Any]:
+    """Commit and dirtiness of the checkout that guardengine runs from; None for an installed package, even
+    when it is installed inside somebody else's repository."""
+    unknown = {"commit": None, "is_dirty": None}
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != folder:
+        return unknown
+    commit = _git(folder, "rev-parse", "--verify", "--quiet", "HEAD")
+    return {"commit": commit, "is_dirty": bool(_git(folder, "status", "--porcelain"))} if commit else unknown
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    # Without optional locks: looking must not get in the way of a git command that runs at the same time.
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,0 +1,1 @@
+"""Streams as JSON: snapshots, the audit log and its reader."""

@@ -1,0 +1,1 @@
+"""Runners: a Batch onto a device, scores back."""

@@ -1,0 +1,167 @@
+"""POST /v1/moderations, in OpenAI's schema, and POST /v1/guard, which judges a whole conversation."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from guardengine.labels import Role
+from guardengine.policy import Policy
+from guardengine.server import wire
+from guardengine.server.replies import AsciiJson
+from guardengine.server.routes import taxonomy
+from guardengine.server.routes.moderation import BadConversation, Judged, Whose, judge_many
+from guardengine.server.schemas import (
+    GuardRequest,
+    GuardResponse,
+    ModerationRequest,
+    ModerationResponse,
+    joined_text,
+    plain_messages,
+)
+from guardengine.server.service import Service, service_of, tenant_of
+from guardengine.server.statuses import Refusal, refusal_of
+
+router = APIRouter()
+
+
+@router.post("/v1/moderations", response_model=ModerationResponse)
+async def moderations(body: ModerationRequest, request: Request) -> AsciiJson:
+    """Judge texts as prompts of a user, one result each. Parts of content, [{"type": "text", ...}], are one text.
+
+    A category's score is the probability that the text is unsafe and of that category; `categories` has the one that
+    the model names, where `flagged`. Nothing is returned unless all texts were judged.
+    """
+    service = service_of(request)
+    engine = service.stream_engine(body.model)
+    texts, is_list = _texts(body, service.settings.max_inputs)
+    policy = service.settings.policy if body.policy is None else body.policy.policy()
+    conversations = [[{"role": "user", "content": text}] for text in texts]
+    try:
+        found = await judge_many(
+            engine, conversations, Whose(policy, tenant_of(request)), service.settings.max_parallel
+        )
+    except BadConversation as bad:
+        raise _refusal(service, bad, f"input[{bad.index}]" if is_list else "input") from bad.__cause__
+    results = [_result(judged, policy, body.taxonomy or service.settings.taxonomy) for judged in found]
+    for judged in found:
+        _count(service, judged)
+    return AsciiJson(
+        {"id": f"modr-{secrets.token_hex(12)}", "model": service.settings.model_name, "results": results}
+    )
+
+
+@router.post("/v1/guard", response_model=GuardResponse)
+async def guard(body: GuardRequest, request: Request) -> AsciiJson:
+    """Judge a whole conversation: its last user turn, and the reply to it where it ends with one.
+
+    `response` is the policy's verdict on the reply's labels alone, `verdict` that on everything; tokens that went
+    unjudged (error, timeout, overload) show in its rule. Spans count Unicode code points and UTF-8 bytes of the reply's
+    content; they are null for a reply with reasoning.
+    """
+    service = service_of(request)
+    engine = service.stream_engine(body.model)
+    policy = service.settings.policy if body.policy is None else body.policy.policy()
+    whose = Whose(policy, tenant_of(request), body.timeout_s)
+    try:
+        [judged] = await judge_many(engine, [plain_messages(body.messages)], whose, 1)
+    except BadConversation as bad:
+        raise _refusal(service, bad, "messages") from bad.__cause__
+    _count(service, judged)
+    num_reply = len(judged.labels)
+    return AsciiJson(
+        {
+            "id": f"guard-{secrets.token_hex(12)}",
+            "object": "guard.result",
+            "created": int(time.time()),
+            "model": service.settings.model_name,
+            "prompt": wire.prompt_json(judged.prompt),
+            "response": _reply(judged, policy, body.labels),
+            "verdict": wire.verdict_json(judged.verdict),
+            "usage": {
+                "prompt_tokens": judged.num_tokens - num_reply,
+                "completion_tokens": num_reply,
+                "total_tokens": judged.num_tokens,
+            },
+        }
+    )
+
+
+def _texts(body: ModerationRequest, max_inputs: int) -> tuple[list[str], bool]:
+    """The texts to judge, and whether they came as a list."""
+    given = body.input
+    if isinstance(given, str):
+        return [given], False
+    texts = [part for part in given if isinstance(part, str)]
+    parts = [part for part in given if not isinstance(part, str)]
+    if parts:
+        return [joined_text(parts, "input")], False
+    if not 1 <= len(texts) <= max_inputs:
+        raise Refusal(
+            400,
+            f"input has {len(texts)} texts; 1 to max_inputs={max_inputs} are taken at a time",
+            "too_many_inputs" if texts else "invalid_text",
+            param="input",
+        )
+    return texts, True
+
+
+def _result(judged: Judged, policy: Policy, names: str) -> dict[str, Any]:
+    label = judged.prompt
+    if label is None or not judged.is_complete:
+        raise Refusal(
+            503,
+            "the model failed on a text; see /health",
+            "model_failed",
+            type="server_error",
+            retry_after_s=1,
+        )
+    is_flagged = judged.verdict.action != "allow"
+    flags: dict[str, Any] = taxonomy.flags(label, is_flagged)
+    scores: dict[str, Any] = taxonomy.scores(label, policy)
+    if names == "openai":
+        flags, scores = taxonomy.as_openai(flags, False), taxonomy.as_openai(scores, 0.0)
+    return {
+        "flagged": is_flagged,
+        "categories": flags,
+        "category_scores": scores,
+        "category_applied_input_types": {name: ["text"] for name in flags},
+        "risk": label.risk,
+        "category": label.category,
+        "risk_probs": {name: taxonomy.finite(p) for name, p in label.risk_probs.items()},
+        "category_probs": {name: taxonomy.finite(p) for name, p in label.category_probs.items()},
+    }
+
+
+def _reply(judged: Judged, policy: Policy, which: str) -> dict[str, Any] | None:
+    if judged.response is None:
+        return None
+    shown = [
+        wire.label_json(label, span, shift=judged.shift)
+        for label, span in zip(judged.labels, judged.spans, strict=True)
+        if which == "all" or (which == "flagged" and policy.hit(label) is not None)
+    ]
+    return {
+        "verdict": wire.verdict_json(judged.response),
+        "labels": shown,
+        "flagged": wire.flagged_json(judged.labels, judged.spans, policy, judged.shift),
+    }
+
+
+def _count(service: Service, judged: Judged) -> None:
+    metrics = service.metrics
+    metrics.prompt_tokens.inc(judged.num_tokens - len(judged.labels))
+    metrics.generation_tokens.inc(len(judged.labels))
+    metrics.request_success.labels("stop" if judged.is_complete else "abort").inc()
+    role: Role = (
+        "user" if judged.response is None or judged.verdict.rule.startswith("prompt") else "assistant"
+    )
+    metrics.judged(judged.verdict, role)
+
+
+def _refusal(service: Service, bad: BadConversation, param: str) -> Refusal:
+    error = bad.__cause__
+    return refusal_of(bad if error is None else error, service.settings.retry_after_s, param)

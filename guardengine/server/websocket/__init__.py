@@ -1,0 +1,1 @@
+"""The WebSocket protocol: a connection and its streams."""

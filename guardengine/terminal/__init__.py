@@ -1,0 +1,1 @@
+"""moderate and chat at a terminal."""

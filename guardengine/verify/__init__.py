@@ -1,0 +1,1 @@
+"""Checks of a checkpoint and of a log: quantization against float32, an audit log against the model."""
