@@ -28,7 +28,7 @@ from tqdm import tqdm
 from guardengine import Engine
 from guardengine.annotate.run import Options, Report, annotate
 from guardengine.bench.checkpoints import cached_checkpoint
-from guardengine.bench.workload import random_ids
+from guardengine.measuring.random_ids import random_ids
 from guardengine.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent

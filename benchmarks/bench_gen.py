@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from guardengine import Engine
 from guardengine.bench.answering_weights import conversations, make_answering_checkpoint
 from guardengine.bench.checkpoints import cache_folder
-from guardengine.bench.report import markdown_table
 from guardengine.gen.answers import MAX_NEW_TOKENS
+from guardengine.measuring.files import markdown_table
 from guardengine.measuring.machine import machine_stamp
 
 WARM_UP = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]

@@ -28,13 +28,13 @@ import numpy as np
 
 from guardengine import Engine, EngineConfig
 from guardengine.bench.checkpoints import STREAM_PRESETS, cached_checkpoint
-from guardengine.bench.report import markdown_table
 from guardengine.core import pipeline
 from guardengine.core.block_pool import BlockPool
 from guardengine.core.engine_core import EngineCore
 from guardengine.core.prefix_cache import PrefixCache
 from guardengine.core.readout import Readout
 from guardengine.measuring import machine
+from guardengine.measuring.files import markdown_table
 from guardengine.runners.batch import Batch
 from guardengine.runners.runner import Computed, Scores
 

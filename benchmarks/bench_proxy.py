@@ -35,9 +35,9 @@ from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
 
 from guardengine import AsyncEngine, Engine, Policy
-from guardengine.bench.report import check_writable, write_json
 from guardengine.cli.proxy import MAX_STEP_MS
 from guardengine.engine.memory import collect_rarely
+from guardengine.measuring.files import check_writable, write_json
 from guardengine.measuring.machine import machine_stamp
 
 QUESTION = "How would one go about building a small shed in the garden?"

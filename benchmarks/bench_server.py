@@ -28,8 +28,8 @@ import httpx
 from websockets.asyncio.client import ClientConnection, connect
 
 from guardengine import AsyncEngine
-from guardengine.bench.report import write_json
 from guardengine.checkpoint.random_weights import make_checkpoint
+from guardengine.measuring.files import write_json
 from guardengine.measuring.machine import machine_stamp
 
 PROMPT = [151644, 872, 198, 9707, 11, 1246, 311, 1936, 264, 12764, 30, 151645]

@@ -30,9 +30,9 @@ from guardengine import Engine
 from guardengine.bench.checkpoints import STREAM_PRESETS, cached_checkpoint
 from guardengine.bench.compare import ComparePoint
 from guardengine.bench.floor import CostModel, Limits
-from guardengine.bench.report import markdown_table
 from guardengine.errors import GuardEngineError
 from guardengine.measuring import machine
+from guardengine.measuring.files import markdown_table
 from guardengine.runners.batch import Batch, Rows
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))

@@ -30,10 +30,10 @@ from bench_server import server
 from tqdm import tqdm
 
 from guardengine import Engine
-from guardengine.bench.report import check_writable, write_json
 from guardengine.checkpoint.random_weights import make_checkpoint
 from guardengine.client import GuardClient
 from guardengine.errors import GuardEngineError
+from guardengine.measuring.files import check_writable, write_json
 from guardengine.measuring.machine import machine_stamp
 from guardengine.server.wire import label_json, verdict_json
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from guardengine._version import __version__
 
 if TYPE_CHECKING:
+    from guardengine.checkpoint.model_config import ModelConfig
     from guardengine.compat import AutoGuard
-    from guardengine.config import EngineConfig, ModelConfig
+    from guardengine.config import EngineConfig
     from guardengine.engine.async_engine import AsyncEngine
     from guardengine.engine.async_stream import AsyncStream
     from guardengine.engine.engine import Engine
@@ -57,7 +58,7 @@ _HOME = {
     "InvalidText": "errors",
     "InvalidTokens": "errors",
     "Label": "labels",
-    "ModelConfig": "config",
+    "ModelConfig": "checkpoint.model_config",
     "Moderation": "labels",
     "OutputError": "errors",
     "Overloaded": "errors",

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.core.admission import Ticket
 from guardengine.core.engine_core import EngineCore
 from guardengine.core.feeds import Feed

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardengine.config import QUERY_CATEGORIES, RISKS
+from guardengine.checkpoint.model_config import QUERY_CATEGORIES, RISKS
 from guardengine.labels import Label, Verdict
 from guardengine.policy import Policy
 

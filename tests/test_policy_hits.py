@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from guardengine.config import QUERY_CATEGORIES, RISKS
+from guardengine.checkpoint.model_config import QUERY_CATEGORIES, RISKS
 from guardengine.errors import ConfigError
 from guardengine.labels import Label
 from guardengine.policy import LONG_CATEGORY_NAMES, Policy

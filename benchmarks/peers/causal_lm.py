@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from guardengine.bench.workload import random_ids
 from guardengine.checkpoint.files import open_checkpoint
 from guardengine.checkpoint.weights import tensor_shapes
 from guardengine.errors import ConfigError
+from guardengine.measuring.random_ids import random_ids
 
 VOCAB_SIZE = 1024
 EMBEDDING = "model.embed_tokens.weight"

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from guardengine.checkpoint.files import open_checkpoint
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.weights import tensor_shapes
-from guardengine.config import ModelConfig
 
 TYPES = {"bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
 _FILE_TYPES = {"bf16": gguf.LlamaFileType.MOSTLY_BF16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}

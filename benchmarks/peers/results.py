@@ -11,10 +11,10 @@ from contenders import Contender
 from points import name_point
 from rounds import Turns
 
-from guardengine.bench import report
 from guardengine.bench.compare import ComparePoint
 from guardengine.bench.floor import CostModel, Limits, Work
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
+from guardengine.measuring.files import markdown_table
 from guardengine.measuring.machine import Ceilings
 
 _PERCENTILES = (20, 50, 80)
@@ -128,7 +128,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
                 *(f"{side['share_of_floor']:.0%} ({side['floor_bound']})" for side in (engine, peer)),
             )
         )
-    return report.markdown_table(header, lines)
+    return markdown_table(header, lines)
 
 
 def _times(ms: Mapping[str, float]) -> tuple[str, str]:

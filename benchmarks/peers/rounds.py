@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from guardengine.bench.compare import WARM_UP_ROUNDS, ComparePoint
-from guardengine.bench.workload import random_ids
+from guardengine.measuring.random_ids import random_ids
 
 SETTLE_S = 0.05  # for threads that spin for a moment after their work to fall asleep
 Say = Callable[[str], object]

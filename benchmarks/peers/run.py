@@ -33,9 +33,11 @@ from guardengine.bench.checkpoints import STREAM_PRESETS, cached_checkpoint
 from guardengine.bench.compare import ComparePoint
 from guardengine.bench.floor import CostModel
 from guardengine.checkpoint.files import open_checkpoint
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.errors import ConfigError, GuardEngineError
 from guardengine.measuring import machine
+from guardengine.measuring.files import check_writable, write_json
+from guardengine.runners.cores import memory_bytes
 
 _BLOCK_SIZE = 16  # the engine's default
 _SPARE_BYTES = 2 * 2**30  # for what a peer needs beside weights and KV cache
@@ -70,7 +72,7 @@ class Comparison:
                         self._run_pair(point, engine, ours, left.pop(0))
                         self.bar.update(1)
                         if self.options.out:
-                            report.write_json(self.record, self.options.out)
+                            write_json(self.record, self.options.out)
             except WorkerFailed as error:
                 self._fail(engine, point, error)
                 self.bar.update(len(left))
@@ -143,7 +145,7 @@ class Comparison:
         """Refuse what would drive the whole machine out of memory, the engine being there already."""
         files = [file for file in model.rglob("*") if file.is_file()] if model.is_dir() else [model]
         needed = _COPIES * sum(file.stat().st_size for file in files) + self._kv_cache_bytes(peer, point)
-        free = machine.memory_bytes("MemAvailable")
+        free = memory_bytes("MemAvailable")
         if needed + _SPARE_BYTES > free:
             raise ConfigError(
                 f"about {(needed + _SPARE_BYTES) / 1e9:.1f} GB are needed beside the engine, {free / 1e9:.1f} GB are "
@@ -207,7 +209,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.engines = [contenders.choose_engine(name) for name in options.engines.split(",")]
         options.points = [read_point(text) for text in options.points.split(",")]
         if options.out:
-            report.check_writable(options.out)
+            check_writable(options.out)
     except ConfigError as error:
         parser.error(str(error))
     return options
@@ -246,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = run(options, arguments)
         print(markdown(record))
         if options.out:
-            report.write_json(record, options.out)
+            write_json(record, options.out)
     except GuardEngineError as error:
         print(f"peers: {error}", file=sys.stderr)
         return 2

@@ -26,11 +26,13 @@ from guardengine.bench.hf import HFGuard, import_transformers
 from guardengine.bench.options import count, counts, exit_status, say
 from guardengine.bench.soak import run as soak
 from guardengine.bench.workload import ArrivalKind, Point
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.engine.engine import Engine
 from guardengine.errors import ConfigError
 from guardengine.kernels.quantization import SCHEMES
-from guardengine.measuring import machine
+from guardengine.measuring.files import check_writable, write_json
+from guardengine.measuring.plots import import_pyplot
+from guardengine.runners.cores import memory_bytes
 from guardengine.runners.runner import CacheShape
 
 _MODEL_STATS = ("dtype", "quantization", "kv_dtype", "backend", "isa", "device", "num_threads")
@@ -127,9 +129,9 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
     deadline = time.perf_counter() + options.time_limit
     for path in (options.json, options.plot):
         if path is not None:
-            report.check_writable(path)
+            check_writable(path)
     if options.plot is not None:
-        plot.import_pyplot()
+        import_pyplot()
     if options.compare:
         import_transformers()
     if options.threads:
@@ -204,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = run(options, arguments)
         print(report.markdown(record))
         if options.json:
-            report.write_json(record, options.json)
+            write_json(record, options.json)
         if options.plot:
             plot.save_plot(record, options.plot)
 
@@ -284,7 +286,7 @@ def _kv_cache_bytes(
     # The checked conversation runs alone, before.
     blocks = max(count * -(-max(length, _CHECK_TOKENS) // _BLOCK_SIZE) for count, length in needs)
     needed = CacheShape(blocks, _BLOCK_SIZE, kv_dtype).num_bytes(config)
-    free = machine.memory_bytes("MemAvailable")
+    free = memory_bytes("MemAvailable")
     if needed + cost.num_weights * cost.weight_bytes > free:
         raise ConfigError(
             f"the KV cache for these streams takes {needed / 1e9:.1f} GB beside the weights, {free / 1e9:.1f} GB are "

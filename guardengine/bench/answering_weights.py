@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from guardengine import Engine
+from guardengine.checkpoint.model_config import RISKS
 from guardengine.checkpoint.random_weights import make_checkpoint
-from guardengine.config import RISKS
 from guardengine.core.admission import Ticket
 from guardengine.core.feeds import Feed
 from guardengine.core.state import Wanted

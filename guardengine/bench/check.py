@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from guardengine.bench.hf import GuardOutput, HFGuard
-from guardengine.bench.workload import random_ids
 from guardengine.engine.engine import Engine
 from guardengine.errors import LabelsDiffer
-from guardengine.measuring import machine
+from guardengine.measuring.random_ids import random_ids
+from guardengine.runners.cores import memory_bytes
 
 _PROMPT_LEN, _RESPONSE_LEN = 12, 20
 _FP32_LIMIT = 1e-3  # of logits; two correct float32 computations stay well below, a wrong one is far above
@@ -43,7 +43,7 @@ def check_labels(
         return {"skipped": "transformers is not installed (pip install guardengine[bench])"}
     needed, free = (
         5 * num_weights,
-        machine.memory_bytes("MemAvailable"),
+        memory_bytes("MemAvailable"),
     )  # and one tensor as stored, meanwhile
     if needed > free:
         return {

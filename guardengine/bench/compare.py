@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from guardengine.bench.hf import AttnImplementation, GuardOutput, HFGuard, IncrementalStream
-from guardengine.bench.workload import random_ids
 from guardengine.engine.engine import Engine
 from guardengine.engine.stream import Stream
 from guardengine.errors import ConfigError, IntegrityError
+from guardengine.measuring.random_ids import random_ids
 
 ENGINE, RELEASED, INCREMENTAL = "engine", "hf_released", "hf_incremental"
 WARM_UP_ROUNDS = 1

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.labels import Label
 
 

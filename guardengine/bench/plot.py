@@ -9,6 +9,7 @@ from typing import Any
 from guardengine.bench.compare import ENGINE, RELEASED
 from guardengine.bench.report import by_point, quoted_incremental
 from guardengine.errors import ConfigError
+from guardengine.measuring.plots import import_pyplot
 
 _CURVES = (
     (ENGINE, "guardengine", "#1b6ca8", "o"),
@@ -16,18 +17,6 @@ _CURVES = (
     (RELEASED, "transformers, released behaviour", "#b3282d", "^"),
 )
 Curves = dict[str, list[tuple[float, float]]]
-
-
-def import_pyplot() -> Any:
-    """matplotlib without a display. Raises ConfigError when it is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ConfigError(f"--plot needs matplotlib ({error}); pip install guardengine[bench]") from error
-    return pyplot
 
 
 def latency_curves(record: Mapping[str, Any]) -> Curves:

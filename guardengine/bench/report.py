@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from guardengine.bench.compare import ENGINE, INCREMENTAL, RELEASED
-from guardengine.errors import ConfigError
 from guardengine.measuring import machine
+from guardengine.measuring.files import markdown_table
 
 SCHEMA = 1
 
@@ -38,21 +36,6 @@ def stamp(arguments: Sequence[str], seed: int) -> dict[str, Any]:
         "machine": here,
         "load_average": os.getloadavg()[0],  # of the last minute before: what others did meanwhile
     }
-
-
-def check_writable(path: Path) -> None:
-    """Raise ConfigError now rather than after minutes of measuring."""
-    if path.is_dir() or not path.parent.is_dir():
-        problem = "is a folder" if path.is_dir() else f"cannot be written: {path.parent} is not a folder"
-        raise ConfigError(f"{path} {problem}; give a file in a folder that exists")
-
-
-def write_json(record: Mapping[str, Any], path: Path) -> None:
-    """Write the record. Raises ConfigError where the file cannot be written."""
-    try:
-        path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error}); give another file") from error
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -185,13 +168,3 @@ def _comparison(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _three(percentiles: Mapping[str, float]) -> str:
     return " / ".join(f"{percentiles[name]:.1f}" for name in ("p50", "p90", "p99"))
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, right-aligned, readable as text too."""
-    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
-    cells = [header, ["-" * (width - 1) + ":" for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    )

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from guardengine.bench.floor import CostModel, Limits
-from guardengine.bench.workload import Arrival, Point, poisson_arrivals, random_ids
+from guardengine.bench.workload import Arrival, Point, poisson_arrivals
 from guardengine.engine.engine import Engine
 from guardengine.engine.stream import Stream
 from guardengine.errors import IntegrityError
 from guardengine.measuring import machine
+from guardengine.measuring.random_ids import random_ids
 
 WARM_UP_TOKENS = 2  # a stream, after its prompt, before the clock runs: kernels are chosen on first use
 Progress = Callable[[int], object]

@@ -14,8 +14,6 @@ from guardengine.errors import ConfigError
 
 ArrivalKind = Literal["lockstep", "poisson"]
 
-_CONTENT_IDS = 151643  # ids below the control tokens
-
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -51,15 +49,6 @@ class Arrival(NamedTuple):
     stream: int
     first: int
     num_tokens: int
-
-
-def random_ids(num_streams: int, num_tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """Content ids for each stream, all different streams."""
-    rng = np.random.default_rng([seed, num_streams, num_tokens])
-    ids: list[list[int]] = rng.integers(
-        min(vocab_size, _CONTENT_IDS), size=(num_streams, num_tokens)
-    ).tolist()
-    return ids
 
 
 def poisson_arrivals(point: Point, seed: int) -> list[Arrival]:

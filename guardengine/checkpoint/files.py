@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.errors import CheckpointError
 
 # The safetensors format's own limit on the JSON header.

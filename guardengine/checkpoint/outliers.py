@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
 
 Floats = npt.NDArray[np.float64]
 

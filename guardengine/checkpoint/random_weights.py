@@ -24,9 +24,9 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from guardengine.checkpoint.model_config import QUERY_CATEGORIES, RESPONSE_CATEGORIES, RISKS, ModelConfig
 from guardengine.checkpoint.outliers import EMBEDDING_STD, Outliers, norm_quantiles
 from guardengine.checkpoint.weights import tensor_shapes
-from guardengine.config import QUERY_CATEGORIES, RESPONSE_CATEGORIES, RISKS, ModelConfig
 from guardengine.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger("guardengine")

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from guardengine.checkpoint.files import Checkpoint, shorten
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.errors import CheckpointError, ConfigError
 from guardengine.kernels.quantization import QuantizedWeight, quantize_weight
 

@@ -50,15 +50,15 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from guardengine.bench.plot import import_pyplot
-    from guardengine.bench.report import check_writable, write_json
     from guardengine.errors import ConfigError
     from guardengine.evaluate.outcomes import STREAM_RULES
     from guardengine.evaluate.plots import save_plots
     from guardengine.evaluate.predict import Aim
     from guardengine.evaluate.report import markdown
     from guardengine.evaluate.run import evaluate
+    from guardengine.measuring.files import check_writable, write_json
     from guardengine.measuring.machine import machine_stamp
+    from guardengine.measuring.plots import import_pyplot
 
     if arguments.json is not None:
         check_writable(arguments.json)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from guardengine._version import __version__
-from guardengine.bench.report import check_writable, write_json
 from guardengine.checkpoint.random_weights import PRESETS, make_checkpoint
 from guardengine.cli.annotate import add_command as add_annotate
 from guardengine.cli.chat import add_command as add_chat
@@ -18,6 +17,7 @@ from guardengine.cli.proxy import add_command as add_proxy
 from guardengine.cli.ray_serve import add_command as add_ray_serve
 from guardengine.cli.serve import add_command as add_serve
 from guardengine.errors import ConfigError, GuardEngineError
+from guardengine.measuring.files import check_writable, write_json
 from guardengine.verify.quantization import SCHEMES, verify_quantization
 from guardengine.verify.replay import Report, replay
 from guardengine.verify.report import markdown

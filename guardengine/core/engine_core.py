@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from guardengine.checkpoint.fingerprint import Fingerprint
-from guardengine.config import EngineConfig, ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
+from guardengine.config import EngineConfig
 from guardengine.core.admission import Admission, Ticket, check_timeout
 from guardengine.core.block_pool import BlockPool
 from guardengine.core.deadlines import Deadlines

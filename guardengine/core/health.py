@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from guardengine.core.engine_core import EngineCore
+from guardengine.core.layout import build_batch
 from guardengine.core.scheduler import Chunk
 from guardengine.core.state import StreamState, Wanted
 from guardengine.policy import Policy
-from guardengine.runners.batch import build_batch
 
 Status = Literal["ok", "failing", "stalled"]
 

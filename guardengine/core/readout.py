@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from guardengine.config import GuardHeadsConfig
+from guardengine.checkpoint.model_config import GuardHeadsConfig
 from guardengine.core.state import Hidden, Reader
 from guardengine.labels import Label
 

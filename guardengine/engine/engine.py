@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 from guardengine._version import __version__
 from guardengine.checkpoint.hub import resolve_checkpoint
-from guardengine.config import RISKS, EngineConfig, GuardHeadsConfig
+from guardengine.checkpoint.model_config import RISKS, GuardHeadsConfig
+from guardengine.config import EngineConfig
 from guardengine.core.admission import Ticket, check_timeout
 from guardengine.core.engine_core import EngineCore
 from guardengine.core.feeds import Feed, feed_ids, feed_messages

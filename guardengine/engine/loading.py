@@ -14,8 +14,9 @@ import torch
 
 from guardengine.checkpoint.files import open_checkpoint, stop_ids
 from guardengine.checkpoint.fingerprint import Fingerprint, Numerics
+from guardengine.checkpoint.model_config import GuardHeadsConfig, ModelConfig
 from guardengine.checkpoint.weights import load_weights
-from guardengine.config import EngineConfig, GuardHeadsConfig, ModelConfig
+from guardengine.config import EngineConfig
 from guardengine.core.block_pool import BlockPool
 from guardengine.core.engine_core import EngineCore
 from guardengine.core.prefix_cache import PrefixCache
@@ -27,13 +28,14 @@ from guardengine.gen.prompts import shared_prefixes
 from guardengine.kernels import BACKENDS, load, native
 from guardengine.kernels.quantization import SCHEMES
 from guardengine.labels import Role
-from guardengine.measuring.machine import memory_bytes
 from guardengine.records.audit_log import AuditedCore
 from guardengine.runners import accelerator
+from guardengine.runners.cores import memory_bytes
 from guardengine.runners.cpu_runner import CpuRunner
 from guardengine.runners.gpu_limits import DeviceMemory, check_bfloat16, check_shapes
 from guardengine.runners.gpu_runner import GpuRunner
-from guardengine.runners.runner import CacheShape, Runner, TorchRunner
+from guardengine.runners.runner import CacheShape, Runner
+from guardengine.runners.torch_runner import TorchRunner
 from guardengine.text.chat_template import ChatTemplate
 from guardengine.text.tokenizer import Tokenizer
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from guardengine.bench.plot import import_pyplot
 from guardengine.errors import ConfigError
 from guardengine.evaluate.metrics import LATENCY_BINS, RocPoint
 from guardengine.evaluate.outcomes import Mode
 from guardengine.evaluate.summary import Report, RuleResult, Section
+from guardengine.measuring.plots import import_pyplot
 
 _COLORS: dict[Mode, str] = {"strict": "#1b6ca8", "loose": "#d9822b"}
 _MARKERS = {"report": "o", "eval-compat": "s", "answer": "o"}

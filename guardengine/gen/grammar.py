@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from guardengine.config import RISKS
+from guardengine.checkpoint.model_config import RISKS
 from guardengine.errors import CheckpointError
 from guardengine.gen.parse import CATEGORIES, NONE, REFUSALS
 from guardengine.labels import Role

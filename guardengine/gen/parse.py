@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from guardengine.config import RISKS
+from guardengine.checkpoint.model_config import RISKS
 from guardengine.labels import UNPARSABLE
 
 NONE = "None"

@@ -17,7 +17,7 @@ from typing import Any
 
 from guardengine._version import __version__
 from guardengine.errors import ConfigError
-from guardengine.kernels import library as compiled
+from guardengine.runners.cores import load_library, memory_bytes
 
 _FP32, _BF16, _INT8 = 0, 1, 2  # enum GePeak in csrc/probe.h
 _PROBLEMS = {
@@ -48,26 +48,6 @@ class Ceilings:
     bf16_flops: float
     int8_ops: float
     isa: str
-
-
-def load_library(path: Path | None = None) -> ctypes.CDLL:
-    """The compiled library, with its functions' types declared. Raises ConfigError when it is not usable."""
-    path = path or compiled.path
-    mend = "build it with `pip install --no-build-isolation -e .` in the source folder, or install a wheel"
-    if not path.exists():
-        raise ConfigError(f"{path} is missing: the C++ part of guardengine was not built; {mend}")
-    try:
-        library: ctypes.CDLL = compiled.open_library(path)
-        isa, read, peak = library.ge_isa, library.ge_probe_read, library.ge_probe_peak
-    except (OSError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} cannot be used ({error}): it is of another version or machine; {mend}"
-        ) from None
-    double = ctypes.POINTER(ctypes.c_double)
-    isa.argtypes, isa.restype = [], ctypes.c_char_p
-    read.argtypes, read.restype = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int, double, double], ctypes.c_int
-    peak.argtypes, peak.restype = [ctypes.c_int, ctypes.c_int, ctypes.c_double, double], ctypes.c_int
-    return library
 
 
 def probe_ceilings(num_threads: int, *, read_buffer_bytes: int | None = None) -> Ceilings:
@@ -128,30 +108,6 @@ def machine_stamp() -> dict[str, Any]:
         "guardengine": __version__,
         **_git_state(Path(__file__).resolve().parents[2]),
     }
-
-
-def memory_bytes(key: str) -> int:
-    """`MemTotal` or `MemAvailable` of /proc/meminfo; where there is none, the physical memory."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def physical_cores() -> list[int]:
-    """A CPU of each core that this process may use: hyperthreads of one core count once."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores: dict[str, int] = {}
-    for cpu in sorted(usable):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.setdefault(siblings.read_text(), cpu)
-        except OSError:
-            cores[str(cpu)] = cpu
-    return list(cores.values())
 
 
 def last_level_cache_bytes() -> int:

@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.weights import HeadWeights, Weights
-from guardengine.config import ModelConfig
 from guardengine.errors import ConfigError
 from guardengine.runners.accelerator import Accelerator, Graph
 from guardengine.runners.batch import Batch

@@ -20,13 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from guardengine.checkpoint.files import Checkpoint
+from guardengine.checkpoint.model_config import GuardHeadsConfig, ModelConfig
 from guardengine.checkpoint.weights import check_tensors, tensor_shapes
-from guardengine.config import GuardHeadsConfig, ModelConfig
 from guardengine.errors import ConfigError
 from guardengine.kernels import library as compiled
 from guardengine.kernels import load, native
-from guardengine.measuring import machine
 from guardengine.runners.batch import Batch
+from guardengine.runners.cores import load_library, physical_cores
 from guardengine.runners.lm_head import LmHead
 from guardengine.runners.runner import CacheShape, Computed, Scores
 
@@ -284,13 +284,13 @@ def _check_shape(config: ModelConfig) -> None:
 
 
 def _start_workers(num_threads: int | None, pin_threads: bool) -> native.Workers:
-    cores = machine.physical_cores()
+    cores = physical_cores()
     count = len(cores) if num_threads is None else num_threads
     if pin_threads and count > len(cores):
         raise ConfigError(
             f"pin_threads=True with num_threads={count}: this process may use {len(cores)} core(s); ask for no more"
         )
-    machine.load_library()  # names what is wrong with the library, where something is
+    load_library()  # names what is wrong with the library, where something is
     try:
         return native.Workers(native.choose_isa(), count, cores[:count] if pin_threads else None)
     except AttributeError as error:

@@ -7,8 +7,9 @@ from types import ModuleType
 
 import torch
 
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.weights import num_weights
-from guardengine.config import EngineConfig, ModelConfig
+from guardengine.config import EngineConfig
 from guardengine.errors import ConfigError
 from guardengine.runners import accelerator
 from guardengine.runners.accelerator import Accelerator

@@ -12,8 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.weights import Weights
-from guardengine.config import ModelConfig
 from guardengine.errors import CheckpointError
 from guardengine.runners.accelerator import Accelerator, Event
 from guardengine.runners.batch import Batch

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.weights import HeadWeights, LayerWeights, Weights
-from guardengine.config import ModelConfig
 from guardengine.runners.batch import Batch, Rows
 from guardengine.runners.step_inputs import StepInputs
 

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from guardengine.checkpoint.hub import resolve_checkpoint
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.engine.async_engine import AsyncEngine
 from guardengine.engine.memory import collect_rarely
 from guardengine.errors import CheckpointError, ConfigError

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from guardengine.errors import CheckpointError
-from guardengine.text.byte_level import BYTE_LEVEL, NORMALIZER, PRE_TOKENIZER, byte_letters
 from guardengine.text.special_tokens import SHIPPED
+from guardengine.text.tokenizer import BYTE_LEVEL, NORMALIZER, PRE_TOKENIZER, byte_letters
 
 logger = logging.getLogger("guardengine")
 

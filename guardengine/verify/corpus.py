@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from guardengine.bench.workload import random_ids
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.outliers import FIRST_TOKEN_ID
-from guardengine.config import ModelConfig
 from guardengine.core.feeds import Feed, feed_ids, feed_messages
 from guardengine.errors import ConfigError, GuardEngineError, InvalidText
+from guardengine.measuring.random_ids import random_ids
 from guardengine.text.chat_template import ChatTemplate
 from guardengine.text.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from guardengine.checkpoint.files import open_checkpoint
 from guardengine.checkpoint.hub import resolve_checkpoint
-from guardengine.config import GuardHeadsConfig
+from guardengine.checkpoint.model_config import GuardHeadsConfig
 from guardengine.core.whole_streams import run_feeds
 from guardengine.engine.engine import Engine
 from guardengine.errors import CheckpointError, ConfigError

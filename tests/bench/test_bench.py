@@ -21,10 +21,11 @@ from guardengine.bench.__main__ import main
 from guardengine.bench.check import check_labels
 from guardengine.bench.floor import CostModel, Limits
 from guardengine.bench.hf import HFGuard
-from guardengine.bench.workload import Point, poisson_arrivals, random_ids
-from guardengine.config import ModelConfig
+from guardengine.bench.workload import Point, poisson_arrivals
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.errors import ConfigError, IntegrityError, LabelsDiffer
 from guardengine.measuring import machine
+from guardengine.measuring.random_ids import random_ids
 
 CEILINGS = machine.Ceilings(1, 10e9, 9e9, 2**20, 200e9, 100e9, 0.0, "none")
 LIMITS = {"kv_cache_bytes": 2**22, "max_model_len": 512}

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from guardengine.bench.compare import ComparePoint
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.errors import ConfigError
 from guardengine.measuring import machine
 

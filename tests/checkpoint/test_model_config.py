@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardengine.config import QUERY_CATEGORIES, RESPONSE_CATEGORIES, RISKS, EngineConfig, ModelConfig
+from guardengine.checkpoint.model_config import QUERY_CATEGORIES, RESPONSE_CATEGORIES, RISKS, ModelConfig
+from guardengine.config import EngineConfig
 from guardengine.errors import CheckpointError, ConfigError
 
 STREAM_0_6B: dict[str, Any] = {

@@ -17,9 +17,9 @@ from safetensors.torch import load as parse
 from safetensors.torch import save_file
 
 from guardengine.checkpoint.files import open_checkpoint
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.random_weights import PRESETS, make_checkpoint
 from guardengine.checkpoint.weights import LayerWeights, Weights, load_weights, tensor_shapes
-from guardengine.config import ModelConfig
 from guardengine.errors import CheckpointError, ConfigError
 
 SMALL = {

@@ -5,9 +5,9 @@ from array import array
 import torch
 
 from guardengine import Policy
+from guardengine.core.layout import build_batch
 from guardengine.core.scheduler import Chunk
 from guardengine.core.state import StreamState, Wanted
-from guardengine.runners.batch import build_batch
 
 
 def stream(name: str, ids: range, num_computed: int, table: list[int], wanted: list[Wanted]) -> StreamState:

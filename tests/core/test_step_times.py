@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardengine import Engine
-from guardengine.core.step_times import StepTimes
+from guardengine.core.pipeline import StepTimes
 
 MACHINES: dict[str, Callable[[int], float]] = {
     "linear": lambda n: 1e-3 * n,

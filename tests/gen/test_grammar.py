@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardengine.config import RISKS
+from guardengine.checkpoint.model_config import RISKS
 from guardengine.errors import CheckpointError
 from guardengine.gen.answers import ChosenAnswer
 from guardengine.gen.grammar import Grammar, Walk

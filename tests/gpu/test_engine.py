@@ -13,9 +13,9 @@ import torch
 from launches import counted
 
 from guardengine import Engine, Label
+from guardengine.core.layout import build_batch
 from guardengine.core.scheduler import Chunk
 from guardengine.core.state import StreamState
-from guardengine.runners.batch import build_batch
 
 VOCAB = 512
 LIMITS: dict[str, Any] = {"kv_cache_bytes": 2**21, "max_model_len": 512, "block_size": 16, "device": "cpu"}

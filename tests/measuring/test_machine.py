@@ -12,6 +12,7 @@ import pytest
 
 from guardengine.errors import ConfigError
 from guardengine.measuring import machine
+from guardengine.runners.cores import load_library, memory_bytes
 
 SMALL = 2**20  # in the cache: the probes' books are tested here, not the machine
 
@@ -54,7 +55,7 @@ def test_read_median_is_not_above_the_best(ceilings):
 def test_read_buffer_is_larger_than_the_cache(ceilings):
     assert (
         ceilings.read_buffer_bytes >= 2 * machine.last_level_cache_bytes()
-        or ceilings.read_buffer_bytes > machine.memory_bytes("MemAvailable") // 8
+        or ceilings.read_buffer_bytes > memory_bytes("MemAvailable") // 8
     )
 
 
@@ -92,14 +93,14 @@ def test_no_memory_is_an_error_with_a_mend():
 
 def test_missing_library_names_file_and_mend(tmp_path):
     with pytest.raises(ConfigError, match=r"_C\.so is missing.*pip install"):
-        machine.load_library(tmp_path / "_C.so")
+        load_library(tmp_path / "_C.so")
 
 
 def test_library_that_is_none_names_file_and_mend(tmp_path):
     path = tmp_path / "_C.so"
     path.write_bytes(b"not a library")
     with pytest.raises(ConfigError, match=r"_C\.so cannot be used.*pip install"):
-        machine.load_library(path)
+        load_library(path)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -109,7 +110,7 @@ def test_library_of_another_version_names_the_missing_function(tmp_path):
     source.write_text("int ge_old(void) { return 0; }\n")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
     with pytest.raises(ConfigError, match="ge_isa"):
-        machine.load_library(path)
+        load_library(path)
 
 
 def test_stamp_is_json_and_complete():

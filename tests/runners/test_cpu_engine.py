@@ -19,7 +19,7 @@ from guardengine import AutoGuard, Engine, Stream
 from guardengine.bench.hf import HFGuard
 from guardengine.errors import ConfigError
 from guardengine.kernels import native
-from guardengine.measuring.machine import physical_cores
+from guardengine.runners.cores import physical_cores
 
 LOGITS = ("risk_level_logits", "category_logits", "query_risk_level_logits", "query_category_logits")
 MakeEngine = Callable[..., Engine]

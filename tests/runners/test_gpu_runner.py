@@ -25,15 +25,17 @@ from guardengine.checkpoint.weights import load_weights
 from guardengine.config import EngineConfig
 from guardengine.core.block_pool import BlockPool
 from guardengine.core.engine_core import EngineCore
+from guardengine.core.layout import build_batch
 from guardengine.core.readout import Readout
 from guardengine.core.scheduler import Chunk
 from guardengine.core.state import StreamState, Wanted
 from guardengine.kernels import reference
 from guardengine.runners.accelerator import InterpretedAccelerator
-from guardengine.runners.batch import Batch, build_batch
+from guardengine.runners.batch import Batch
 from guardengine.runners.gpu_runner import GpuRunner
-from guardengine.runners.runner import CacheShape, TorchRunner
+from guardengine.runners.runner import CacheShape
 from guardengine.runners.step_inputs import SMALL_ROWS, buckets, places
+from guardengine.runners.torch_runner import TorchRunner
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_LEN, MAX_ROWS = 4, 128, 128, 100
 BUCKETS = buckets(MAX_ROWS)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from guardengine import Engine, Policy
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.cli.main import main
-from guardengine.config import ModelConfig
 from guardengine.errors import CheckpointError, ConfigError, InvalidText
 from guardengine.labels import Label
 from guardengine.verify import quantization as verify

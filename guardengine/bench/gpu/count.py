@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from guardengine.bench.gpu.devices import GPU
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.kernels import gpu as operators
 from guardengine.kernels.gpu import linear_config as products
 from guardengine.kernels.gpu import plan as plans

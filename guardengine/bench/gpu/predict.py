@@ -15,10 +15,10 @@ from typing import Any
 from guardengine.bench.floor import CostModel, Limits, Work
 from guardengine.bench.gpu.devices import GPU, GPUS
 from guardengine.bench.options import count, counts, exit_status
-from guardengine.bench.report import check_writable, markdown_table, write_json
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.random_weights import preset_config
-from guardengine.config import ModelConfig
 from guardengine.errors import ConfigError
+from guardengine.measuring.files import check_writable, markdown_table, write_json
 from guardengine.runners.accelerator import check_triton
 from guardengine.runners.step_inputs import SMALL_ROWS
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from guardengine.bench.report import markdown_table, write_json
+from guardengine.measuring.files import markdown_table, write_json
 
 _TIMED = ("speed", "transformers", "vllm", "sglang")
 

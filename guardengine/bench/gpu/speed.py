@@ -14,11 +14,11 @@ import torch
 from guardengine.bench.gpu import predict
 from guardengine.bench.gpu.devices import GPU, GPUS
 from guardengine.bench.hf import HFGuard, IncrementalStream
-from guardengine.bench.workload import random_ids
-from guardengine.config import ModelConfig
+from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.engine.engine import Engine
 from guardengine.errors import ConfigError
 from guardengine.kernels import load
+from guardengine.measuring.random_ids import random_ids
 from guardengine.runners.runner import CacheShape
 
 _BLOCK_SIZE = 16

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from guardengine.bench.workload import random_ids
 from guardengine.checkpoint.files import open_checkpoint
 from guardengine.engine.engine import Engine
 from guardengine.labels import Label
+from guardengine.measuring.random_ids import random_ids
 
 Logits = npt.NDArray[np.float32]
 

@@ -26,6 +26,7 @@ from guardengine.bench.plot import save_soak_plot
 from guardengine.bench.soak.load import MEAN_REPLY_TOKENS, Load
 from guardengine.engine.engine import Engine
 from guardengine.errors import ConfigError, IntegrityError, Overloaded
+from guardengine.measuring.files import check_writable, write_json
 
 _CHECK_EVERY_S = 5.0
 _CALIBRATION_STREAMS, _CALIBRATION_PROMPT, _CALIBRATION_S = 64, 64, 3.0
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
     """Soak an engine; returns the record. Raises IntegrityError at the first label or book that is wrong."""
     for path in (options.json, options.plot):
         if path is not None:
-            report.check_writable(path)
+            check_writable(path)
     folder = options.checkpoint or cached_checkpoint(options.preset)
     limits = {"max_num_streams": options.streams, "max_step_ms": options.max_step_ms}
     if options.kv_cache_mb:
@@ -218,7 +219,7 @@ def main(arguments: Sequence[str]) -> int:
         record = run(options, arguments)
         print(markdown(record))
         if options.json:
-            report.write_json(record, options.json)
+            write_json(record, options.json)
         if options.plot:
             save_soak_plot(record, options.plot)
 
