@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from guardengine._moved import install_finder
 from guardengine._version import __version__
 
 if TYPE_CHECKING:
@@ -112,6 +113,9 @@ __all__ = [
     "guarded_sync",
     "intervene",
 ]
+
+
+install_finder()
 
 
 def __getattr__(name: str) -> Any:

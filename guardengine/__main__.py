@@ -2,6 +2,6 @@
 
 import sys
 
-from guardengine.cli.main import main
+from guardengine.cli import main
 
 sys.exit(main())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
+from guardengine._moved import moved_name
 from guardengine.errors import ConfigError
 
 
@@ -82,3 +83,7 @@ _COUNTS = {
     "max_pending_tokens_per_tenant": 2**40,
     "num_threads": 1024,
 }
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, "guardengine.checkpoint.model_config", name)

@@ -1,1 +1,11 @@
 """Streams as JSON: snapshots, the audit log and its reader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from guardengine._moved import moved_name
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, "guardengine.records.codec", name)

@@ -26,7 +26,7 @@ from guardengine import ConfigError, Engine, Label, Policy
 from guardengine.annotate.judging import scored_label
 from guardengine.annotate.layout import Layout
 from guardengine.annotate.response_chars import ResponseChars
-from guardengine.cli.main import main
+from guardengine.cli import main
 from guardengine.text.chat_template import ChatTemplate
 from guardengine.text.tokenizer import Tokenizer
 

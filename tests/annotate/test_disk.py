@@ -16,7 +16,7 @@ import pytest
 from annotating import ROWS, Files, run, write_lines
 
 from guardengine import ConfigError, OutputError
-from guardengine.cli.main import main
+from guardengine.cli import main
 
 # -- disks -------------------------------------------------------------------------------------------------
 

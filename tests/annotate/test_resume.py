@@ -18,7 +18,7 @@ import guardengine.annotate.journal
 import guardengine.annotate.run
 from guardengine import ConfigError
 from guardengine.annotate.layout import Layout
-from guardengine.cli.main import main
+from guardengine.cli import main
 
 # -- kills -------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from annotating import (
 )
 
 from guardengine import Engine, Overloaded
-from guardengine.cli.main import main
+from guardengine.cli import main
 
 
 @pytest.fixture(scope="module")

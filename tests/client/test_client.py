@@ -14,7 +14,7 @@ import pytest
 from serving import REPLY, USER, Served, served, sync_engine
 
 from guardengine import Policy, errors
-from guardengine.cli.main import main
+from guardengine.cli import main
 from guardengine.client import AsyncGuardClient, GuardClient, Update
 from guardengine.server import ApiKey, ServerSettings
 

@@ -13,7 +13,7 @@ import pytest
 from labelled_rows import PLAIN, THINKING, USER, record, write
 
 from guardengine import Engine, GenModeration, Policy, Verdict
-from guardengine.cli.main import main
+from guardengine.cli import main
 from guardengine.errors import ConfigError, InvalidText, StreamTooLong
 from guardengine.evaluate import predict
 from guardengine.evaluate import run as evaluating

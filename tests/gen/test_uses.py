@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from guardengine import Engine
-from guardengine.cli.main import main
+from guardengine.cli import main
 from guardengine.rewards import GuardReward
 
 

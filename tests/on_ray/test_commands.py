@@ -19,7 +19,7 @@ from guardengine.annotate.layout import Layout
 from guardengine.annotate.rows import JsonlSource
 from guardengine.annotate.run import Options
 from guardengine.annotate.tables import TableSource
-from guardengine.cli.main import main
+from guardengine.cli import main
 from guardengine.cli.ray_serve import application
 from guardengine.on_ray import cluster as clusters
 from guardengine.on_ray.annotating import Actors

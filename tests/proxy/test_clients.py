@@ -149,7 +149,7 @@ def llm(folder, tmp_path_factory) -> Iterator[Llm]:
     """transformers' own server, with a random Qwen3."""
     model = tmp_path_factory.mktemp("llm")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|im_end|>")
-    tokenizer.chat_template = (Path(guardengine.__file__).parent / "qwen3_chat.jinja").read_text()
+    tokenizer.chat_template = (Path(guardengine.__file__).parent / "text" / "qwen3_chat.jinja").read_text()
     tokenizer.save_pretrained(model)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}

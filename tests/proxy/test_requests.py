@@ -357,7 +357,7 @@ def test_addresses_and_keys(tmp_path) -> None:
 
 
 def test_the_command(monkeypatch, tmp_path) -> None:
-    from guardengine.cli.main import main
+    from guardengine.cli import main
     from guardengine.proxy import serve
 
     found: dict[str, Any] = {}
@@ -391,7 +391,7 @@ def test_the_command(monkeypatch, tmp_path) -> None:
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path, monkeypatch) -> None:
-    from guardengine.cli.main import main
+    from guardengine.cli import main
 
     monkeypatch.setattr("guardengine.proxy.serve.log_to_stderr", lambda level: None)
     assert main(["proxy", "--upstream", "http://x", str(tmp_path / "no-such-folder")]) == 2

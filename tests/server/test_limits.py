@@ -425,7 +425,7 @@ def test_an_app_needs_an_engine() -> None:
 
 
 def test_what_cannot_be_served_is_said(folder, checkpoints, tmp_path, capfd, monkeypatch) -> None:
-    from guardengine.cli.main import main
+    from guardengine.cli import main
 
     monkeypatch.setattr("guardengine.server.serve.log_to_stderr", lambda level: None)
     with socket.socket() as taken:

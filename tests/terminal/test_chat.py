@@ -21,7 +21,7 @@ from serving import REPLY, Served, served, sync_engine
 from upstreams import BREAK_OFF, HANG, upstream
 
 from guardengine import Policy
-from guardengine.cli.main import main
+from guardengine.cli import main
 from guardengine.server import ApiKey, ServerSettings
 from guardengine.text.tokenizer import Tokenizer
 

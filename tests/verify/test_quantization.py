@@ -12,7 +12,7 @@ import pytest
 
 from guardengine import Engine, Policy
 from guardengine.checkpoint.model_config import ModelConfig
-from guardengine.cli.main import main
+from guardengine.cli import main
 from guardengine.errors import CheckpointError, ConfigError, InvalidText
 from guardengine.labels import Label
 from guardengine.verify import quantization as verify

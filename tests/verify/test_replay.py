@@ -13,7 +13,7 @@ import pytest
 from audit_logs import Lines, busy_log, nth, shifted, write
 
 from guardengine import CheckpointError, ConfigError, GuardEngineError
-from guardengine.cli.main import main
+from guardengine.cli import main
 from guardengine.verify.replay import Report, replay
 
 

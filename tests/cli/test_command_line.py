@@ -10,7 +10,7 @@ import pytest
 
 from guardengine import Engine, __version__
 from guardengine.checkpoint.random_weights import PRESETS
-from guardengine.cli.main import main
+from guardengine.cli import main
 
 
 def test_make_checkpoint_writes_what_the_engine_loads(
