@@ -102,36 +102,36 @@ class Admission:
                     f"{option}={most}; retry when some are done"
                 )
 
-    def enter(self, stream: StreamState) -> None:
+    def enter(self, state: StreamState) -> None:
         """Count a stream that was opened."""
-        for usage in (self.total, self._tenants.setdefault(stream.tenant, Usage())):
+        for usage in (self.total, self._tenants.setdefault(state.tenant, Usage())):
             usage.num_streams += 1
-        self._pending[stream.stream_id] = 0
-        self.update(stream)
+        self._pending[state.stream_id] = 0
+        self.update(state)
 
-    def update(self, stream: StreamState) -> None:
+    def update(self, state: StreamState) -> None:
         """Count what is pending of a stream by now."""
-        num_pending = stream.num_pending_tokens
-        if more := num_pending - self._pending[stream.stream_id]:
+        num_pending = state.num_pending_tokens
+        if more := num_pending - self._pending[state.stream_id]:
             self.total.num_pending_tokens += more
-            self._tenants[stream.tenant].num_pending_tokens += more
-            self._pending[stream.stream_id] = num_pending
+            self._tenants[state.tenant].num_pending_tokens += more
+            self._pending[state.stream_id] = num_pending
 
-    def leave(self, stream: StreamState) -> None:
+    def leave(self, state: StreamState) -> None:
         """A stream was closed."""
-        num_pending = self._pending.pop(stream.stream_id)
-        for usage in (self.total, self._tenants[stream.tenant]):
+        num_pending = self._pending.pop(state.stream_id)
+        for usage in (self.total, self._tenants[state.tenant]):
             usage.num_streams -= 1
             usage.num_pending_tokens -= num_pending
-        if not self._tenants[stream.tenant].num_streams:
-            del self._tenants[stream.tenant]
+        if not self._tenants[state.tenant].num_streams:
+            del self._tenants[state.tenant]
 
     def _usage(self, tenant: str) -> Usage:
         return self._tenants.get(tenant, Usage())
 
-    def check_integrity(self, streams: Iterable[StreamState]) -> None:
+    def check_integrity(self, states: Iterable[StreamState]) -> None:
         """Raise IntegrityError unless the counts are those of the open streams."""
-        pending = {stream.stream_id: stream.num_pending_tokens for stream in streams}
+        pending = {state.stream_id: state.num_pending_tokens for state in states}
         if pending != self._pending or self.total != Usage(len(pending), sum(pending.values())):
             raise IntegrityError(
                 f"pending tokens on the books: {self._pending}, {self.total}; in fact: {pending}"

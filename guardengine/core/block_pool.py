@@ -49,36 +49,36 @@ class BlockPool:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def has_room(self, stream: StreamState) -> bool:
+    def has_room(self, state: StreamState) -> bool:
         """Whether the stream's own blocks have room for all of its tokens, so that `grow` has nothing to do."""
-        table = stream.block_table
-        if not table or len(stream.token_ids) > len(table) * self.block_size:
+        table = state.block_table
+        if not table or len(state.token_ids) > len(table) * self.block_size:
             return False
-        block = table[min(stream.num_scheduled_tokens // self.block_size, len(table) - 1)]
+        block = table[min(state.num_scheduled_tokens // self.block_size, len(table) - 1)]
         return self._num_holders[block] == 1 and (self.cache is None or block not in self.cache)
 
-    def blocks_to_grow(self, stream: StreamState, num_tokens: int) -> int:
+    def blocks_to_grow(self, state: StreamState, num_tokens: int) -> int:
         """Blocks that `grow` will take."""
-        return self.blocks_for(num_tokens) - len(stream.block_table) + self._writes_shared(stream)
+        return self.blocks_for(num_tokens) - len(state.block_table) + self._writes_shared(state)
 
-    def grow(self, stream: StreamState, num_tokens: int, copy_block: Callable[[int, int], None]) -> None:
+    def grow(self, state: StreamState, num_tokens: int, copy_block: Callable[[int, int], None]) -> None:
         """Extend the stream's block table to `num_tokens` tokens, all of its uncomputed ones in its own blocks.
 
         When the block that the stream will write next is shared, it gets its own one with the same contents:
         `copy_block(source, destination)`. Raises Overloaded, with nothing changed, when too few blocks are free;
         nothing is changed either when the copy fails.
         """
-        table = stream.block_table
-        writes_shared = self._writes_shared(stream)
+        table = state.block_table
+        writes_shared = self._writes_shared(state)
         num_missing = self.blocks_for(num_tokens) - len(table)
         if (needed := num_missing + writes_shared) > self.num_free:
             raise Overloaded(
                 f"{needed} KV cache blocks of {self.block_size} tokens are needed and "
                 f"{self.num_free} of {self.num_blocks} are free; close streams or raise kv_cache_bytes"
             )
-        first_written = stream.num_scheduled_tokens // self.block_size
+        first_written = state.num_scheduled_tokens // self.block_size
         if writes_shared:
-            source, destination = table[first_written], self._take()
+            source, destination = table[first_written], self._pop_block()
             try:
                 copy_block(source, destination)
             except BaseException:
@@ -89,7 +89,7 @@ class BlockPool:
         elif self.cache is not None and first_written < len(table):
             self.cache.forget(table[first_written])  # about to be written by its only holder
         if num_missing > 0:
-            table.extend(self._take() for _ in range(num_missing))
+            table.extend(self._pop_block() for _ in range(num_missing))
 
     def share(self, table: Iterable[int]) -> None:
         """Add one holder to each block, which others hold or the prefix cache knows."""
@@ -98,18 +98,18 @@ class BlockPool:
                 del self._cached[block]
             self._num_holders[block] += 1
 
-    def shrink(self, stream: StreamState, num_tokens: int) -> None:
+    def shrink(self, state: StreamState, num_tokens: int) -> None:
         """Give back the blocks past `num_tokens` tokens; tails first, so that they are reused first."""
-        table = stream.block_table
+        table = state.block_table
         for _ in range(len(table) - self.blocks_for(num_tokens)):
             self._release(table.pop())
 
-    def _writes_shared(self, stream: StreamState) -> bool:
-        first_written = stream.num_scheduled_tokens // self.block_size
-        table = stream.block_table
+    def _writes_shared(self, state: StreamState) -> bool:
+        first_written = state.num_scheduled_tokens // self.block_size
+        table = state.block_table
         return first_written < len(table) and self._num_holders[table[first_written]] > 1
 
-    def _take(self) -> int:
+    def _pop_block(self) -> int:
         if self._free:
             block = self._free.pop()
         else:
@@ -131,12 +131,12 @@ class BlockPool:
 
     # -- the books -----------------------------------------------------------------------------------------
 
-    def check_integrity(self, streams: Iterable[StreamState]) -> None:
+    def check_integrity(self, states: Iterable[StreamState]) -> None:
         """Raise IntegrityError unless the books agree with the open streams' block tables."""
         holders: Counter[int] = Counter()
-        for stream in streams:
-            holders.update(stream.block_table)
-            self._check_table(stream)
+        for state in states:
+            holders.update(state.block_table)
+            self._check_table(state)
         for block, num_holders in enumerate(self._num_holders):
             if num_holders != holders[block]:
                 raise IntegrityError(
@@ -155,40 +155,40 @@ class BlockPool:
             if self.cache is not None and block in self.cache:
                 raise IntegrityError(f"block {block} is free and known to the prefix cache")
 
-    def _check_table(self, stream: StreamState) -> None:
-        name, table = stream.stream_id, stream.block_table
-        num_computed, num_scheduled = stream.num_computed_tokens, stream.num_scheduled_tokens
+    def _check_table(self, state: StreamState) -> None:
+        name, table = state.stream_id, state.block_table
+        num_computed, num_scheduled = state.num_computed_tokens, state.num_scheduled_tokens
         if len(set(table)) != len(table):
             raise IntegrityError(f"{name}: a block appears twice in its table {table.tolist()}")
         if table and not 0 <= min(table) <= max(table) < self.num_blocks:
             raise IntegrityError(f"{name}: its table {table.tolist()} has a block outside the cache")
-        if not 0 <= num_computed <= num_scheduled <= stream.num_tokens:
+        if not 0 <= num_computed <= num_scheduled <= state.num_tokens:
             raise IntegrityError(
-                f"{name}: {num_computed} computed, {num_scheduled} scheduled of {stream.num_tokens} tokens"
+                f"{name}: {num_computed} computed, {num_scheduled} scheduled of {state.num_tokens} tokens"
             )
-        if not num_computed <= stream.num_seen_tokens <= stream.num_tokens:
+        if not num_computed <= state.num_seen_tokens <= state.num_tokens:
             raise IntegrityError(
-                f"{name}: {stream.num_seen_tokens} of {stream.num_tokens} tokens seen, {num_computed} computed"
+                f"{name}: {state.num_seen_tokens} of {state.num_tokens} tokens seen, {num_computed} computed"
             )
         # An idle stream may have lost blocks that it will need again, but none that it counts as computed.
-        least = self.blocks_for(num_scheduled if stream.is_idle else stream.num_tokens)
-        if not least <= len(table) <= self.blocks_for(stream.num_tokens):
+        least = self.blocks_for(num_scheduled if state.is_idle else state.num_tokens)
+        if not least <= len(table) <= self.blocks_for(state.num_tokens):
             raise IntegrityError(
-                f"{name}: {len(table)} blocks for {stream.num_tokens} tokens, {num_computed} of them computed"
+                f"{name}: {len(table)} blocks for {state.num_tokens} tokens, {num_computed} of them computed"
             )
-        if stream.num_unscheduled_tokens:
+        if state.num_unscheduled_tokens:
             for block in table[num_scheduled // self.block_size :]:
                 if self._num_holders[block] != 1:
                     raise IntegrityError(f"{name}: will write block {block}, which is shared")
                 if self.cache is not None and block in self.cache:
                     raise IntegrityError(f"{name}: will write block {block}, which the prefix cache knows")
-        if self.cache is not None and stream.block_digests:
+        if self.cache is not None and state.block_digests:
             for index, block in enumerate(table[: num_computed // self.block_size]):
                 known = self.cache.digest_of(block)
                 if (
                     known is not None
-                    and index < len(stream.block_digests)
-                    and known != stream.block_digests[index]
+                    and index < len(state.block_digests)
+                    and known != state.block_digests[index]
                 ):
                     raise IntegrityError(
                         f"{name}: block {block} at {index} of its table holds other tokens than its own"

@@ -14,13 +14,13 @@ _SWEEP_AT = 64  # deadlines from which on those that were met are looked for
 class _Deadline(NamedTuple):
     time: float
     number: int  # of equal times the first come
-    stream: StreamState
+    state: StreamState
     start: int
     end: int
 
     @property
     def is_pending(self) -> bool:
-        return not self.stream.is_closed and self.stream.num_seen_tokens < self.end
+        return not self.state.is_closed and self.state.num_seen_tokens < self.end
 
 
 class Deadlines:
@@ -34,30 +34,30 @@ class Deadlines:
     def __len__(self) -> int:
         return len(self._queue)
 
-    def add(self, stream: StreamState, start: int, end: int, time: float) -> None:
+    def add(self, state: StreamState, start: int, end: int, time: float) -> None:
         """The stream's tokens start..end-1 should be computed by `time`."""
-        heapq.heappush(self._queue, _Deadline(time, next(self._numbers), stream, start, end))
+        heapq.heappush(self._queue, _Deadline(time, next(self._numbers), state, start, end))
         if len(self._queue) > self._sweep_at:
             self._keep([d for d in self._queue if d.is_pending])
             self._sweep_at = max(_SWEEP_AT, 2 * len(self._queue))
 
     def inherit(self, branch: StreamState, parent: StreamState) -> None:
         """What is pending of the branch is due when it is of its parent."""
-        for due in [d for d in self._queue if d.stream is parent and d.is_pending]:
+        for due in [d for d in self._queue if d.state is parent and d.is_pending]:
             self.add(branch, due.start, due.end, due.time)
 
-    def drop(self, stream: StreamState, num_tokens: int) -> None:
+    def drop(self, state: StreamState, num_tokens: int) -> None:
         """The stream has lost its tokens from `num_tokens` on; what is left of them is due as before."""
         if self._queue:
-            kept = (d for d in self._queue if d.stream is not stream or d.start < num_tokens)
-            self._keep([d._replace(end=min(d.end, num_tokens)) if d.stream is stream else d for d in kept])
+            kept = (d for d in self._queue if d.state is not state or d.start < num_tokens)
+            self._keep([d._replace(end=min(d.end, num_tokens)) if d.state is state else d for d in kept])
 
-    def take_missed(self, now: float) -> StreamState | None:
+    def pop_missed(self, now: float) -> StreamState | None:
         """A stream whose tokens are not computed by the time that they should have been."""
         while self._queue and self._queue[0].time <= now:
             due = heapq.heappop(self._queue)
             if due.is_pending:
-                return due.stream
+                return due.state
         return None
 
     def _keep(self, queue: list[_Deadline]) -> None:

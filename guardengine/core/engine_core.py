@@ -23,7 +23,7 @@ from guardengine.core.gate import Gate
 from guardengine.core.pipeline import Finished, Pipeline
 from guardengine.core.prefix_cache import salt_digest
 from guardengine.core.readout import Readout
-from guardengine.core.residency import Found, Residency
+from guardengine.core.residency import PrefixHit, Residency
 from guardengine.core.scheduler import Scheduler
 from guardengine.core.state import StreamState
 from guardengine.core.token_ids import check_token_ids
@@ -56,7 +56,7 @@ class EngineCore:
     ) -> None:
         self.runner, self.pool, self.options, self.clock = runner, pool, options, clock
         self.max_model_len, self.fingerprint, self.readout = max_model_len, fingerprint, readout
-        self.streams: dict[str, StreamState] = {}
+        self.states: dict[str, StreamState] = {}
         self.counters = dict.fromkeys(_COUNTERS, 0)
         self.failures: dict[str, int] = {}  # "timeout-closed": streams that failed so, by kind and policy
         self.admission = Admission(options)
@@ -68,7 +68,7 @@ class EngineCore:
         self.pipeline = Pipeline(runner, readout, self.scheduler, pool.block_size, options.max_step_ms, clock)
         self._deadlines = Deadlines()
         self._names = itertools.count()
-        self._found: dict[str, Found] = {}  # by stream: counts as computed with the next `step`
+        self._prefix_hits: dict[str, PrefixHit] = {}  # by stream: counts as computed with the next `step`
         self._undelivered: list[Label] = []  # come with the next `step`
         self._abandoned: deque[StreamState] = deque()  # to be closed, found by the garbage collector
         self._is_closed = False
@@ -78,7 +78,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to deliver."""
-        return bool(self._undelivered or self._found or len(self.scheduler))
+        return bool(self._undelivered or self._prefix_hits or len(self.scheduler))
 
     def step(self) -> list[Label]:
         """Run one batched forward over streams with pending tokens; returns the labels that came with it.
@@ -128,20 +128,20 @@ class EngineCore:
         return self._record(finished)
 
     def _record(self, finished: list[Finished]) -> list[Label]:
-        """Count tokens as computed or found, and return the labels that came with them."""
+        """Count tokens as computed, those of prefix hits included, and return the labels that came with them."""
         now = self.clock()
-        while missed := self._deadlines.take_missed(now):  # first: these labels came too late for it
+        while missed := self._deadlines.pop_missed(now):  # first: these labels came too late for it
             self.fail(missed, "timeout")
-        found, self._found = self._found, {}
+        hits, self._prefix_hits = self._prefix_hits, {}
         emitted: list[Label] = []
-        for index, (stream, num_tokens, labels) in enumerate((*found.values(), *finished)):
-            num_computed = stream.num_computed_tokens
-            if index >= len(found) and stream.num_seen_tokens > num_computed:
-                again = min(num_tokens, stream.num_seen_tokens - num_computed)
+        for index, (state, num_tokens, labels) in enumerate((*hits.values(), *finished)):
+            num_computed = state.num_computed_tokens
+            if index >= len(hits) and state.num_seen_tokens > num_computed:
+                again = min(num_tokens, state.num_seen_tokens - num_computed)
                 self.counters["tokens_recomputed"] += again
-            stream.advance(num_tokens, labels)
-            self.residency.publish(stream, num_computed)
-            self._settle_books(stream, now)
+            state.advance(num_tokens, labels)
+            self.residency.publish(state, num_computed)
+            self._update_queues(state, now)
             emitted += labels
         self.counters["labels"] += len(emitted)
         return emitted
@@ -190,7 +190,7 @@ class EngineCore:
         try:
             # Not what is to be computed again: losing its blocks must not lock a stream out.
             self.admission.check_pending(state.tenant, len(feed.token_ids))
-            found = self.residency.take(state, is_new=is_new)
+            hit = self.residency.allocate(state, is_new=is_new)
         except BaseException as error:
             del state.token_ids[num_tokens:], state.wanted[num_wanted:]
             del state.block_digests[num_tokens // self.pool.block_size :]
@@ -200,13 +200,13 @@ class EngineCore:
             raise
         state.turns = feed.turns
         if is_new:
-            self.streams[state.stream_id] = state
+            self.states[state.stream_id] = state
             self.admission.enter(state)
-        if found:
-            self._found[state.stream_id] = found
+        if hit:
+            self._prefix_hits[state.stream_id] = hit
         if deadline is not None:
             self._deadlines.add(state, num_tokens, state.num_tokens, deadline)
-        self._settle_books(state, self.clock())
+        self._update_queues(state, self.clock())
 
     def fork(self, parent: StreamState, stream_id: str | None = None) -> StreamState:
         """Branch off a stream that shares the parent's computed blocks. Raises as `open` does."""
@@ -219,8 +219,8 @@ class EngineCore:
         branch.block_table = shared
         branch.num_computed_tokens = parent.num_computed_tokens
         branch.num_scheduled_tokens = parent.num_scheduled_tokens
-        found = self._found.get(parent.stream_id)
-        self._enter(branch, found and found.of(branch))
+        hit = self._prefix_hits.get(parent.stream_id)
+        self._enter(branch, hit and hit.for_branch(branch))
         self._deadlines.inherit(branch, parent)
         self.counters["forks"] += 1
         return branch
@@ -244,16 +244,16 @@ class EngineCore:
         self.land()
         state.turns = turns
         state.truncate(remaining, self.pool.block_size)
-        if found := self._found.pop(state.stream_id, None):
-            found = found.cut(remaining)
+        if hit := self._prefix_hits.pop(state.stream_id, None):
+            hit = hit.cut(remaining)
             if state.is_idle:  # it was preempted, and no label of what is left is to come
-                state.advance(found.num_tokens, [])
+                state.advance(hit.num_tokens, [])
             else:
-                self._found[state.stream_id] = found
+                self._prefix_hits[state.stream_id] = hit
         self.pool.shrink(state, remaining)
         self._forget_undelivered(state, remaining)
         self._deadlines.drop(state, remaining)
-        self._settle_books(state, self.clock())
+        self._update_queues(state, self.clock())
         self.counters["rollbacks"] += 1
 
     def close_stream(self, state: StreamState) -> None:
@@ -263,13 +263,13 @@ class EngineCore:
         self._check_own(state)
         self.land()
         state.is_closed = True
-        self._found.pop(state.stream_id, None)
+        self._prefix_hits.pop(state.stream_id, None)
         self.scheduler.discard(state)
         self.residency.idle.discard(state)
         self.pool.shrink(state, 0)
         self._forget_undelivered(state, 0)
         self.admission.leave(state)
-        del self.streams[state.stream_id]
+        del self.states[state.stream_id]
 
     def abandon(self, state: StreamState) -> None:
         """Close a stream with the next `step` or `open`. May be called from any thread, in the middle of any call."""
@@ -283,7 +283,7 @@ class EngineCore:
 
     def close(self) -> None:
         """Close every stream and refuse all further calls."""
-        for state in list(self.streams.values()):
+        for state in list(self.states.values()):
             self.close_stream(state)
         if not self._is_closed:
             self.runner.close()
@@ -294,8 +294,8 @@ class EngineCore:
         while self._abandoned:
             self.close_stream(self._abandoned.popleft())
         ttl = self.options.idle_ttl_s
-        while ttl is not None and (stream := self.residency.idle.longest(before=self.clock() - ttl)):
-            self.close_stream(stream)
+        while ttl is not None and (state := self.residency.idle.longest(before=self.clock() - ttl)):
+            self.close_stream(state)
             self.counters["expired"] += 1
 
     def num_undelivered(self, state: StreamState) -> int:
@@ -332,7 +332,7 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Raise IntegrityError unless block tables, reference counts, free list and queue agree."""
         for books in (self.pool, self.scheduler, self.admission, self.residency.idle):
-            books.check_integrity(self.streams.values())
+            books.check_integrity(self.states.values())
 
     # -- internals -----------------------------------------------------------------------------------------
 
@@ -342,8 +342,8 @@ class EngineCore:
         ticket.check()
         stream_id = ticket.stream_id
         if stream_id is None:
-            stream_id = next(name for i in self._names if (name := f"stream-{i}") not in self.streams)
-        if stream_id in self.streams:
+            stream_id = next(name for i in self._names if (name := f"stream-{i}") not in self.states)
+        if stream_id in self.states:
             raise ConfigError(f"stream_id={stream_id!r} is in use; choose another or close that stream")
         try:
             self.admission.check_place(ticket.tenant)
@@ -352,23 +352,23 @@ class EngineCore:
             raise
         return stream_id
 
-    def _enter(self, state: StreamState, found: Found | None) -> None:
+    def _enter(self, state: StreamState, hit: PrefixHit | None) -> None:
         """Let a stream with a history in, with blocks for what is pending. Raises Overloaded."""
         try:
             self.admission.check_pending(state.tenant, state.num_tokens - state.num_seen_tokens)
             if state.num_pending_tokens:
-                found = self.residency.take(state, is_new=True) or found
+                hit = self.residency.allocate(state, is_new=True) or hit
         except BaseException as error:
             self.pool.shrink(state, 0)
             self.counters["refused"] += isinstance(error, Overloaded)
             raise
-        self.streams[state.stream_id] = state
+        self.states[state.stream_id] = state
         self.admission.enter(state)
-        if found:
-            self._found[state.stream_id] = found
-        self._settle_books(state, self.clock())
+        if hit:
+            self._prefix_hits[state.stream_id] = hit
+        self._update_queues(state, self.clock())
 
-    def _settle_books(self, state: StreamState, now: float) -> None:
+    def _update_queues(self, state: StreamState, now: float) -> None:
         """Put a stream where it belongs by now: into the queue or among the idle ones."""
         self.admission.update(state)
         self.scheduler.update(state)
@@ -378,7 +378,7 @@ class EngineCore:
             self.residency.idle.discard(state)
 
     def _check_own(self, state: StreamState) -> None:
-        if self.streams.get(state.stream_id) is not state:
+        if self.states.get(state.stream_id) is not state:
             raise ConfigError(
                 f"{state.stream_id} belongs to another engine; pass it to the one that opened it"
             )

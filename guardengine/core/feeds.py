@@ -60,10 +60,10 @@ def feed_messages(
     return Feed(rendered.token_ids[:end], wanted, turns)
 
 
-def feed_more(chat: ChatTemplate | None, stream: StreamState, content: list[int], role: Role) -> Feed:
+def feed_more(chat: ChatTemplate | None, state: StreamState, content: list[int], role: Role) -> Feed:
     """Feed more content to a stream: the rest of the assistant's turn, or a new turn of either role."""
-    start = stream.num_tokens
-    if stream.turns is None or chat is None:
+    start = state.num_tokens
+    if state.turns is None or chat is None:
         return feed_ids(content, role, start)
     check_role(role)
     closes = role == "assistant" and content[-1] == chat.end_of_turn_id
@@ -74,7 +74,7 @@ def feed_more(chat: ChatTemplate | None, stream: StreamState, content: list[int]
                 f"engine feeds the template, so pass content only (an assistant's reply may end with "
                 f"{chat.end_of_turn_id}), or open the stream from token ids"
             )
-    last = stream.turns[-1]
+    last = state.turns[-1]
     if role == "user":
         template = chat.user_preamble()[1 if last.is_closed else 0 :]  # its first token closes an open turn
         start += len(template)
@@ -82,14 +82,14 @@ def feed_more(chat: ChatTemplate | None, stream: StreamState, content: list[int]
         return Feed(
             [*template, *content, chat.end_of_turn_id],
             [Wanted(end, "user")],
-            (*stream.turns, Turn("user", start, end, True)),
+            (*state.turns, Turn("user", start, end, True)),
         )
-    check_reply_open(stream)
+    check_reply_open(state)
     if last.role == "assistant":
-        template, turns, first = [], stream.turns[:-1], last.start
+        template, turns, first = [], state.turns[:-1], last.start
     else:
         template = chat.assistant_preamble(thinks=content[0] == chat.think_id)
-        turns, first = stream.turns, start + len(template)
+        turns, first = state.turns, start + len(template)
     start += len(template)
     end = start + len(content)
     return Feed(
@@ -99,19 +99,17 @@ def feed_more(chat: ChatTemplate | None, stream: StreamState, content: list[int]
     )
 
 
-def cut(stream: StreamState, num_tokens: int) -> tuple[tuple[Turn, ...] | None, int]:
+def cut(state: StreamState, num_tokens: int) -> tuple[tuple[Turn, ...] | None, int]:
     """The turns of a stream whose last `num_tokens` tokens are dropped, and how many tokens stay.
 
     Raises InvalidTokens where there are fewer or the template would break.
     """
     if isinstance(num_tokens, bool) or not isinstance(num_tokens, int | np.integer):
         raise InvalidTokens(f"rollback of {num_tokens!r} tokens: a whole number is needed")
-    remaining = stream.num_tokens - int(num_tokens)
-    if not 0 <= remaining <= stream.num_tokens:
-        raise InvalidTokens(
-            f"{stream.stream_id}: cannot roll back {num_tokens} of {stream.num_tokens} tokens"
-        )
-    return (None, remaining) if stream.turns is None else cut_turns(stream.turns, remaining)
+    remaining = state.num_tokens - int(num_tokens)
+    if not 0 <= remaining <= state.num_tokens:
+        raise InvalidTokens(f"{state.stream_id}: cannot roll back {num_tokens} of {state.num_tokens} tokens")
+    return (None, remaining) if state.turns is None else cut_turns(state.turns, remaining)
 
 
 def cut_turns(turns: tuple[Turn, ...], num_tokens: int) -> tuple[tuple[Turn, ...], int]:
@@ -139,9 +137,9 @@ def cut_turns(turns: tuple[Turn, ...], num_tokens: int) -> tuple[tuple[Turn, ...
     )
 
 
-def check_reply_open(stream: StreamState) -> None:
+def check_reply_open(state: StreamState) -> None:
     """Raise InvalidTokens where no reply can go on or begin, because the last one has ended."""
-    if stream.turns and stream.turns[-1].role == "assistant" and stream.turns[-1].is_closed:
+    if state.turns and state.turns[-1].role == "assistant" and state.turns[-1].is_closed:
         raise InvalidTokens(
             "the assistant's turn has ended with <|im_end|>; append the next user turn (role='user') first"
         )

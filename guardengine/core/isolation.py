@@ -39,16 +39,16 @@ def step_apart(core: EngineCore, canary: Canary) -> tuple[list[Label], list[Stre
         checked = canary.run()
         if checked.is_skipped or checked.problem is None:
             labels, culprits = _bisect(core, suspects)
-    for stream in culprits:
-        core.fail(stream, "error")
-        core.scheduler.park(stream)
+    for state in culprits:
+        core.fail(state, "error")
+        core.scheduler.park(state)
     if len(culprits) < len(suspects):  # the model works
         core.pipeline.last_error = None
     logger.error(
         "gave up the pending tokens of %d of %d streams (%s)",
         len(culprits),
         len(suspects),
-        ", ".join(stream.stream_id for stream in culprits[:8]),
+        ", ".join(state.stream_id for state in culprits[:8]),
         exc_info=last_error,
     )
     return labels, culprits
@@ -66,7 +66,7 @@ def _bisect(core: EngineCore, suspects: Sequence[StreamState]) -> tuple[list[Lab
             continue
         middle = len(group) // 2
         for half in (group[:middle], group[middle:]):
-            half = [stream for stream in half if stream.num_unscheduled_tokens and not stream.is_closed]
+            half = [state for state in half if state.num_unscheduled_tokens and not state.is_closed]
             if not half:
                 continue
             try:
@@ -75,12 +75,12 @@ def _bisect(core: EngineCore, suspects: Sequence[StreamState]) -> tuple[list[Lab
                 raise
             except Exception:
                 groups.append(half)
-    return labels, [stream for stream in culprits if not stream.is_closed]
+    return labels, [state for state in culprits if not state.is_closed]
 
 
-def _step_only(core: EngineCore, streams: Sequence[StreamState]) -> list[Label]:
+def _step_only(core: EngineCore, states: Sequence[StreamState]) -> list[Label]:
     """Steps of these streams alone, until none is in flight."""
-    with core.scheduler.only(streams):
+    with core.scheduler.only(states):
         labels = core.step()
         while len(core.pipeline):
             labels += core.step()

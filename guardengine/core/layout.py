@@ -24,14 +24,14 @@ def build_batch(chunks: list[Chunk], block_size: int) -> tuple[Batch, list[list[
     cu_seqlens = _cumulative(lengths)
     positions = np.arange(cu_seqlens[-1]) + np.repeat(starts - cu_seqlens[:-1], lengths)
     ids = array("i")
-    for stream, start, num_tokens in chunks:
-        ids += stream.token_ids[start : start + num_tokens]
+    for state, start, num_tokens in chunks:
+        ids += state.token_ids[start : start + num_tokens]
     input_ids = np.frombuffer(ids, dtype=np.intc)
 
     blocks = array("i")
     for chunk in chunks:
-        blocks += chunk.stream.block_table
-    table_lengths = np.array([len(chunk.stream.block_table) for chunk in chunks])
+        blocks += chunk.state.block_table
+    table_lengths = np.array([len(chunk.state.block_table) for chunk in chunks])
     block_tables = np.full((len(chunks), table_lengths.max()), -1, dtype=np.int32)
     is_used = np.arange(block_tables.shape[1]) < table_lengths[:, None]
     block_tables[is_used] = np.frombuffer(blocks, dtype=np.intc)
@@ -46,7 +46,7 @@ def build_batch(chunks: list[Chunk], block_size: int) -> tuple[Batch, list[list[
     for chunk, start, first_row in zip(chunks, starts.tolist(), cu_seqlens.tolist(), strict=False):
         labels: list[tuple[int, Wanted]] = []
         before = len(label_index)
-        for wanted in chunk.stream.wanted_in(start, start + chunk.num_tokens):
+        for wanted in chunk.state.wanted_in(start, start + chunk.num_tokens):
             row = first_row + wanted.position - start
             if not label_index or label_index[-1] != row:  # both roles may want the same position
                 label_index.append(row)

@@ -73,7 +73,7 @@ class StepTimes:
 class Finished(NamedTuple):
     """A chunk that was computed, with the labels that were wanted in it."""
 
-    stream: StreamState
+    state: StreamState
     num_tokens: int
     labels: list[Label]
 
@@ -151,14 +151,14 @@ class Pipeline:
         logits = scores.logits
         probs = self._readout.probabilities(logits) if scores.probs is None else scores.probs
         readings = [
-            Reading(row, stream.stream_id, role, position, stream.token_ids[position])
-            for (stream, _, _), rows in zip(step.chunks, step.wanted, strict=True)
+            Reading(row, state.stream_id, role, position, state.token_ids[position])
+            for (state, _, _), rows in zip(step.chunks, step.wanted, strict=True)
             for row, (position, role) in rows
         ]
         labels = iter(self._readout.labels(readings, logits, probs))
         return [
-            Finished(stream, num_tokens, list(islice(labels, len(rows))))
-            for (stream, _, num_tokens), rows in zip(step.chunks, step.wanted, strict=True)
+            Finished(state, num_tokens, list(islice(labels, len(rows))))
+            for (state, _, num_tokens), rows in zip(step.chunks, step.wanted, strict=True)
         ]
 
     def _token_budget(self) -> int | None:
@@ -174,4 +174,4 @@ class Pipeline:
                 self._scheduler.requeue(step.chunks)
 
     def _blame(self, chunks: list[Chunk], error: BaseException) -> None:
-        self.last_error, self.suspects = error, [chunk.stream for chunk in chunks]
+        self.last_error, self.suspects = error, [chunk.state for chunk in chunks]

@@ -69,14 +69,14 @@ class PrefixCache:
         entry = self._entries.get(block)
         return None if entry is None else entry.digest
 
-    def match(self, stream: StreamState) -> Hit:
+    def match(self, state: StreamState) -> Hit:
         """The longest run of known blocks that the stream begins with and whose wanted labels are known."""
-        extend_digests(stream.block_digests, stream.salt, stream.token_ids, self.block_size)
+        extend_digests(state.block_digests, state.salt, state.token_ids, self.block_size)
         blocks: list[int] = []
         labels: list[Label] = []
-        wanted = stream.wanted
+        wanted = state.wanted
         next_wanted = 0
-        for index, digest in enumerate(stream.block_digests):
+        for index, digest in enumerate(state.block_digests):
             block = self._blocks.get(digest)
             if block is None:
                 break
@@ -88,23 +88,23 @@ class PrefixCache:
             blocks.append(block)
             labels += found
             next_wanted += len(found)
-        self.num_queried_tokens += stream.num_tokens
+        self.num_queried_tokens += state.num_tokens
         self.num_hit_tokens += len(blocks) * self.block_size
         return Hit(blocks, labels)
 
-    def publish(self, stream: StreamState, first_block: int, end_block: int) -> None:
+    def publish(self, state: StreamState, first_block: int, end_block: int) -> None:
         """Make blocks first_block..end_block-1 of the stream's table known: full, computed, all of them.
 
         Of several blocks with the same tokens the first stays the known one and takes the others' labels.
         """
         size = self.block_size
-        extend_digests(stream.block_digests, stream.salt, stream.token_ids, size)
+        extend_digests(state.block_digests, state.salt, state.token_ids, size)
         entries = []
         for index in range(first_block, end_block):
-            digest, block = stream.block_digests[index], stream.block_table[index]
+            digest, block = state.block_digests[index], state.block_table[index]
             known = self._blocks.setdefault(digest, block)
             entries.append(self._entries.setdefault(known, _Entry(digest)))
-        for label in stream.labels_between(first_block * size, end_block * size):
+        for label in state.labels_between(first_block * size, end_block * size):
             entry = entries[label.position // size - first_block]
             entry.labels.setdefault((label.position, label.role), label)
 

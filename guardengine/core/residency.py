@@ -32,26 +32,26 @@ class IdleStreams:
     def __len__(self) -> int:
         return len(self._since)
 
-    def __contains__(self, stream: StreamState) -> bool:
-        return stream.stream_id in self._since
+    def __contains__(self, state: StreamState) -> bool:
+        return state.stream_id in self._since
 
-    def add(self, stream: StreamState, now: float) -> None:
+    def add(self, state: StreamState, now: float) -> None:
         """The stream has gone idle, or was active just now and is idle again."""
-        self.discard(stream)
-        self._since[stream.stream_id] = (stream, now)
-        if stream.block_table:
-            self._resident[stream.stream_id] = stream
+        self.discard(state)
+        self._since[state.stream_id] = (state, now)
+        if state.block_table:
+            self._resident[state.stream_id] = state
 
-    def discard(self, stream: StreamState) -> None:
+    def discard(self, state: StreamState) -> None:
         """The stream has something to do, or is gone."""
-        self._since.pop(stream.stream_id, None)
-        self._resident.pop(stream.stream_id, None)
+        self._since.pop(state.stream_id, None)
+        self._resident.pop(state.stream_id, None)
 
     def num_blocks(self) -> int:
         """At most so many blocks would be freed by all of them; fewer where blocks are shared."""
-        return sum(len(stream.block_table) for stream in self._resident.values())
+        return sum(len(state.block_table) for state in self._resident.values())
 
-    def take_resident(self) -> StreamState | None:
+    def pop_resident(self) -> StreamState | None:
         """The least recently active one that holds blocks; it counts as holding none from now on."""
         return self._resident.popitem(last=False)[1] if self._resident else None
 
@@ -59,35 +59,35 @@ class IdleStreams:
         """The stream that has been idle for longest, if that was before the time `before`."""
         if not self._since:
             return None
-        stream, since = next(iter(self._since.values()))
-        return stream if since < before else None
+        state, since = next(iter(self._since.values()))
+        return state if since < before else None
 
-    def check_integrity(self, streams: Iterable[StreamState]) -> None:
+    def check_integrity(self, states: Iterable[StreamState]) -> None:
         """Raise IntegrityError unless exactly the idle ones of the open streams are here."""
-        idle = {stream.stream_id for stream in streams if stream.is_idle}
+        idle = {state.stream_id for state in states if state.is_idle}
         if idle != self._since.keys():
             raise IntegrityError(f"idle on the books: {sorted(self._since)}; in fact: {sorted(idle)}")
-        holding = {name for name, (stream, _) in self._since.items() if stream.block_table}
+        holding = {name for name, (state, _) in self._since.items() if state.block_table}
         if holding != self._resident.keys():
             raise IntegrityError(f"idle with blocks: {sorted(self._resident)}; in fact: {sorted(holding)}")
 
 
-class Found(NamedTuple):
+class PrefixHit(NamedTuple):
     """A stream's first tokens, found in the prefix cache, with the labels that are wanted there."""
 
-    stream: StreamState
+    state: StreamState
     num_tokens: int
     labels: list[Label]
 
-    def of(self, branch: StreamState) -> Found:
-        """The same for a branch."""
+    def for_branch(self, branch: StreamState) -> PrefixHit:
+        """This hit as a branch of the stream has it: with its labels under the branch's name."""
         labels = [replace(label, stream_id=branch.stream_id) for label in self.labels]
-        return Found(branch, self.num_tokens, labels)
+        return PrefixHit(branch, self.num_tokens, labels)
 
-    def cut(self, num_tokens: int) -> Found:
+    def cut(self, num_tokens: int) -> PrefixHit:
         """What is left when the stream is cut to `num_tokens` tokens."""
         labels = [label for label in self.labels if label.position < num_tokens]
-        return Found(self.stream, min(self.num_tokens, num_tokens), labels)
+        return PrefixHit(self.state, min(self.num_tokens, num_tokens), labels)
 
 
 class Residency:
@@ -100,34 +100,41 @@ class Residency:
         self._reserve_blocks = reserve_blocks
         self._copy_block = copy_block
 
-    def take(self, stream: StreamState, *, is_new: bool = False) -> Found | None:
-        """Give the stream blocks for all of its tokens, found ones where the prefix cache knows its beginning.
+    def allocate(self, state: StreamState, *, is_new: bool = False) -> PrefixHit | None:
+        """Give the stream blocks for all of its tokens: shared ones where the prefix cache knows its beginning.
 
-        Returns what was found: scheduled tokens, for the caller to count as computed. A new stream leaves the reserve
-        to those that are open. Raises Overloaded, with nothing changed, when there is no room.
+        Args:
+            state: the books of the stream, whose `token_ids` are complete already.
+            is_new: the stream is not open yet, so it leaves the reserve (`kv_reserve`) to those that are.
+
+        Returns:
+            The tokens that the prefix cache had, or None. They are scheduled; the caller counts them as computed.
+
+        Raises:
+            Overloaded: there is no room; nothing has changed.
         """
         pool, cache = self.pool, self.pool.cache
-        if pool.has_room(stream):  # of most appends: a few tokens in the last block
+        if pool.has_room(state):  # of most appends: a few tokens in the last block
             return None
         labels: list[Label] = []
-        is_found = cache is not None and not stream.block_table
-        if cache is not None and is_found:
-            hit = cache.match(stream)
+        may_hit = cache is not None and not state.block_table
+        if cache is not None and may_hit:
+            hit = cache.match(state)
             labels = hit.labels
             pool.share(hit.blocks)
-            stream.block_table = array("i", hit.blocks)
-            stream.num_scheduled_tokens = len(hit.blocks) * pool.block_size
+            state.block_table = array("i", hit.blocks)
+            state.num_scheduled_tokens = len(hit.blocks) * pool.block_size
         try:
-            self._make_room(stream, self._reserve_blocks if is_new else 0)
-            pool.grow(stream, stream.num_tokens, self._copy_block)
+            self._make_room(state, self._reserve_blocks if is_new else 0)
+            pool.grow(state, state.num_tokens, self._copy_block)
         except BaseException:
-            if is_found:
-                pool.shrink(stream, 0)
-                stream.drop_blocks()
+            if may_hit:
+                pool.shrink(state, 0)
+                state.drop_blocks()
             raise
-        if not is_found or not stream.num_scheduled_tokens:
+        if not may_hit or not state.num_scheduled_tokens:
             return None
-        return Found(stream, stream.num_scheduled_tokens, labels).of(stream)
+        return PrefixHit(state, state.num_scheduled_tokens, labels).for_branch(state)
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether a new stream of `num_tokens` tokens would be given blocks."""
@@ -148,21 +155,21 @@ class Residency:
                 f"a stream of {num_tokens} tokens exceeds {reason}; shorten the conversation or open a new stream"
             )
 
-    def publish(self, stream: StreamState, num_computed_before: int) -> None:
+    def publish(self, state: StreamState, num_computed_before: int) -> None:
         """Make the blocks known that were filled since `num_computed_before` tokens were computed."""
         size = self.pool.block_size
-        first, end = num_computed_before // size, stream.num_computed_tokens // size
+        first, end = num_computed_before // size, state.num_computed_tokens // size
         if self.pool.cache is not None and end > first:
-            self.pool.cache.publish(stream, first, end)
+            self.pool.cache.publish(state, first, end)
 
-    def release(self, stream: StreamState) -> None:
+    def release(self, state: StreamState) -> None:
         """Take all blocks of a stream; those that the prefix cache knows stay there until they are needed."""
-        self.pool.shrink(stream, 0)
-        stream.drop_blocks()
+        self.pool.shrink(state, 0)
+        state.drop_blocks()
 
-    def _make_room(self, stream: StreamState, reserve: int) -> None:
+    def _make_room(self, state: StreamState, reserve: int) -> None:
         pool = self.pool
-        needed = pool.blocks_to_grow(stream, stream.num_tokens)
+        needed = pool.blocks_to_grow(state, state.num_tokens)
         if pool.num_free >= needed + reserve:
             return
         num_idle = self.idle.num_blocks()
@@ -174,7 +181,7 @@ class Residency:
                 "kv_cache_bytes"
             )
         while pool.num_free < needed:
-            victim = self.idle.take_resident()
+            victim = self.idle.pop_resident()
             if victim is None:  # their blocks were shared with streams that are not idle
                 break  # `grow` refuses
             self.release(victim)

@@ -33,7 +33,7 @@ PRIORITY_STEPS = 16
 class Chunk(NamedTuple):
     """Tokens start..start+num_tokens-1 of one stream."""
 
-    stream: StreamState
+    state: StreamState
     start: int
     num_tokens: int
 
@@ -43,7 +43,7 @@ class _Place(NamedTuple):
 
     rank: int
     number: int
-    stream: StreamState
+    state: StreamState
 
 
 class Scheduler:
@@ -61,45 +61,45 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self._waiting.keys() | self._running.keys())
 
-    def add(self, stream: StreamState) -> None:
+    def add(self, state: StreamState) -> None:
         """Queue a stream that has unscheduled tokens; one that waits already, or is parked, keeps its place."""
-        if place := self._parked.pop(stream.stream_id, None):
+        if place := self._parked.pop(state.stream_id, None):
             self._push(place)
-        elif stream.stream_id not in self._waiting:
-            wait = LONG_WAIT if stream.num_unscheduled_tokens > SHORT else 0
-            rank = self._num_steps + wait - PRIORITY_STEPS * stream.priority
-            self._push(_Place(rank, next(self._numbers), stream))
+        elif state.stream_id not in self._waiting:
+            wait = LONG_WAIT if state.num_unscheduled_tokens > SHORT else 0
+            rank = self._num_steps + wait - PRIORITY_STEPS * state.priority
+            self._push(_Place(rank, next(self._numbers), state))
 
-    def update(self, stream: StreamState) -> None:
+    def update(self, state: StreamState) -> None:
         """Queue the stream or take it off the queue, as it has unscheduled tokens or not."""
-        if stream.num_unscheduled_tokens:
-            self.add(stream)
+        if state.num_unscheduled_tokens:
+            self.add(state)
         else:
-            self._waiting.pop(stream.stream_id, None)
-            self._parked.pop(stream.stream_id, None)
+            self._waiting.pop(state.stream_id, None)
+            self._parked.pop(state.stream_id, None)
 
-    def discard(self, stream: StreamState) -> None:
+    def discard(self, state: StreamState) -> None:
         """Take a stream off the queue."""
         for places in (self._waiting, self._running, self._parked):
-            places.pop(stream.stream_id, None)
+            places.pop(state.stream_id, None)
 
-    def park(self, stream: StreamState) -> None:
+    def park(self, state: StreamState) -> None:
         """Leave a stream that waits out of all steps, until it is added again: when more is appended, for one."""
-        self._parked[stream.stream_id] = self._waiting.pop(stream.stream_id)
+        self._parked[state.stream_id] = self._waiting.pop(state.stream_id)
 
     @contextmanager
-    def only(self, streams: Iterable[StreamState]) -> Iterator[None]:
+    def only(self, states: Iterable[StreamState]) -> Iterator[None]:
         """Leave all streams but these out of the steps that run within this context."""
-        wanted = {stream.stream_id for stream in streams}
-        others = [place.stream for name, place in self._waiting.items() if name not in wanted]
-        for stream in others:
-            self.park(stream)
+        wanted = {state.stream_id for state in states}
+        others = [place.state for name, place in self._waiting.items() if name not in wanted]
+        for state in others:
+            self.park(state)
         try:
             yield
         finally:
-            for stream in others:
-                if stream.stream_id in self._parked:  # it was not closed
-                    self.add(stream)
+            for state in others:
+                if state.stream_id in self._parked:  # it was not closed
+                    self.add(state)
 
     def schedule(self, token_budget: int | None = None) -> list[Chunk]:
         """Choose the next step's chunks, at most `token_budget` tokens in all, and count them as scheduled.
@@ -114,57 +114,57 @@ class Scheduler:
         ] = []  # with its tokens of this step, and those that it would leave
         while budget and self._heap:
             place = heapq.heappop(self._heap)
-            stream = place.stream
-            if self._waiting.get(stream.stream_id) is not place:
+            state = place.state
+            if self._waiting.get(state.stream_id) is not place:
                 continue
-            del self._waiting[stream.stream_id]
-            num_unscheduled = stream.num_unscheduled_tokens
+            del self._waiting[state.stream_id]
+            num_unscheduled = state.num_unscheduled_tokens
             num_tokens = min(num_unscheduled, budget, largest)
             budget -= num_tokens
             chosen.append((place, num_tokens, num_unscheduled - num_tokens))
         chunks: list[Chunk] = []
         unfinished: list[StreamState] = []
         for place, num_tokens, num_left in chosen:
-            stream = place.stream
+            state = place.state
             if num_left:
                 more = min(num_left, budget)  # nobody else wants it
                 budget -= more
                 num_tokens += more
                 if num_left > more:
-                    unfinished.append(stream)
-            chunks.append(Chunk(stream, stream.num_scheduled_tokens, num_tokens))
-            stream.num_scheduled_tokens += num_tokens
-            self._running.setdefault(stream.stream_id, []).append(place)
+                    unfinished.append(state)
+            chunks.append(Chunk(state, state.num_scheduled_tokens, num_tokens))
+            state.num_scheduled_tokens += num_tokens
+            self._running.setdefault(state.stream_id, []).append(place)
         self._num_steps += bool(chunks)
-        for stream in unfinished:
-            self.add(stream)
+        for state in unfinished:
+            self.add(state)
         return chunks
 
     def finish(self, chunks: list[Chunk]) -> None:
         """The oldest chunks in flight were computed."""
-        for stream, _, _ in chunks:
-            self._take_running(stream, 0)
+        for state, _, _ in chunks:
+            self._pop_running(state, 0)
 
     def requeue(self, chunks: list[Chunk]) -> None:
         """The newest chunks in flight were not computed: their streams wait again, at the places they had."""
-        for stream, start, _ in chunks:
-            stream.num_scheduled_tokens = start
-            self._push(self._take_running(stream, -1))
+        for state, start, _ in chunks:
+            state.num_scheduled_tokens = start
+            self._push(self._pop_running(state, -1))
 
-    def _take_running(self, stream: StreamState, index: int) -> _Place:
-        places = self._running[stream.stream_id]
+    def _pop_running(self, state: StreamState, index: int) -> _Place:
+        places = self._running[state.stream_id]
         place = places.pop(index)
         if not places:
-            del self._running[stream.stream_id]
+            del self._running[state.stream_id]
         return place
 
     def _push(self, place: _Place) -> None:
-        self._waiting[place.stream.stream_id] = place
+        self._waiting[place.state.stream_id] = place
         heapq.heappush(self._heap, place)
 
-    def check_integrity(self, streams: Iterable[StreamState]) -> None:
+    def check_integrity(self, states: Iterable[StreamState]) -> None:
         """Raise IntegrityError unless exactly the open streams with unscheduled tokens wait or are parked."""
-        unscheduled = {stream.stream_id for stream in streams if stream.num_unscheduled_tokens}
+        unscheduled = {state.stream_id for state in states if state.num_unscheduled_tokens}
         queued = [*self._waiting, *self._parked]
         if unscheduled != set(queued) or len(queued) != len(unscheduled):
             raise IntegrityError(f"queued: {sorted(queued)}; pending: {sorted(unscheduled)}")

@@ -71,9 +71,8 @@ class StreamState:
 
     stream_id: str
     policy: Policy
-    policy_states: list[
-        tuple[int, PolicyState]
-    ]  # (position, state after the label there); the first is at -1
+    # (position, the policy's state after the label there); the first is at -1.
+    policy_states: list[tuple[int, PolicyState]]
     turns: tuple[Turn, ...] | None = None  # None: opened from token ids, the caller feeds the template
     tenant: str = ""
     priority: int = 0  # higher runs sooner
@@ -125,9 +124,8 @@ class StreamState:
     def wanted_in(self, start: int, end: int) -> list[Wanted]:
         """The wanted labels at positions start..end-1."""
         wanted = self.wanted
-        if (
-            wanted and start <= wanted[0].position and wanted[-1].position < end
-        ):  # as a rule: of what was appended
+        # The usual case: all of them, of what was just appended.
+        if wanted and start <= wanted[0].position and wanted[-1].position < end:
             return wanted[:]
         first = bisect_left(self.wanted, start, key=_position)
         return self.wanted[first : bisect_left(self.wanted, end, lo=first, key=_position)]
@@ -155,8 +153,8 @@ class StreamState:
             self.hidden.append(label)
             return
         (self.labels if label.role == "assistant" else self.prompt_labels).append(label)
-        state = self.policy.advance(self.policy_states[-1][1], label)
-        self.policy_states.append((label.position, state))
+        policy_state = self.policy.advance(self.policy_states[-1][1], label)
+        self.policy_states.append((label.position, policy_state))
 
     def fail(self, failure: Failure) -> None:
         """Record that accepted tokens went unjudged; what that means is the policy's choice."""
@@ -165,8 +163,8 @@ class StreamState:
     def record_failure(self, failed: Failed) -> None:
         """Keep a failure, and what the policy makes of it."""
         position, failure, num_tokens = failed
-        state = self.policy.fail(self.policy_states[-1][1], failure, num_tokens)
-        self.policy_states.append((position, state))
+        policy_state = self.policy.fail(self.policy_states[-1][1], failure, num_tokens)
+        self.policy_states.append((position, policy_state))
         self.failures.append(failed)
 
     def drop_blocks(self) -> None:
@@ -188,9 +186,9 @@ class StreamState:
         if self.text is not None:
             self.text = self.text.cut(num_tokens)
         # A failure that was let pass cleared tokens before they were computed: not those that come in their place.
-        position, state = self.policy_states[-1]
-        cleared = min(state.cleared, self.num_assistant_tokens)
-        self.policy_states[-1] = (position, state._replace(cleared=cleared))
+        position, policy_state = self.policy_states[-1]
+        cleared = min(policy_state.cleared, self.num_assistant_tokens)
+        self.policy_states[-1] = (position, policy_state._replace(cleared=cleared))
 
     def copy(self, stream_id: str) -> StreamState:
         """A branch with the same history, without a block table and with nothing computed."""

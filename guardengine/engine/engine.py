@@ -284,7 +284,7 @@ class Engine:
             **core.counters,
             "failures": dict(core.failures),
             "preemptions": core.residency.num_preempted,
-            "streams_open": len(core.streams),
+            "streams_open": len(core.states),
             "streams_idle": len(core.residency.idle),
             "tokens_pending": core.admission.total.num_pending_tokens,
             "prefix_tokens_queried": cache.num_queried_tokens if cache else 0,

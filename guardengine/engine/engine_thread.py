@@ -186,9 +186,9 @@ class EngineThread:
             engine.answering.cancel(dropped)
             engine.answering.fail(given_up)
             engine.answering.advance()
-        streams = engine.core.streams
+        states = engine.core.states
         names = dict.fromkeys(label.stream_id for label in labels)  # the last token of an append has a label
-        self._resolve([streams[name] for name in names if name in streams])
+        self._resolve([states[name] for name in names if name in states])
         for state in given_up:
             for append in self._accepted.pop(state, ()):
                 self._results.append((append.future, append.labels(), None))

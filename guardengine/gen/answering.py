@@ -158,11 +158,11 @@ class Answering:
         greedy = [job for job in jobs if job.mode == "greedy"]
         for start in range(0, len(greedy), _ROWS_AT_ONCE):
             part = greedy[start : start + _ROWS_AT_ONCE]
-            logits = self._lm_head.logits(np.concatenate([_take_rows(job) for job in part]))
+            logits = self._lm_head.logits(np.concatenate([_pop_rows(job) for job in part]))
             yield from zip(part, np.split(logits, len(part)), strict=True)
         for job in jobs:
             if job.mode == "choice":
-                yield job, _take_rows(job) @ self._head_rows[job.prompt.role].T
+                yield job, _pop_rows(job) @ self._head_rows[job.prompt.role].T
 
     def _feed(self, job: Job) -> bool:
         """Feed a job's next tokens; False where there is no room for them now."""
@@ -264,7 +264,7 @@ def _feed(start: int, token_ids: list[int], move: Move) -> Feed:
     return Feed(token_ids, [Wanted(start + read, "answer") for read in move.reads], None)
 
 
-def _take_rows(job: Job) -> Floats:
+def _pop_rows(job: Job) -> Floats:
     """The rows that a stream's last tokens came to, once.  -> [reads, E]"""
     state = _state(job)
     rows = np.stack([hidden.row for hidden in state.hidden])

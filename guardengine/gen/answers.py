@@ -78,7 +78,7 @@ class ChosenAnswer:
             self.odds.setdefault(choice.kind, odds)
             taken = max(choice.options, key=lambda option: odds[option.name])
             num_kept = len(self.token_ids)
-            self._walk.take(taken)
+            self._walk.choose(taken)
             self.token_ids += taken.tokens[:1] + self._walk.pass_forced()
             if self._walk.is_decided:
                 self.token_ids += () if self._walk.has_ended else (self._end_id,)
@@ -99,7 +99,7 @@ class ChosenAnswer:
             self._guesses.append(option)
             if option is None:
                 break
-            walk.take(option)
+            walk.choose(option)
             if walk.is_decided:  # its tokens decide nothing
                 break
             fed += option.tokens[:1] + walk.pass_forced()

@@ -167,7 +167,7 @@ class Walk:
         passed, self._forced = self._forced, ()
         return passed
 
-    def take(self, option: Option) -> None:
+    def choose(self, option: Option) -> None:
         """Take an option of `choice`."""
         choice = self._choice
         if choice is None:
@@ -194,6 +194,6 @@ class Walk:
             return False
         for option in choice.options:
             if option.tokens[0] == token_id:
-                self.take(option)
+                self.choose(option)
                 return True
         return False

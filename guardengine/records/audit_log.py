@@ -200,7 +200,7 @@ class AuditedCore(EngineCore):
 
     def fail(self, state: StreamState, failure: Failure) -> None:
         super().fail(state, failure)
-        if self.streams.get(state.stream_id) is state:
+        if self.states.get(state.stream_id) is state:
             num_tokens = state.failures[-1].num_tokens
             self._write("failure", state, failure=failure, num_tokens=num_tokens, **self._outcome(state))
 
@@ -234,7 +234,7 @@ class AuditedCore(EngineCore):
         for label in labels:
             by_stream.setdefault(label.stream_id, []).append(label)
         for stream_id, said in by_stream.items():
-            state = self.streams[stream_id]
+            state = self.states[stream_id]
             self._write(
                 "labels",
                 state,

@@ -136,7 +136,7 @@ class AuditReader:
 
     def finish(self) -> list[Rerun]:
         """The log ends here, or another engine begins to write; returns what is left to check."""
-        reruns = [rerun for stream in self._streams.values() for rerun in stream.rerun()]
+        reruns = [rerun for followed in self._streams.values() for rerun in followed.rerun()]
         self._streams.clear()
         return reruns
 
@@ -156,14 +156,14 @@ class AuditReader:
         return left
 
     def _tokens(self, name: str, record: dict[str, Any]) -> list[Rerun]:
-        stream = self._streams[name]
-        state = stream.state
+        followed = self._streams[name]
+        state = followed.state
         start = read_count(record["position"], "position", _MAX_TOKENS)
         if start != state.num_tokens:
             self._differs(name, start, "tokens", f"from {start} on", f"{state.num_tokens} tokens by then")
             return []
         ids, has_ids = self._ids(record)
-        stream.has_ids &= has_ids
+        followed.has_ids &= has_ids
         end = start + len(ids)
         wanted = read_wanted(record["wanted"], "wanted", start, end)
         state.token_ids.extend(ids)
@@ -171,8 +171,8 @@ class AuditReader:
         return []
 
     def _labels(self, name: str, record: dict[str, Any]) -> list[Rerun]:
-        stream = self._streams[name]
-        state = stream.state
+        followed = self._streams[name]
+        state = followed.state
         for index, row in enumerate(record["labels"]):
             position, role, risk, category, logits = read_row(row, f"labels[{index}]", 5)
             read_count(position, f"labels[{index}][0]", state.num_tokens - 1)
@@ -181,7 +181,7 @@ class AuditReader:
             if Wanted(position, role) not in state.wanted_in(position, position + 1):
                 self._differs(name, position, "label", "given", "none was owed")
                 continue
-            self._miss_labels(stream, position)
+            self._miss_labels(followed, position)
             said = LoggedLabel(position, role, logits, name)
             label = make_labels([said], state.token_ids, self._readout)[0]
             if [label.risk, label.category] != [risk, category]:
@@ -190,28 +190,28 @@ class AuditReader:
                 )
             del state.wanted[0]
             state.record(label)
-            self._check_later(stream, position, role, logits)
+            self._check_later(followed, position, role, logits)
         state.num_seen_tokens = read_count(record["computed"], "computed", state.num_tokens)
-        self._miss_labels(stream, state.num_seen_tokens)
-        self._check_outcome(stream, record)
+        self._miss_labels(followed, state.num_seen_tokens)
+        self._check_outcome(followed, record)
         return []
 
     def _failure(self, name: str, record: dict[str, Any]) -> list[Rerun]:
-        stream = self._streams[name]
-        stream.state.fail(read_text(record["failure"], "failure", ("error", "timeout", "overload")))
-        num_tokens = stream.state.failures[-1].num_tokens
+        followed = self._streams[name]
+        followed.state.fail(read_text(record["failure"], "failure", ("error", "timeout", "overload")))
+        num_tokens = followed.state.failures[-1].num_tokens
         if record["num_tokens"] != num_tokens:
             self._differs(name, None, "tokens by then", repr(record["num_tokens"])[:80], str(num_tokens))
-        self._check_outcome(stream, record)
+        self._check_outcome(followed, record)
         return []
 
     def _rollback(self, name: str, record: dict[str, Any]) -> list[Rerun]:
-        stream = self._streams[name]
-        num_tokens = read_count(record["tokens"], "tokens", stream.state.num_tokens)
-        is_cut = bool(stream.checks) and stream.checks[-1].position >= num_tokens
-        reruns = stream.rerun() if is_cut else []
-        stream.state.truncate(num_tokens, 1)
-        self._check_outcome(stream, record)
+        followed = self._streams[name]
+        num_tokens = read_count(record["tokens"], "tokens", followed.state.num_tokens)
+        is_cut = bool(followed.checks) and followed.checks[-1].position >= num_tokens
+        reruns = followed.rerun() if is_cut else []
+        followed.state.truncate(num_tokens, 1)
+        self._check_outcome(followed, record)
         return reruns
 
     def _fork(self, name: str, record: dict[str, Any]) -> list[Rerun]:
@@ -237,26 +237,26 @@ class AuditReader:
             stream_id=name,
         ).state
         left = self._begin(state, has_ids=has_ids)
-        stream = self._streams[name]
-        stream.decision = verdict_record(state.verdict)
+        followed = self._streams[name]
+        followed.decision = verdict_record(state.verdict)
         for label in sorted((*state.prompt_labels, *state.labels), key=lambda label: label.position):
-            self._check_later(stream, label.position, label.role, logits_record(label))
+            self._check_later(followed, label.position, label.role, logits_record(label))
         return left
 
     def _close(self, name: str, record: dict[str, Any]) -> list[Rerun]:
-        stream = self._streams[name]
-        state = stream.state
+        followed = self._streams[name]
+        state = followed.state
         state.num_seen_tokens = read_count(record["computed"], "computed", state.num_tokens)
-        self._miss_labels(stream, state.num_seen_tokens)
+        self._miss_labels(followed, state.num_seen_tokens)
         for what, is_now in (
             ("tokens", state.num_tokens),
             ("labels", len(state.prompt_labels) + len(state.labels)),
         ):
             if record[what] != is_now:
                 self._differs(name, None, f"{what} at close", repr(record[what])[:80], str(is_now))
-        self._check_outcome(stream, record)
+        self._check_outcome(followed, record)
         del self._streams[name]
-        return stream.rerun()
+        return followed.rerun()
 
     # -- internals -----------------------------------------------------------------------------------------
 
@@ -269,32 +269,32 @@ class AuditReader:
             return check_token_ids(read_list(record["ids"], "ids", lambda x, _: x), self._vocab_size), True
         return [0] * read_count(record["num_ids"], "num_ids", _MAX_TOKENS), False
 
-    def _check_later(self, stream: _Followed, position: int, role: Role, logits: str) -> None:
+    def _check_later(self, followed: _Followed, position: int, role: Role, logits: str) -> None:
         self.num_labels += 1
-        self.num_unchecked += not stream.has_ids
-        stream.checks.append(Check(self._line, position, role, logits))
+        self.num_unchecked += not followed.has_ids
+        followed.checks.append(Check(self._line, position, role, logits))
 
-    def _miss_labels(self, stream: _Followed, end: int) -> None:
+    def _miss_labels(self, followed: _Followed, end: int) -> None:
         """Labels owed before position `end` should be on record by now."""
-        for wanted in stream.state.wanted_in(0, end):
+        for wanted in followed.state.wanted_in(0, end):
             self._differs(
-                stream.state.stream_id, wanted.position, "label", "none", f"one of role {wanted.role}"
+                followed.state.stream_id, wanted.position, "label", "none", f"one of role {wanted.role}"
             )
-            del stream.state.wanted[0]
+            del followed.state.wanted[0]
 
-    def _check_outcome(self, stream: _Followed, record: dict[str, Any]) -> None:
-        state, verdict = stream.state, stream.state.verdict
+    def _check_outcome(self, followed: _Followed, record: dict[str, Any]) -> None:
+        state, verdict = followed.state, followed.state.verdict
         newest = state.policy_states[-1][0]
         at = None if newest < 0 else newest
         decision = verdict_record(verdict)
-        is_changed = decision != stream.decision
+        is_changed = decision != followed.decision
         if "verdict" in record or is_changed:
-            logged = read_verdict(record["verdict"], "verdict") if "verdict" in record else stream.decision
+            logged = read_verdict(record["verdict"], "verdict") if "verdict" in record else followed.decision
             if logged != decision:
                 self._differs(state.stream_id, at, "verdict", _in_words(logged), _in_words(decision))
         if record["cleared"] != verdict.cleared:
             self._differs(state.stream_id, at, "cleared", repr(record["cleared"])[:80], str(verdict.cleared))
-        stream.decision = decision
+        followed.decision = decision
 
 
 _EVENTS = ("open", "restore", "tokens", "labels", "failure", "rollback", "fork", "close", "end")

@@ -207,8 +207,8 @@ def test_missed_in_order_of_time() -> None:
     for stream, time in zip(streams, (3.0, 1.0, 2.0, 9.0), strict=True):
         deadlines.add(stream, 0, 4, time)
     streams[2].advance(4, [])
-    assert [deadlines.take_missed(5.0) for _ in range(3)] == [streams[1], streams[0], None]
-    assert deadlines.take_missed(9.0) is streams[3]
+    assert [deadlines.pop_missed(5.0) for _ in range(3)] == [streams[1], streams[0], None]
+    assert deadlines.pop_missed(9.0) is streams[3]
 
 
 def test_deadlines_that_were_met_are_not_kept() -> None:
@@ -221,4 +221,4 @@ def test_deadlines_that_were_met_are_not_kept() -> None:
         deadlines.add(stream, 0, 4, 1e9 - index)
         stream.advance(4, [])
     assert len(deadlines) <= 400
-    assert [deadlines.take_missed(1e9) for _ in range(101)] == [*pending, None]
+    assert [deadlines.pop_missed(1e9) for _ in range(101)] == [*pending, None]

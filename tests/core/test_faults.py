@@ -273,7 +273,7 @@ def test_a_slow_step_costs_those_that_were_in_a_hurry_and_nobody_else(make, undi
         (lambda core, a, b: setattr(a, "num_computed_tokens", 3), None),
         (lambda core, a, b: core.admission._pending.__setitem__(b.stream_id, 0), "pending tokens"),
         (lambda core, a, b: core.residency.idle.discard(a), "idle on the books"),
-        (lambda core, a, b: core.residency.idle.take_resident(), "idle with blocks"),
+        (lambda core, a, b: core.residency.idle.pop_resident(), "idle with blocks"),
         (lambda core, a, b: setattr(b, "num_scheduled_tokens", 99), "99 scheduled"),
         (lambda core, a, b: setattr(b, "num_seen_tokens", -1), "seen"),
     ],

@@ -142,7 +142,7 @@ def test_states_that_the_garbage_collector_finds_in_another_thread_are_closed_by
         gc.collect()
 
     in_thread(collect)
-    assert len(guard.core.streams) == 3
+    assert len(guard.core.states) == 3
     guard.core.sweep()
-    assert len(guard.core.streams) == 0
+    assert len(guard.core.states) == 0
     guard.core.check_integrity()

@@ -133,7 +133,7 @@ def test_whatever_comes_later_passes_a_waiting_stream_for_so_many_steps_only(
         assert sum(chunk.num_tokens for chunk in chunks) <= min(budget, limit or budget)
         assert bool(chunks) == bool(waiting)
         assert all(chunk.num_tokens > 0 for chunk in chunks)
-        served = {chunk.stream.stream_id for chunk in chunks}
+        served = {chunk.state.stream_id for chunk in chunks}
         newest = max((waiting[name][1] for name in served), default=0)
         for name, (_, since) in waiting.items():
             assert name in served or newest <= since + MAX_PASSED
@@ -158,7 +158,7 @@ def test_a_flood_of_urgent_replies_holds_a_patient_prompt_up_no_longer_than_docu
             scheduler.add(state_of(1, f"{step}-{number}", MAX_PRIORITY))
         chunks = scheduler.schedule()
         finish(scheduler, chunks)
-        if any(chunk.stream is patient for chunk in chunks):
+        if any(chunk.state is patient for chunk in chunks):
             waits.append(step - since)
             since = step
     # What it takes of the budget leaves as many of the flood behind, which then go before it.
@@ -259,7 +259,7 @@ def test_steps_that_failed_newest_first_leave_each_stream_in_its_first_place() -
         scheduler.requeue(chunks)
     assert [state.num_scheduled_tokens for state in states.values()] == [0, 0]
     assert scheduler.schedule() == steps[0]
-    scheduler.check_integrity([*states.values(), *(chunk.stream for chunk in scheduler.schedule())])
+    scheduler.check_integrity([*states.values(), *(chunk.state for chunk in scheduler.schedule())])
 
 
 def test_a_stream_with_nothing_left_to_schedule_leaves_the_queue() -> None:

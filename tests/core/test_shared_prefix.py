@@ -305,7 +305,7 @@ def test_any_tree_of_forks(engines, mode: str, isa: str) -> None:
             streams = Tree([("open", 0, first), ("run", 0, 0), *operations]).play(engine)
             assert_as_alone(engine, streams)
         finally:
-            for stream in list(engine.core.streams.values()):
+            for stream in list(engine.core.states.values()):
                 engine.core.close_stream(stream)
 
     check()

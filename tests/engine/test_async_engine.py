@@ -348,7 +348,7 @@ def test_an_engine_that_nobody_holds_is_closed(tiny) -> None:
         return sync
 
     sync = asyncio.run(main())
-    assert not sync.core.streams
+    assert not sync.core.states
 
 
 def test_idle_streams_are_closed_in_time(tiny) -> None:

@@ -46,7 +46,7 @@ def text_engine(checkpoints) -> Engine:
 def chat(text_engine: Engine) -> Iterator[Engine]:
     """An engine with the real vocabulary; each test must leave it empty and whole."""
     yield text_engine
-    for state in list(text_engine.core.streams.values()):
+    for state in list(text_engine.core.states.values()):
         text_engine.core.close_stream(state)
     text_engine.check_integrity()
     assert text_engine.stats()["kv_blocks_free"] == text_engine.stats()["kv_blocks_total"]

@@ -140,7 +140,7 @@ def test_parked_streams_are_left_out_and_keep_their_place() -> None:
     scheduler.check_integrity(streams)
     with scheduler.only([third]):
         chunks = scheduler.schedule()
-        assert [chunk.stream for chunk in chunks] == [third]
+        assert [chunk.state for chunk in chunks] == [third]
         scheduler.requeue(chunks)
         scheduler.discard(second)  # closed meanwhile
     assert len(scheduler) == 1
@@ -148,4 +148,4 @@ def test_parked_streams_are_left_out_and_keep_their_place() -> None:
         scheduler.check_integrity(streams)
     scheduler.add(first)
     scheduler.check_integrity([first, third])
-    assert [chunk.stream for chunk in scheduler.schedule()] == [first, third]
+    assert [chunk.state for chunk in scheduler.schedule()] == [first, third]

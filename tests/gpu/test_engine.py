@@ -38,7 +38,7 @@ def module_engine(folder: Path) -> Iterator[Engine]:
 def engine(module_engine: Engine) -> Iterator[Engine]:
     """Each test must leave it empty and whole."""
     yield module_engine
-    for state in list(module_engine.core.streams.values()):
+    for state in list(module_engine.core.states.values()):
         module_engine.core.close_stream(state)
     module_engine.check_integrity()
 

@@ -71,7 +71,7 @@ def test_nothing_is_handed_out_that_is_not_on_record(audited: Engine, log: Path)
     ):
         with pytest.raises(AuditError):
             refused()
-    assert len(audited.core.streams) == 1
+    assert len(audited.core.states) == 1
     assert len(stream.token_ids) == 5
     disk.room = 10**6
     labels = audited.step()
