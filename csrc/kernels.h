@@ -11,7 +11,8 @@
 
 #include "bf16.h"
 
-enum GeDtype { GE_FLOAT32 = 0, GE_BFLOAT16 = 1, GE_INT8 = 2 };  // GE_INT8: of a KV cache only
+// GE_INT8: of a KV cache only.
+enum GeDtype { GE_FLOAT32 = 0, GE_BFLOAT16 = 1, GE_INT8 = 2, GE_NUM_DTYPES = 3 };
 
 // How a matrix is stored: in the model's dtype; int8 with a scale for every kGroup of a row; int8 with a scale
 // for every row, multiplied with activations that are rounded to int8 too.
@@ -112,9 +113,9 @@ struct ModelKernels {
   // By GeDtype of the KV cache:
   // norm and rotate one key head and its query heads in the row qkv, in place, and store key and value in the
   // cache
-  void (*store_kv[3])(const StoreTask& task, void* qkv, std::int64_t position, std::int64_t slot, int kv_head);
+  void (*store_kv[GE_NUM_DTYPES])(const StoreTask& task, void* qkv, std::int64_t position, std::int64_t slot, int kv_head);
   // the rows of one tile for the query heads of one key head
-  void (*attention[3])(const AttentionTask& task, const RowTile& tile, int kv_head, float* scratch);
+  void (*attention[GE_NUM_DTYPES])(const AttentionTask& task, const RowTile& tile, int kv_head, float* scratch);
 };
 
 struct Kernels {

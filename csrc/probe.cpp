@@ -288,7 +288,7 @@ GE_API int ge_probe_read(int num_threads, std::size_t num_bytes, int repeats, do
 }
 
 GE_API int ge_probe_peak(int kind, int num_threads, double seconds, double* ops_per_s) {
-  if (kind < GE_PEAK_FP32 || kind > GE_PEAK_INT8 || num_threads < 1 || num_threads > kMaxThreads ||
+  if (kind < GE_PEAK_FP32 || kind >= GE_NUM_PEAKS || num_threads < 1 || num_threads > kMaxThreads ||
       !(seconds > 0 && seconds <= 10) || !ops_per_s) {
     return GE_BAD_ARGUMENT;
   }

@@ -19,6 +19,7 @@ enum GePeak {
   GE_PEAK_FP32 = 0,  // fused multiply-add; a multiplication and an addition are two operations
   GE_PEAK_BF16 = 1,  // AVX512-BF16 dot products into fp32
   GE_PEAK_INT8 = 2,  // VNNI dot products u8 x s8 into int32; AVX2: s16 x s16, which int8 are widened to
+  GE_NUM_PEAKS = 3,
 };
 
 // The instruction sets found that matter here, e.g. "x86-64 avx2 fma avx512f avx512_bf16 avx512_vnni".

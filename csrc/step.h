@@ -6,6 +6,10 @@
 
 #include "bf16.h"
 
+// What the Python side mirrors, as "name=number" separated by spaces: bytes of structs, values of enums, limits. A
+// library whose numbers are others than Python's own is refused (guardengine.kernels.abi).
+GE_API const char* ge_abi(void);
+
 // Threads and the kernels of one instruction set, "avx512bf16", "avx512", "avx2" or "portable". Null when the
 // threads cannot be started, or for a set that this CPU or build lacks.
 // cpus: null, or num_threads CPUs that the threads stay on (thread 0 is the caller and stays where it is).

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from guardengine.kernels import native
+from guardengine.kernels import abi, native
 from guardengine.kernels.native import DTYPES
 from guardengine.kernels.quantization import check_scheme
 from guardengine.kernels.rope import rope_table as rope_table  # an operator, the same for all
@@ -177,12 +177,12 @@ def _linear(x: Tensor, weight: Tensor | native.Packed, *, is_float_out: bool) ->
 
 def _cache(
     num_heads: int, k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
-) -> native.CacheStruct:
+) -> abi.CacheStruct:
     """Addresses and strides of the caches, which may be views of a larger one."""
     _, block_size, num_kv_heads, head_dim = k_cache.shape
-    if head_dim % 32 or head_dim > native.MAX_HEAD_DIM:
+    if head_dim % 32 or head_dim > abi.MAX_HEAD_DIM:
         raise ValueError(
-            f"head_dim={head_dim}: these kernels need a multiple of 32 up to {native.MAX_HEAD_DIM}; use the "
+            f"head_dim={head_dim}: these kernels need a multiple of 32 up to {abi.MAX_HEAD_DIM}; use the "
             "reference backend"
         )
     block, token, head, value = k_cache.stride()
@@ -190,26 +190,24 @@ def _cache(
         raise ValueError(
             f"k_cache has strides {k_cache.stride()}, v_cache {v_cache.stride()}: equal ones are needed"
         )
-    strides: tuple[int, ...] = (0, 0)
-    scales: tuple[int | None, int | None] = (None, None)
+    struct = abi.CacheStruct(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        kv_dtype=DTYPES[k_cache.dtype],
+        is_tiled=False,
+        block_stride=block,
+        token_stride=token,
+        head_stride=head,
+        keys=k_cache.data_ptr(),
+        values=v_cache.data_ptr(),
+    )
     if k_scales is not None and v_scales is not None:
         if v_scales.stride() != k_scales.stride() or k_scales.stride(2) != 1:
             raise ValueError(
                 f"k_scales has strides {k_scales.stride()}, v_scales {v_scales.stride()}: equal ones are needed"
             )
-        strides, scales = k_scales.stride()[:2], (k_scales.data_ptr(), v_scales.data_ptr())
-    return native.CacheStruct(
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        block_size,
-        DTYPES[k_cache.dtype],
-        False,
-        block,
-        token,
-        head,
-        *strides,
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        *scales,
-    )
+        struct.scale_block_stride, struct.scale_head_stride, _ = k_scales.stride()
+        struct.key_scales, struct.value_scales = k_scales.data_ptr(), v_scales.data_ptr()
+    return struct

@@ -1,4 +1,4 @@
-"""The compiled library's C ABI for the CPU kernels (csrc/step.h), declared for ctypes.
+"""The compiled library's CPU kernels for tensors: threads, packed weights, matrix products.
 
 Owns handles, not tensors: whoever passes a pointer keeps its tensor alive. `Workers` are the threads and the
 instruction set that everything native runs with.
@@ -10,105 +10,24 @@ import ctypes
 import os
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
-from functools import cache
-from typing import Any
+from ctypes import c_int, c_int64, c_void_p
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import abi
 from . import library as compiled
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # GeDtype; int8: of a KV cache only
-FORMATS = {None: 0, "int8": 1, "w8a8": 2}  # GeFormat, by quantization scheme
-MAX_GROUP, MAX_HEAD_DIM, MAX_INNER = 256, 512, 1 << 16  # kMaxGroup, kMaxHeadDim, kMaxInner in csrc/kernels.h
-KEY_GROUP = 16  # kKeyGroup: a KV cache with blocks of a multiple of it is multiplied with in place
+# By quantization scheme.
+FORMATS = {None: abi.Format.FULL, "int8": abi.Format.INT8_WEIGHTS, "w8a8": abi.Format.W8A8}
+DTYPES = {torch.float32: abi.Dtype.FLOAT32, torch.bfloat16: abi.Dtype.BFLOAT16, torch.int8: abi.Dtype.INT8}
 ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 
-_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "ge_kernel_isas": (c_char_p, []),
-    "ge_workers_create": (c_void_p, [c_char_p, c_int, POINTER(c_int)]),
-    "ge_workers_destroy": (None, [c_void_p]),
-    "ge_model_create": (c_void_p, [c_void_p, c_void_p]),
-    "ge_model_destroy": (None, [c_void_p]),
-    "ge_model_pack": (None, [c_void_p, c_int, c_int, POINTER(c_void_p), POINTER(c_int64), c_int]),
-    "ge_step": (c_int, [c_void_p, c_void_p]),
-    "ge_packed_bytes": (c_int64, [c_void_p, *[c_int] * 4]),
-    "ge_pack": (None, [c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_void_p]),
-    "ge_linear": (c_int, [c_void_p, c_int, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p, c_int]),
-    "ge_rms_norm": (c_int, [c_void_p, c_int, c_void_p, c_void_p, c_float, c_int, c_int, c_void_p]),
-    "ge_silu_and_mul": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p]),
-    "ge_qk_norm_rope_store_kv": (
-        c_int,
-        [c_void_p, c_int, c_void_p, c_void_p, c_int, *[c_void_p] * 5, c_float, c_void_p],
-    ),
-    "ge_paged_attention": (
-        c_int,
-        [
-            c_void_p,
-            c_int,
-            c_void_p,
-            c_void_p,
-            c_int,
-            c_void_p,
-            c_int,
-            c_void_p,
-            c_int,
-            c_void_p,
-            c_float,
-            c_void_p,
-        ],
-    ),
-}
 
-
-class ModelStruct(ctypes.Structure):
-    """GeModelConfig."""
-
-    _fields_ = (
-        *((name, c_int32) for name in ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim")),
-        *((name, c_int32) for name in ("intermediate", "guard_inner", "response_logits", "query_logits")),
-        *((name, c_int32) for name in ("dtype", "kv_dtype", "block_size", "format")),
-        ("eps", c_float),
-        *((name, c_void_p) for name in ("embed", "layer_norms", "final_norm", "guard_norms", "cos_sin")),
-    )
-
-
-class BatchStruct(ctypes.Structure):
-    """GeBatch."""
-
-    _fields_ = (
-        *((name, c_int32) for name in ("num_tokens", "num_streams", "blocks_per_table", "num_labels")),
-        *((name, c_void_p) for name in ("input_ids", "positions", "cu_seqlens", "slot_mapping")),
-        *(
-            (name, c_void_p)
-            for name in ("block_tables", "label_index", "label_positions", "label_cu_seqlens")
-        ),
-        *((name, c_void_p) for name in ("kv_cache", "kv_scales", "out")),
-    )
-
-
-class CacheStruct(ctypes.Structure):
-    """GeCache."""
-
-    _fields_ = (
-        *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size")),
-        *((name, c_int32) for name in ("kv_dtype", "is_tiled")),
-        *((name, c_int64) for name in ("block_stride", "token_stride", "head_stride")),
-        *((name, c_int64) for name in ("scale_block_stride", "scale_head_stride")),
-        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
-    )
-
-
-@cache
 def library() -> ctypes.CDLL:
-    """Load the compiled library and declare its functions. Raises OSError or AttributeError where it does not fit."""
-    loaded = compiled.open_library(compiled.path)
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-    return loaded
+    """The compiled library. Raises OSError where it cannot be used."""
+    return compiled.open_library(compiled.path)
 
 
 def usable_isas() -> tuple[str, ...]:

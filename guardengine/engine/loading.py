@@ -25,7 +25,7 @@ from guardengine.errors import CheckpointError, ConfigError
 from guardengine.gen.answering import Answering
 from guardengine.gen.grammar import Grammar
 from guardengine.gen.prompts import shared_prefixes
-from guardengine.kernels import BACKENDS, load, native
+from guardengine.kernels import BACKENDS, abi, load
 from guardengine.kernels.quantization import SCHEMES
 from guardengine.labels import Role
 from guardengine.records.audit_log import AuditedCore
@@ -134,11 +134,11 @@ def load_engine(
             device_memory.check(cache.num_bytes(config))
         runner: Runner
         if placement.backend == "cpu":
-            if options.block_size % native.KEY_GROUP:
+            if options.block_size % abi.KEY_GROUP:
                 logger.warning(
                     "block_size=%d is not a multiple of %d: attention copies keys and values before it multiplies",
                     options.block_size,
-                    native.KEY_GROUP,
+                    abi.KEY_GROUP,
                 )
             runner = CpuRunner(
                 checkpoint,

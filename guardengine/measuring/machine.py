@@ -17,13 +17,13 @@ from typing import Any
 
 from guardengine._version import __version__
 from guardengine.errors import ConfigError
+from guardengine.kernels.abi import Peak, Status
 from guardengine.runners.cores import load_library, memory_bytes
 
-_FP32, _BF16, _INT8 = 0, 1, 2  # enum GePeak in csrc/probe.h
 _PROBLEMS = {
-    -1: "an argument is out of range",
-    -2: "there is not enough memory for the read buffer: free some",
-    -3: "the threads cannot be started: use fewer, or raise the limit (ulimit -u)",
+    Status.BAD_ARGUMENT: "an argument is out of range",
+    Status.NO_MEMORY: "there is not enough memory for the read buffer: free some",
+    Status.NO_THREADS: "the threads cannot be started: use fewer, or raise the limit (ulimit -u)",
 }
 _MAX_THREADS = 1024
 _MIN_READ_BYTES = 512 * 2**20
@@ -78,7 +78,7 @@ def probe_ceilings(num_threads: int, *, read_buffer_bytes: int | None = None) ->
     best, median = ctypes.c_double(), ctypes.c_double()
     _check(library.ge_probe_read(num_threads, read_buffer_bytes, _READ_REPEATS, best, median))
     peaks = []
-    for kind in (_FP32, _BF16, _INT8):
+    for kind in Peak:
         peak = ctypes.c_double()
         _check(library.ge_probe_peak(kind, num_threads, _PEAK_S, peak))
         peaks.append(peak.value)

@@ -11,23 +11,28 @@ from guardengine.kernels import library as compiled
 
 
 def load_library(path: Path | None = None) -> ctypes.CDLL:
-    """The compiled library, with its functions' types declared. Raises ConfigError when it is not usable."""
+    """Open the compiled library.
+
+    Args:
+        path: The library; by default the one beside this package.
+
+    Returns:
+        The library, with its functions' types declared.
+
+    Raises:
+        ConfigError: It is missing, is none, or was built from another version's sources (the message says in what
+            they differ).
+    """
     path = path or compiled.path
     mend = "build it with `pip install --no-build-isolation -e .` in the source folder, or install a wheel"
     if not path.exists():
         raise ConfigError(f"{path} is missing: the C++ part of guardengine was not built; {mend}")
     try:
-        library: ctypes.CDLL = compiled.open_library(path)
-        isa, read, peak = library.ge_isa, library.ge_probe_read, library.ge_probe_peak
-    except (OSError, AttributeError) as error:
+        return compiled.open_library(path)  # type: ignore[no-any-return]
+    except OSError as error:
         raise ConfigError(
             f"{path} cannot be used ({error}): it is of another version or machine; {mend}"
         ) from None
-    double = ctypes.POINTER(ctypes.c_double)
-    isa.argtypes, isa.restype = [], ctypes.c_char_p
-    read.argtypes, read.restype = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int, double, double], ctypes.c_int
-    peak.argtypes, peak.restype = [ctypes.c_int, ctypes.c_int, ctypes.c_double, double], ctypes.c_int
-    return library
 
 
 def memory_bytes(key: str) -> int:

@@ -23,14 +23,13 @@ from guardengine.checkpoint.files import Checkpoint
 from guardengine.checkpoint.model_config import GuardHeadsConfig, ModelConfig
 from guardengine.checkpoint.weights import check_tensors, tensor_shapes
 from guardengine.errors import ConfigError
-from guardengine.kernels import library as compiled
-from guardengine.kernels import load, native
+from guardengine.kernels import abi, load, native
+from guardengine.kernels.abi import Matrix
 from guardengine.runners.batch import Batch
 from guardengine.runners.cores import load_library, physical_cores
 from guardengine.runners.lm_head import LmHead
 from guardengine.runners.runner import CacheShape, Computed, Scores
 
-_QKV, _O, _GATE_UP, _DOWN, _PRE, _RESPONSE, _QUERY = range(7)  # enum GeMatrix in csrc/step.h
 _SIDES = ("", "query_")
 
 
@@ -88,16 +87,20 @@ class CpuRunner:
         self._free_model = weakref.finalize(self, native.library().ge_model_destroy, self._model)
         for layer in tqdm(range(config.num_layers), "loading layers", unit="layer", disable=not progress):
             name = f"model.layers.{layer}."
-            self._pack(_QKV, layer, [stored.get(f"{name}self_attn.{part}_proj", dtype) for part in "qkv"])
-            self._pack(_O, layer, [stored.get(f"{name}self_attn.o_proj", dtype)])
             self._pack(
-                _GATE_UP, layer, [stored.get(f"{name}mlp.{part}_proj", dtype) for part in ("gate", "up")]
+                Matrix.QKV, layer, [stored.get(f"{name}self_attn.{part}_proj", dtype) for part in "qkv"]
             )
-            self._pack(_DOWN, layer, [stored.get(f"{name}mlp.down_proj", dtype)])
+            self._pack(Matrix.O, layer, [stored.get(f"{name}self_attn.o_proj", dtype)])
+            self._pack(
+                Matrix.GATE_UP,
+                layer,
+                [stored.get(f"{name}mlp.{part}_proj", dtype) for part in ("gate", "up")],
+            )
+            self._pack(Matrix.DOWN, layer, [stored.get(f"{name}mlp.down_proj", dtype)])
         if heads is None:
             return
-        self._pack(_PRE, 0, [stored.get(f"{side}risk_level_category_pre", dtype) for side in _SIDES])
-        for matrix, side in ((_RESPONSE, ""), (_QUERY, "query_")):
+        self._pack(Matrix.PRE, 0, [stored.get(f"{side}risk_level_category_pre", dtype) for side in _SIDES])
+        for matrix, side in ((Matrix.RESPONSE, ""), (Matrix.QUERY, "query_")):
             parts = [stored.get(f"{side}{kind}_head", dtype) for kind in ("risk_level", "category")]
             self._pack(matrix, 0, parts)
 
@@ -114,21 +117,23 @@ class CpuRunner:
         else:
             out = torch.empty((num_rows, heads.num_logits))
         rows, label_rows = batch.rows, batch.label_rows
-        call = native.BatchStruct(
-            len(batch.input_ids),
-            *batch.block_tables.shape,
-            len(batch.label_index),
-            batch.input_ids.data_ptr(),
-            rows.positions.data_ptr(),
-            rows.cu_seqlens_q.data_ptr(),
-            batch.slot_mapping.data_ptr(),
-            batch.block_tables.data_ptr(),
-            batch.label_index.data_ptr(),
-            label_rows.positions.data_ptr(),
-            label_rows.cu_seqlens_q.data_ptr(),
-            self.kv_cache.data_ptr(),
-            None if self.kv_scales is None else self.kv_scales.data_ptr(),
-            out.data_ptr(),
+        num_streams, blocks_per_table = batch.block_tables.shape
+        call = abi.BatchStruct(
+            num_tokens=len(batch.input_ids),
+            num_streams=num_streams,
+            blocks_per_table=blocks_per_table,
+            num_labels=num_rows,
+            input_ids=batch.input_ids.data_ptr(),
+            positions=rows.positions.data_ptr(),
+            cu_seqlens=rows.cu_seqlens_q.data_ptr(),
+            slot_mapping=batch.slot_mapping.data_ptr(),
+            block_tables=batch.block_tables.data_ptr(),
+            label_index=batch.label_index.data_ptr(),
+            label_positions=label_rows.positions.data_ptr(),
+            label_cu_seqlens=label_rows.cu_seqlens_q.data_ptr(),
+            kv_cache=self.kv_cache.data_ptr(),
+            kv_scales=None if self.kv_scales is None else self.kv_scales.data_ptr(),
+            out=out.data_ptr(),
         )
         native.check(native.library().ge_step(self._model, ctypes.byref(call)))
         return Computed(Scores(out.float().numpy()))
@@ -148,27 +153,28 @@ class CpuRunner:
 
     def _create_model(self, heads: GuardHeadsConfig | None, block_size: int) -> int:
         config, weights = self.config, self.weights
-        struct = native.ModelStruct(
-            config.num_layers,
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.intermediate_size,
-            0 if heads is None else heads.inner_size,
-            0 if heads is None else len(heads.response_risks) + len(heads.response_categories),
-            0 if heads is None else len(heads.query_risks) + len(heads.query_categories),
-            native.DTYPES[self.dtype],
-            native.DTYPES[self.kv_cache.dtype],
-            block_size,
-            native.FORMATS[self.quantization],
-            config.rms_norm_eps,
-            weights.embed.data_ptr(),
-            weights.layer_norms.data_ptr(),
-            weights.norm.data_ptr(),
-            weights.guard_norms.data_ptr(),
-            self.cos_sin.data_ptr(),
+        struct = abi.ModelStruct(
+            num_layers=config.num_layers,
+            hidden=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate=config.intermediate_size,
+            dtype=native.DTYPES[self.dtype],
+            kv_dtype=native.DTYPES[self.kv_cache.dtype],
+            block_size=block_size,
+            format=native.FORMATS[self.quantization],
+            eps=config.rms_norm_eps,
+            embed=weights.embed.data_ptr(),
+            layer_norms=weights.layer_norms.data_ptr(),
+            final_norm=weights.norm.data_ptr(),
+            guard_norms=weights.guard_norms.data_ptr(),
+            cos_sin=self.cos_sin.data_ptr(),
         )
+        if heads is not None:  # else they are 0
+            struct.guard_inner = heads.inner_size
+            struct.response_logits = len(heads.response_risks) + len(heads.response_categories)
+            struct.query_logits = len(heads.query_risks) + len(heads.query_categories)
         model: int | None = native.library().ge_model_create(self._workers.handle, ctypes.byref(struct))
         if not model:
             raise MemoryError(
@@ -176,7 +182,7 @@ class CpuRunner:
             )
         return model
 
-    def _pack(self, matrix: int, layer: int, parts: Sequence[Tensor]) -> None:
+    def _pack(self, matrix: Matrix, layer: int, parts: Sequence[Tensor]) -> None:
         native.library().ge_model_pack(self._model, matrix, layer, *native.pointers(parts))
 
 
@@ -267,13 +273,13 @@ def _check_shape(config: ModelConfig) -> None:
                 f"{key}={size}: the cpu backend needs a multiple of 32; use backend='reference'"
             )
     widths = {
-        "head_dim": (config.head_dim, native.MAX_HEAD_DIM),
-        "hidden_size": (config.hidden_size, native.MAX_INNER),
-        "intermediate_size": (config.intermediate_size, native.MAX_INNER),
-        "num_attention_heads * head_dim": (config.num_heads * config.head_dim, native.MAX_INNER),
+        "head_dim": (config.head_dim, abi.MAX_HEAD_DIM),
+        "hidden_size": (config.hidden_size, abi.MAX_INNER),
+        "intermediate_size": (config.intermediate_size, abi.MAX_INNER),
+        "num_attention_heads * head_dim": (config.num_heads * config.head_dim, abi.MAX_INNER),
         "num_attention_heads / num_key_value_heads": (
             config.num_heads // config.num_kv_heads,
-            native.MAX_GROUP,
+            abi.MAX_GROUP,
         ),
     }
     for key, (size, largest) in widths.items():
@@ -293,10 +299,5 @@ def _start_workers(num_threads: int | None, pin_threads: bool) -> native.Workers
     load_library()  # names what is wrong with the library, where something is
     try:
         return native.Workers(native.choose_isa(), count, cores[:count] if pin_threads else None)
-    except AttributeError as error:
-        raise ConfigError(
-            f"{compiled.path} is of another version ({error}): build it with "
-            "`pip install --no-build-isolation -e .` in the source folder, or install a wheel"
-        ) from None
     except (ValueError, MemoryError) as error:
         raise ConfigError(str(error)) from None

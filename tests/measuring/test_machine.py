@@ -103,16 +103,6 @@ def test_library_that_is_none_names_file_and_mend(tmp_path):
         load_library(path)
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_library_of_another_version_names_the_missing_function(tmp_path):
-    path = tmp_path / "_C.so"
-    source = tmp_path / "old.c"
-    source.write_text("int ge_old(void) { return 0; }\n")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
-    with pytest.raises(ConfigError, match="ge_isa"):
-        load_library(path)
-
-
 def test_stamp_is_json_and_complete():
     stamp = machine.machine_stamp()
     assert json.loads(json.dumps(stamp)) == stamp
