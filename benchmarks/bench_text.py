@@ -22,7 +22,7 @@ from statistics import quantiles
 
 from guardengine.text import vocabulary
 from guardengine.text.retokenizer import Retokenizer
-from guardengine.text.spans import Held
+from guardengine.text.spans import HeldText
 from guardengine.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def measure(
     for _ in range(passes):
         if not is_warm:
             retokenizer.forget()
-        held, lags, token_ids = Held(), [], []
+        held, lags, token_ids = HeldText(), [], []
         for index, delta in enumerate(deltas):
             start = time.perf_counter()
             fed = retokenizer.feed(held, delta)
@@ -111,7 +111,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|")
     for name, text in texts().items():
-        retokenizer.feed(Held(), text, is_final=True)  # the classes of its characters
+        retokenizer.feed(HeldText(), text, is_final=True)  # the classes of its characters
         for label, size in SIZES.items():
             deltas = pieces(text, size)
             new, warm = (

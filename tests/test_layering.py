@@ -21,6 +21,7 @@ MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 # What each package may import of guardengine: the rows above its own never. Names on one line do not import each other.
 LAYERS = (
     ("errors", "_version", "_moved", "kernels"),
+    ("checks",),
     ("text", "client", "labels"),
     ("policy", "config", "checkpoint"),
     ("runners",),
@@ -38,6 +39,7 @@ LARGEST_FOLDER = 20  # modules
 
 # Modules whose users must not pay for importing torch: what the books, texts, policies and command lines are made of.
 TORCH_FREE = (
+    "checks",
     "client",
     "config",
     "core.admission",

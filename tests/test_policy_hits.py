@@ -13,8 +13,8 @@ import pytest
 
 from guardengine.checkpoint.model_config import QUERY_CATEGORIES, RISKS
 from guardengine.errors import ConfigError
-from guardengine.labels import Label
-from guardengine.policy import LONG_CATEGORY_NAMES, Policy
+from guardengine.labels import LONG_CATEGORY_NAMES, Label
+from guardengine.policy import Policy
 
 FLAG_CONTROVERSIAL = {"Controversial": "flag"}
 
@@ -164,22 +164,22 @@ def test_a_risk_that_the_policy_never_heard_of_is_a_hit():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"debounce": 0}, "debounce=0: a whole number from 1"),
+        ({"debounce": 0}, "debounce=0: pass a whole number from 1"),
         ({"debounce": True}, "debounce=True"),
         ({"debounce": 2.0}, "debounce=2.0"),
-        ({"hold_back": -1}, "hold_back=-1: a whole number from 0"),
+        ({"hold_back": -1}, "hold_back=-1: pass a whole number from 0"),
         ({"hold_back": None}, "hold_back=None"),
         ({"action": "stop"}, "action='stop': choose 'flag' or 'block'"),
         ({"action": "allow"}, "safe_risks"),
         ({"actions": {"Unsafe": "allow"}}, r"actions\['Unsafe'\]='allow'"),
-        ({"actions": ["Unsafe"]}, "a mapping"),
+        ({"actions": ["Unsafe"]}, "pass a dict"),
         ({"rule": "majority"}, "rule='majority': choose 'report' or 'eval-compat'"),
-        ({"risk_thresholds": {"Unsafe": 1.1}}, "a probability from 0 to 1"),
-        ({"risk_thresholds": {"Unsafe": math.nan}}, "a probability from 0 to 1"),
-        ({"risk_thresholds": {"Unsafe": "0.5"}}, "a probability from 0 to 1"),
+        ({"risk_thresholds": {"Unsafe": 1.1}}, "pass a probability from 0 to 1"),
+        ({"risk_thresholds": {"Unsafe": math.nan}}, "pass a probability from 0 to 1"),
+        ({"risk_thresholds": {"Unsafe": "0.5"}}, "pass a probability from 0 to 1"),
         ({"risk_thresholds": {"Safe": 0.5}}, "counts as safe"),
         ({"risk_thresholds": {1: 0.5}}, "non-empty strings"),
-        ({"category_thresholds": {"PII": -0.1}}, "a probability from 0 to 1"),
+        ({"category_thresholds": {"PII": -0.1}}, "pass a probability from 0 to 1"),
         ({"category_thresholds": {"Political": 0.1, "Politically Sensitive Topics": 0.2}}, "twice"),
         ({"category_thresholds": {"PII": 0.1}, "ignored_categories": ["PII"]}, "remove it from one"),
         ({"ignored_categories": "PII"}, "a list of names"),

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from guardengine.labels import Label, Role, Verdict
 from guardengine.policy import Failure, Policy, PolicyState
-from guardengine.text.spans import TextBooks
+from guardengine.text.spans import TextState
 
 # Which heads read a position: the guard heads of a role, or a language model's ("answer").
 Reader: TypeAlias = Role | Literal["answer"]
@@ -88,7 +88,7 @@ class StreamState:
     prompt_labels: list[Label] = field(default_factory=list)  # role "user"
     hidden: list[Hidden] = field(default_factory=list)  # role "answer", until it is read
     failures: list[Failed] = field(default_factory=list)
-    text: TextBooks | None = None  # since the first append_text
+    text: TextState | None = None  # since the first append_text
     is_closed: bool = False
 
     @property
@@ -184,7 +184,7 @@ class StreamState:
         del self.policy_states[bisect_left(self.policy_states, num_tokens, key=lambda entry: entry[0]) :]
         del self.wanted[bisect_left(self.wanted, num_tokens, key=_position) :]
         if self.text is not None:
-            self.text = self.text.cut(num_tokens)
+            self.text = self.text.truncated(num_tokens)
         # A failure that was let pass cleared tokens before they were computed: not those that come in their place.
         position, policy_state = self.policy_states[-1]
         cleared = min(policy_state.cleared, self.num_assistant_tokens)

@@ -13,7 +13,7 @@ from guardengine.errors import ConfigError, InvalidTokens
 from guardengine.labels import Label
 from guardengine.text.chat_template import ChatTemplate
 from guardengine.text.foreign_ids import ForeignIds
-from guardengine.text.spans import Held, Offsets, Piece, Settled, Span, TextBooks
+from guardengine.text.spans import HeldText, Offsets, Piece, Span, TextState, TokenizedPiece
 
 
 def accept_text(
@@ -28,10 +28,10 @@ def accept_text(
     feed_settled(core, chat, state, settle(core, chat, state, piece), timeout_s)
 
 
-def settle(core: EngineCore, chat: ChatTemplate | None, state: StreamState, piece: Piece) -> Settled:
+def settle(core: EngineCore, chat: ChatTemplate | None, state: StreamState, piece: Piece) -> TokenizedPiece:
     """What a piece comes to on a stream as it is; nothing is changed. Raises as `Stream.append_text`."""
     chat, books, foreign, text = _read(core, chat, state, piece)
-    held = Held() if _begins_reply(state, books) else books.held
+    held = HeldText() if _begins_reply(state, books) else books.held
     token_ids: list[int] = []
     spans: list[Offsets] = []
     for part, is_final in ((text[0], False), (text[1], piece.is_final)):
@@ -42,14 +42,14 @@ def settle(core: EngineCore, chat: ChatTemplate | None, state: StreamState, piec
     if piece.ends_turn and state.turns is not None:
         token_ids.append(chat.end_of_turn_id)
         spans.append((held.num_chars, held.num_chars, held.num_bytes, held.num_bytes))
-    return Settled(token_ids, spans, held, foreign)
+    return TokenizedPiece(token_ids, spans, held, foreign)
 
 
 def feed_settled(
     core: EngineCore,
     chat: ChatTemplate | None,
     state: StreamState,
-    settled: Settled,
+    settled: TokenizedPiece,
     timeout_s: float | None = None,
 ) -> None:
     """Feed what a piece came to; the stream must be as it was then. Raises StreamTooLong or Overloaded; nothing has
@@ -57,7 +57,7 @@ def feed_settled(
     num_tokens = len(settled.token_ids)
     if num_tokens:
         core.accept(state, feed_more(chat, state, settled.token_ids, "assistant"), timeout_s)
-    books = state.text or TextBooks()
+    books = state.text or TextState()
     books.extend(state.num_tokens - num_tokens, state.num_assistant_tokens - num_tokens, settled)
     state.text = books
 
@@ -66,7 +66,7 @@ def hold_text(core: EngineCore, chat: ChatTemplate | None, state: StreamState, p
     """Keep all of a piece's text, to be fed with what comes next. Raises as `Stream.append_text`; nothing has changed
     then."""
     chat, books, foreign, text = _read(core, chat, state, piece)
-    held = Held() if _begins_reply(state, books) else books.held
+    held = HeldText() if _begins_reply(state, books) else books.held
     for part in text:
         held = chat.retokenizer.hold(held, part)
     books.held, books.foreign = held, foreign
@@ -75,7 +75,7 @@ def hold_text(core: EngineCore, chat: ChatTemplate | None, state: StreamState, p
 
 def check_nothing_held(state: StreamState) -> None:
     """Raise InvalidTokens where ids would overtake text."""
-    if state.text is not None and state.text.holds:
+    if state.text is not None and state.text.has_unfed_text:
         raise InvalidTokens(
             f"{state.stream_id} holds back {len(state.text.held.text)} characters of the reply, whose ids depend on "
             "what follows; call finish_text() before ids are appended (or rollback(0), which drops them)"
@@ -95,7 +95,7 @@ def cleared_chars(state: StreamState, cleared: int) -> int:
 
 
 def cut_before(state: StreamState, cleared: int) -> tuple[int, int]:
-    """Where to cut the latest reply's text: see `TextBooks.cut_before`."""
+    """Where to cut the latest reply's text: see `TextState.cut_before`."""
     books, turns = state.text, state.turns
     return (cleared, 0) if books is None else books.cut_before(turns[-1].start if turns else 0, cleared)
 
@@ -114,9 +114,9 @@ def held_text(state: StreamState) -> str:
     return "" if state.text is None else state.text.held.text
 
 
-def _begins_reply(state: StreamState, books: TextBooks) -> bool:
+def _begins_reply(state: StreamState, books: TextState) -> bool:
     """Whether text that comes now is the first of a reply. (Held text is of a reply that may not have begun yet.)"""
-    if books.holds or state.turns is None:
+    if books.has_unfed_text or state.turns is None:
         return False
     last = state.turns[-1]
     return last.role != "assistant" or last.is_closed
@@ -124,7 +124,7 @@ def _begins_reply(state: StreamState, books: TextBooks) -> bool:
 
 def _read(
     core: EngineCore, chat: ChatTemplate | None, state: StreamState, piece: Piece
-) -> tuple[ChatTemplate, TextBooks, ForeignIds | None, tuple[str, str | bytes]]:
+) -> tuple[ChatTemplate, TextState, ForeignIds | None, tuple[str, str | bytes]]:
     """A stream's books, where ids of another tokenizer are left after a piece, and its text, checked."""
     core.check_open(state)
     if chat is None:
@@ -135,7 +135,7 @@ def _read(
     if not isinstance(piece.text, bytes | bytearray | memoryview):
         chat.tokenizer.check_text(piece.text)
     check_reply_open(state)
-    books = state.text or TextBooks()
+    books = state.text or TextState()
     foreign, text = _read_foreign(books.foreign, piece)
     for part in text:
         num_chars = len(part) if isinstance(part, str) else len(part) // 4  # at least

@@ -21,7 +21,7 @@ from guardengine.core.state import StreamState
 from guardengine.errors import Overloaded, StreamClosed, WrongLoop
 from guardengine.labels import Label, Role
 from guardengine.policy import Failure
-from guardengine.text.spans import Piece, Settled
+from guardengine.text.spans import Piece, TokenizedPiece
 
 Future = asyncio.Future[Any]
 
@@ -36,7 +36,7 @@ class Append:
     token_ids: list[int] = field(default_factory=list)
     role: Role = "assistant"
     piece: Piece | None = None  # text, instead of token_ids
-    settled: Settled | None = None  # what it comes to, once it was this append's turn
+    settled: TokenizedPiece | None = None  # what it comes to, once it was this append's turn
     start: int = 0
     end: int | None = None  # None: not accepted
     is_refused: bool = False  # for lack of room, so far

@@ -24,7 +24,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from guardengine.errors import CheckpointError
-from guardengine.text.spans import Held, Offsets
+from guardengine.text.spans import HeldText, Offsets
 from guardengine.text.tokenizer import Tokenizer
 from guardengine.text.unicode_rules import CharClasses, PairCuts, is_ideograph, is_plain, starts_unit
 
@@ -42,7 +42,7 @@ class Fed(NamedTuple):
 
     token_ids: list[int]
     spans: list[Offsets]
-    held: Held
+    held: HeldText
 
 
 # A pre-token's ids, where each stands in its text, and how many characters and bytes that has.
@@ -65,7 +65,7 @@ class Retokenizer:
         self._pair_cuts = PairCuts(tokenizer.vocabulary)
         self._pieces: dict[str, _Piece] = {}
 
-    def feed(self, held: Held, delta: str | bytes, *, is_final: bool = False) -> Fed:
+    def feed(self, held: HeldText, delta: str | bytes, *, is_final: bool = False) -> Fed:
         """What `delta` settles of the text before it and its own; with `is_final` all of it.
 
         Bytes are UTF-8, which may be cut anywhere; what is not UTF-8 becomes U+FFFD, as readers see it. Raises
@@ -87,9 +87,9 @@ class Retokenizer:
                 ends, cut, normal = self._cut(window, is_final=True)
             num_chars, num_bytes = self._encode(window[:cut], normal, ends, num_chars, num_bytes, fed)
             start += cut
-        return Fed(fed.token_ids, fed.spans, Held(text[start:], partial, num_chars, num_bytes))
+        return Fed(fed.token_ids, fed.spans, HeldText(text[start:], partial, num_chars, num_bytes))
 
-    def hold(self, held: Held, delta: str | bytes) -> Held:
+    def hold(self, held: HeldText, delta: str | bytes) -> HeldText:
         """What is held back when `delta` is not to settle anything yet. Raises as `feed`."""
         text, partial = self._decode(held.partial, delta, False)
         return held._replace(text=held.text + text, partial=partial)

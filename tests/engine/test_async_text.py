@@ -24,7 +24,7 @@ from guardengine.errors import (
     StreamTooLong,
     WrongLoop,
 )
-from guardengine.text.spans import Held, Settled, TextBooks
+from guardengine.text.spans import HeldText, TextState, TokenizedPiece
 from guardengine.text.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "Where?"}
@@ -330,8 +330,8 @@ def test_cleared_chars_never_run_ahead(folder) -> None:
 
 def test_books_can_be_read_while_they_are_written() -> None:
     """At every line of the writer: what was cleared before, or less; never what is written just now."""
-    books, seen = TextBooks(), []
-    books.extend(4, 0, Settled([1, 2], [(0, 3, 0, 3), (3, 7, 3, 7)], Held(" x", b"", 7, 7), None))
+    books, seen = TextState(), []
+    books.extend(4, 0, TokenizedPiece([1, 2], [(0, 3, 0, 3), (3, 7, 3, 7)], HeldText(" x", b"", 7, 7), None))
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         if frame.f_code.co_name == "extend":
@@ -341,7 +341,7 @@ def test_books_can_be_read_while_they_are_written() -> None:
 
     sys.settrace(trace)
     try:
-        books.extend(6, 2, Settled([3], [(7, 9, 7, 9)], Held("", b"", 9, 9), None))
+        books.extend(6, 2, TokenizedPiece([3], [(7, 9, 7, 9)], HeldText("", b"", 9, 9), None))
     finally:
         sys.settrace(None)
     assert len(seen) > 4

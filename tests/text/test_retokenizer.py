@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from guardengine.errors import CheckpointError, InvalidText
 from guardengine.text import vocabulary
 from guardengine.text.retokenizer import _PRE_TOKENS, MAX_HELD, Retokenizer
-from guardengine.text.spans import Held, Offsets
+from guardengine.text.spans import HeldText, Offsets
 from guardengine.text.tokenizer import Tokenizer
 from guardengine.text.unicode_rules import CharClasses, is_plain, starts_unit
 
@@ -115,9 +115,9 @@ def pieces(data: str | bytes, cuts: list[int]) -> list[str | bytes]:
 
 def feed(
     retokenizer: Retokenizer, parts: list[str | bytes], whole: list[int] | None = None
-) -> tuple[list[int], list[Offsets], Held]:
+) -> tuple[list[int], list[Offsets], HeldText]:
     """All ids and spans; checks after each part that the ids so far are the first of `whole`."""
-    held, ids, spans = Held(), [], []
+    held, ids, spans = HeldText(), [], []
     for part, is_final in (*((part, False) for part in parts), ("", True)):
         more, more_spans, held = retokenizer.feed(held, part, is_final=is_final)
         ids, spans = ids + more, spans + more_spans
@@ -151,7 +151,7 @@ def test_ids_are_those_of_the_whole_text(
 def test_no_continuation_changes_what_was_fed(
     tokenizer: Tokenizer, retokenizer: Retokenizer, text: str, continuations: list[str]
 ) -> None:
-    ids = retokenizer.feed(Held(), text).token_ids
+    ids = retokenizer.feed(HeldText(), text).token_ids
     for more in (*continuations, "\u0301", "e", "'s", "\n", " ", "好"):
         assert tokenizer.encode_text(text + more)[: len(ids)] == ids
 
@@ -197,7 +197,7 @@ def test_special_tokens_stay_text(retokenizer: Retokenizer, text: str, cuts: lis
     ],
 )
 def test_what_is_held(retokenizer: Retokenizer, text: str, held: str) -> None:
-    assert retokenizer.feed(Held(), text).held.text == held
+    assert retokenizer.feed(HeldText(), text).held.text == held
 
 
 @pytest.mark.parametrize("text", ["{\n\t\t}", "a\t\t!", "½  ½", "x\u3000\u3000½", "x \t٣", "a\u2028\u2028?"])
@@ -210,7 +210,7 @@ def test_white_space_before_what_takes_none(tokenizer: Tokenizer, text: str) -> 
 
 def test_bytes_wait_for_the_character(retokenizer: Retokenizer) -> None:
     data = "价𝔘".encode()
-    held = retokenizer.feed(Held(), data[:2]).held
+    held = retokenizer.feed(HeldText(), data[:2]).held
     assert (held.text, held.partial) == ("", data[:2])
     held = retokenizer.feed(held, "").held  # an empty piece changes nothing
     held = retokenizer.feed(held, data[2:5]).held
@@ -240,7 +240,7 @@ def test_bytes_that_are_not_utf_8_are_replaced(
 @pytest.mark.parametrize("bad", [None, 3, ["a"], "\ud83d", "a\udc00"])
 def test_what_is_no_text_is_refused(retokenizer: Retokenizer, bad: str) -> None:
     with pytest.raises(InvalidText):
-        retokenizer.feed(Held("abc"), bad)
+        retokenizer.feed(HeldText("abc"), bad)
 
 
 # -- the bound ---------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from guardengine.labels import Label
-from guardengine.policy import LONG_CATEGORY_NAMES, Policy
+from guardengine.labels import Label, short_category
+from guardengine.policy import Policy
 
 # OpenAI's categories, each with those of Qwen3Guard's whose score it takes the largest of. Qwen3Guard's categories are
 # coarser: it does not tell the finer ones, which are therefore never claimed. Its Political, PII, Copyright and
@@ -26,7 +26,6 @@ OPENAI_CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "violence": ("Violent",),
     "violence/graphic": (),
 }
-_SHORT = {long: short for short, long in LONG_CATEGORY_NAMES.items()}
 
 
 def finite(value: float) -> float | None:
@@ -51,7 +50,7 @@ def as_openai(
     by_name: Mapping[str, float] | Mapping[str, bool], empty: float | bool
 ) -> dict[str, float | bool]:
     """Scores or flags by Qwen3Guard's categories as those of OpenAI's."""
-    short = {_SHORT.get(name, name): value for name, value in by_name.items()}
+    short = {short_category(name): value for name, value in by_name.items()}
     return {name: _largest(short, sources, empty) for name, sources in OPENAI_CATEGORIES.items()}
 
 

@@ -1,0 +1,94 @@
+"""Checks of single options at the boundaries: each returns the value, or raises ConfigError with the option's name, the
+value, the limit and what to pass instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from guardengine.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def whole_number(name: str, value: Any, smallest: int, largest: int) -> int:
+    """Check a whole number.
+
+    Args:
+        name: The option, for the error.
+        value: Anything. True and False are no numbers here, 2.0 is no whole number.
+        smallest: The least value that is allowed.
+        largest: The greatest value that is allowed.
+
+    Raises:
+        ConfigError: It is not a whole number from `smallest` to `largest`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value <= largest:
+        raise ConfigError(f"{name}={value!r}: pass a whole number from {smallest} to {largest}")
+    return value
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """Check one of a few strings.
+
+    Args:
+        name: The option, for the error.
+        value: Anything.
+        allowed: The values that are allowed.
+
+    Raises:
+        ConfigError: It is none of them.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{name}={value!r:.80}: choose {' or '.join(map(repr, allowed))}")
+    return value
+
+
+def probability(name: str, value: Any) -> float:
+    """Check a probability.
+
+    Args:
+        name: The option, for the error.
+        value: Anything.
+
+    Raises:
+        ConfigError: It is not a number from 0 to 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConfigError(f"{name}={value!r}: pass a probability from 0 to 1")
+    return float(value)
+
+
+def names(option: str, value: Any) -> tuple[str, ...]:
+    """Check a collection of names.
+
+    Args:
+        option: The option, for the error.
+        value: Anything; a single string is no collection of names.
+
+    Raises:
+        ConfigError: It is not an iterable of non-empty strings.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError(f"{option}={value!r}: pass a list of names, such as ['Safe']")
+    checked = tuple(value)
+    for name in checked:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{option} contains {name!r}: names are non-empty strings")
+    return checked
+
+
+def by_name(option: str, value: Any, check: Callable[[str, Any], T]) -> dict[str, T]:
+    """Check a mapping from names to values.
+
+    Args:
+        option: The option, for the error.
+        value: Anything.
+        check: Called with `option[name]` and the value of each name; returns the value to keep.
+
+    Raises:
+        ConfigError: It is no mapping, a key is not a non-empty string, or `check` refuses a value.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{option}={value!r}: pass a dict whose keys are names")
+    return {name: check(f"{option}[{name!r}]", value[name]) for name in names(option, value)}
