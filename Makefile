@@ -8,12 +8,13 @@ TORCH_INDEX ?=
 # Two processes: the tests are small, and most of them use one core. A file stays in one, which makes its fixtures once.
 PYTEST := $(BIN)/python -P -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help install bench test test-emulated test-gpu-interpreted test-gpu-compiled test-ray gpu-kernels gpu-check test-asan wheel lint types \
+.PHONY: help install bench check test test-emulated test-gpu-interpreted test-gpu-compiled test-ray gpu-kernels gpu-check test-asan wheel lint types \
   format clean
 
 help:
 	@echo "make bench    install, build, and run the throughput benchmark (random weights, under 3 minutes)"
-	@echo "make test     install, build, then lint, type checks and tests"
+	@echo "make check    lint, type checks and the quick tests: under a minute, once it is installed"
+	@echo "make test     install, build, then lint, type checks and all tests"
 	@echo "make test-emulated  the kernels for AVX-512 on a CPU without it, as AVX2 code (a part of make test)"
 	@echo "make test-gpu-interpreted  the Triton kernels in Triton's interpreter, without a GPU (a part of make test)"
 	@echo "make test-gpu-compiled     the Triton kernels compiled for GPUs that are not here (a part of make test)"
@@ -42,6 +43,10 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+# While working: most properties, in under a minute on two cores.
+check: lint types
+	$(PYTEST) -m "not slow and not servers and not soak"
 
 test: lint types
 	$(PYTEST)

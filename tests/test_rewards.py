@@ -321,6 +321,7 @@ def test_other_errors_pass() -> None:
 # -- a real engine -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_real_stream_checkpoint(checkpoints: Callable[..., Path]) -> None:
     folder = checkpoints(dtype="float32")
     if not (folder / "tokenizer.json").exists():

@@ -224,6 +224,7 @@ def test_messages_are_judged_by_their_last(engine: Engine, checkpoint: Path, tmp
     assert response["guard_scores"] == scored_label(expected.labels, Policy.strict()).risk_probs
 
 
+@pytest.mark.slow
 def test_a_gen_checkpoint(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     rows = [{"prompt": f"Prompt {i}", "response": TEXTS[i]} for i in range(4)] + [{"prompt": "x"}]
     source, out, checkpoint = (

@@ -20,6 +20,8 @@ from guardengine import ConfigError
 from guardengine.annotate.layout import Layout
 from guardengine.cli import main
 
+pytestmark = pytest.mark.slow
+
 # -- kills -------------------------------------------------------------------------------------------------
 
 

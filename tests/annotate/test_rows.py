@@ -143,6 +143,7 @@ def test_other_errors_are_not_the_rows(fake: Path, tmp_path: Path) -> None:
     assert run(source, tmp_path / "out.jsonl", fake).num_rows == 3
 
 
+@pytest.mark.slow
 def test_the_exit_status_counts_bad_rows(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ def run(engine: Engine, load: Load) -> None:
     load.finish()
 
 
+@pytest.mark.soak
 def test_a_soak_is_clean_and_leaves_a_record(checkpoints, tmp_path: Path, capsys) -> None:
     record_path, plot_path = tmp_path / "soak.json", tmp_path / "soak.png"
     arguments = [
@@ -43,6 +44,7 @@ def test_a_soak_is_clean_and_leaves_a_record(checkpoints, tmp_path: Path, capsys
     assert plot_path.stat().st_size > 10_000
 
 
+@pytest.mark.soak
 def test_every_kind_of_event_happens(tiny: Path) -> None:
     with Engine.from_pretrained(tiny, kv_cache_bytes=2**20, max_model_len=256, idle_ttl_s=0.3) as engine:
         load = load_for(engine)

@@ -193,6 +193,7 @@ JSON_VALUES = st.recursive(
 KEYS = [*STREAM_0_6B, "rope_parameters", "layer_types", "dtype", "quantization_config"]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(KEYS), JSON_VALUES, min_size=1, max_size=4))
 def test_any_json_is_a_config_or_a_checkpoint_error(changes: dict[str, Any]) -> None:

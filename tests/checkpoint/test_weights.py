@@ -359,6 +359,7 @@ print(stored, made / stored, *peaks)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_weights_and_little_more(tmp_path: Path) -> None:
     """Anonymous memory: what the system cannot take back. The mapped file itself is page cache."""
     command = [sys.executable, "-P", "-c", MEASURE, str(tmp_path)]

@@ -44,6 +44,7 @@ def test_every_released_size_is_a_preset() -> None:
     assert {"stream-0.6b", "stream-4b", "stream-8b", "stream-tiny", "gen-0.6b", "gen-tiny"} <= set(PRESETS)
 
 
+@pytest.mark.slow
 def test_installed_as_a_console_script_and_as_a_module() -> None:
     script = Path(sys.executable).parent / "guardengine"
     for command in ([str(script)], [sys.executable, "-P", "-m", "guardengine"]):

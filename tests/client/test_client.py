@@ -149,6 +149,7 @@ def test_an_append_under_way_when_the_connection_breaks_is_done_once(server, who
     assert asyncio.run(main()) == whole
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_at_a_server_that_was_restarted(folder, whole) -> None:
     parts = pieces(4)
     with served(folder) as first:
@@ -211,6 +212,7 @@ def where(server, folder, monkeypatch, request) -> list[str]:
     return {"url": ["--url", server.url], "here": ["--checkpoint", str(folder)]}[request.param]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["url", "here"], indirect=True)
 def test_moderate_judges_prompts_and_replies(where, capsys, tmp_path, folder) -> None:
     with sync_engine(folder) as engine:
@@ -229,6 +231,7 @@ def test_moderate_judges_prompts_and_replies(where, capsys, tmp_path, folder) ->
     assert '"type": "verdict"' in lines[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["url", "here"], indirect=True)
 def test_moderate_reads_a_reply_from_stdin_while_it_comes(where, capsys, monkeypatch) -> None:
     reader, writer = os.pipe()

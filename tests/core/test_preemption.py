@@ -311,6 +311,7 @@ def test_a_long_conversation_is_not_locked_out_by_limits_on_pending_tokens(make)
     assert [label.position for label in engine.run()] == [16]
 
 
+@pytest.mark.slow
 def test_moderating_whole_conversations_takes_the_room_of_idle_streams(checkpoints) -> None:
     folder = checkpoints(dtype="float32")
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "No."}]

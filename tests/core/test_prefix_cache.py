@@ -352,6 +352,7 @@ def test_rollback_of_what_was_found_and_not_yet_stepped(make, fresh_labels, kept
     assert computed(engine, lambda: engine.open(token_ids=ids(12), role="assistant")) == expected
 
 
+@pytest.mark.slow
 def test_a_conversation_opened_again_with_one_more_turn(checkpoints) -> None:
     """The template drops the think block of earlier replies: only what comes before it is the same."""
     question = {"role": "user", "content": "Hello, how to build a bomb? " * 4}

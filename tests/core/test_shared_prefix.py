@@ -288,6 +288,7 @@ OPERATIONS = st.tuples(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["float32", "w8a8-int8-kv"])
 def test_any_tree_of_forks(engines, mode: str, isa: str) -> None:
     @settings(

@@ -369,6 +369,7 @@ def _fresh_logits(oracle: AutoGuard, ids: tuple[int, ...]):
     return oracle(torch.tensor([ids]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "max_in_flight", "max_examples"), [("cpu", 1, 70), ("reference", 1, 20), ("reference", 2, 50)]
 )

@@ -11,6 +11,8 @@ import pytest
 
 from guardengine import errors
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 

@@ -73,6 +73,7 @@ def test_labels_are_those_of_engine_bit_for_bit(tiny) -> None:
     with_engine(tiny, use)
 
 
+@pytest.mark.slow
 def test_two_thousand_streams(tiny) -> None:
     async def use(engine: AsyncEngine, _: Launches) -> None:
         async def talk(index: int) -> None:
@@ -152,6 +153,7 @@ def test_a_fork_of_a_pending_turn_has_its_own(tiny) -> None:
     with_engine(tiny, use)
 
 
+@pytest.mark.slow
 def test_whole_conversations(checkpoints) -> None:
     folder = checkpoints(dtype="float32")
     conversations = [

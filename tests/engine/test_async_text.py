@@ -27,6 +27,8 @@ from guardengine.errors import (
 from guardengine.text.spans import HeldText, TextState, TokenizedPiece
 from guardengine.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 USER = {"role": "user", "content": "Where?"}
 REPLY = "The capital is Paris (巴黎是法国的首都)，n'est-ce pas?\n\n```py\nprint('cafe\u0301')\n```\n👩‍👩‍👧 It's done."
 END = 151645

@@ -142,6 +142,7 @@ def test_moderate_without_a_response(chat: Engine) -> None:
     assert (result.response, result.labels) == (None, [])
 
 
+@pytest.mark.slow
 def test_moderate_many_keeps_order_and_runs_in_turns(checkpoints, chat: Engine) -> None:
     conversations = [[{"role": "user", "content": f"Question {i} " * (i + 1)}, REPLY] for i in range(9)]
     expected = [chat.moderate(conversation) for conversation in conversations]

@@ -77,6 +77,7 @@ def grammar_of(engine: Engine, role: str) -> Grammar:
     return engine.answering._grammars[role]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_greedy_is_transformers_generate(engine: Engine, hf: tuple[Any, Any]) -> None:
     talks = conversations(16, 5)
     for messages, found in zip(talks, engine.moderate_many(talks, mode="greedy"), strict=True):
@@ -85,6 +86,7 @@ def test_greedy_is_transformers_generate(engine: Engine, hf: tuple[Any, Any]) ->
         assert found.num_prompt_tokens == len(prompt_ids(hf[1], messages))
 
 
+@pytest.mark.slow
 def test_greedy_runs_on_to_its_limit(checkpoints, tmp_path: Path) -> None:
     """Random weights do not stop by themselves; 128 tokens are the released limit."""
     folder = checkpoints("gen-tiny", dtype="float32")
@@ -100,6 +102,7 @@ def test_greedy_runs_on_to_its_limit(checkpoints, tmp_path: Path) -> None:
     assert (found.categories, found.refusal, found.safety_probs) == ((), None, {})
 
 
+@pytest.mark.slow
 def test_chosen_answers_are_greedy_ones_where_those_are_grammatical(engine: Engine) -> None:
     talks = conversations(150, 9)
     greedy, chosen = engine.moderate_many(talks, mode="greedy"), engine.moderate_many(talks)
@@ -154,6 +157,7 @@ def test_batches_change_nothing(engine: Engine) -> None:
     assert [answer.text for answer in together] == [answer.text for answer in alone]
 
 
+@pytest.mark.slow
 def test_the_instructions_are_computed_once(folder: Path) -> None:
     talks = conversations(20, 4)
     with Engine.from_pretrained(folder, prefix_caching=False) as engine:
@@ -183,6 +187,7 @@ def test_one_step_answers_where_nothing_is_wrong(engine: Engine) -> None:
     assert after["rollbacks"] == before["rollbacks"]
 
 
+@pytest.mark.slow
 def test_a_small_cache_delays_and_changes_nothing(folder: Path) -> None:
     talks = conversations(14, 6)
     with Engine.from_pretrained(folder) as engine:
@@ -196,6 +201,7 @@ def test_a_small_cache_delays_and_changes_nothing(folder: Path) -> None:
         assert engine.stats()["streams_open"] == 0
 
 
+@pytest.mark.slow
 def test_an_answer_begins_again_where_its_stream_was_closed_for_being_idle(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +342,7 @@ def test_a_model_that_fails_leaves_nothing_behind(folder: Path, monkeypatch: pyt
         assert engine.moderate(RESPONSE) == expected
 
 
+@pytest.mark.slow
 def test_bf16_and_quantized_layers_answer(folder: Path) -> None:
     talks = conversations(20, 8)
     with Engine.from_pretrained(folder, dtype="bfloat16") as engine:
@@ -349,6 +356,7 @@ def test_bf16_and_quantized_layers_answer(folder: Path) -> None:
 # -- asyncio
 
 
+@pytest.mark.slow
 def test_async_answers_are_the_same_and_share_steps(folder: Path) -> None:
     talks = conversations(24, 13)
     with Engine.from_pretrained(folder) as engine:
@@ -366,6 +374,7 @@ def test_async_answers_are_the_same_and_share_steps(folder: Path) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_async_calls_may_be_cancelled(folder: Path) -> None:
     talks = conversations(20, 14)
 

@@ -11,6 +11,8 @@ from guardengine import Engine
 from guardengine.cli import main
 from guardengine.rewards import GuardReward
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(checkpoints) -> Path:

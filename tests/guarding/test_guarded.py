@@ -186,6 +186,7 @@ def test_a_blocked_prompt(folder) -> None:
     with_engine(folder, use)
 
 
+@pytest.mark.slow
 def test_what_happens_on_a_block(folder) -> None:
     async def use(engine: AsyncEngine, _: Launches) -> None:
         source = Source(["Take a bomb", " and", " more"], hangs=True)
@@ -207,6 +208,7 @@ def test_what_happens_on_a_block(folder) -> None:
     with_engine(folder, use)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "expected"), [("closed", "!"), ("open", "One two three")])
 def test_labels_that_do_not_come(folder, option: str, expected: str) -> None:
     async def use(engine: AsyncEngine, launches: Launches) -> None:
@@ -224,6 +226,7 @@ def test_labels_that_do_not_come(folder, option: str, expected: str) -> None:
 # -- ends --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_source_that_fails(folder) -> None:
     async def use(engine: AsyncEngine, _: Launches) -> None:
         out: list[str] = []
@@ -282,6 +285,7 @@ def test_a_consumer_that_leaves(folder) -> None:
     with_engine(folder, use)
 
 
+@pytest.mark.slow
 def test_synchronous_sources_do_not_hold_up_the_loop(folder) -> None:
     closed = []
 
@@ -312,6 +316,7 @@ def test_synchronous_sources_do_not_hold_up_the_loop(folder) -> None:
     with_engine(folder, use)
 
 
+@pytest.mark.slow
 def test_misuse(folder) -> None:
     async def use(engine: AsyncEngine, _: Launches) -> None:
         stream = await opened(engine)

@@ -48,6 +48,7 @@ async def check_as_fresh(engine: AsyncEngine, stream: Any) -> None:
     await fresh.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", ["text", "ids"])
 def test_any_reply(folder, tokenizer: Tokenizer, kind: str, seed: int) -> None:

@@ -33,7 +33,7 @@ def server(folder) -> Iterator[Served]:
         yield server
 
 
-@pytest.fixture(params=["engine", "url"])
+@pytest.fixture(params=["engine", pytest.param("url", marks=pytest.mark.servers)])
 def run(request, folder, server, monkeypatch) -> Any:
     """run(use, **options): with a guard of either kind, on a policy whose only hits are bombs."""
     chat = server.engine.engine.chat
@@ -94,6 +94,7 @@ def test_what_is_cleared_comes_out_as_it_was(run) -> None:
     assert found[-2:] == given[-2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_block_cuts_at_what_is_cleared_and_closes_the_source(run, seed) -> None:
     source = Source(chunks(BAD, seed), hangs=True)
@@ -108,6 +109,7 @@ def test_a_block_cuts_at_what_is_cleared_and_closes_the_source(run, seed) -> Non
     assert source.is_closed
 
 
+@pytest.mark.slow
 def test_big_chunks_are_cut_and_items_that_cannot_be_cut_wait(run) -> None:
     call = {"index": 0, "id": "x", "type": "function", "function": {"name": "f", "arguments": " bomb bomb"}}
     for items, before in (
@@ -219,6 +221,8 @@ def test_or_everything_if_that_is_wanted_and_it_is_logged(caplog) -> None:
     assert "bomb" not in caplog.text
 
 
+@pytest.mark.slow
+@pytest.mark.servers
 def test_a_server_that_dies_in_the_middle(folder, monkeypatch) -> None:
     async def items(stop: Any) -> AsyncIterator[Any]:
         for piece in deltas(GOOD, random.Random(1)):

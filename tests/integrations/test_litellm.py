@@ -38,6 +38,8 @@ from litellm.types.utils import Delta, ModelResponseStream, StreamingChoices
 
 from guardengine.integrations.litellm import GuardEngineGuardrail
 
+pytestmark = [pytest.mark.slow, pytest.mark.servers]
+
 USER = {"role": "user", "content": "Where?"}
 BAD_USER = {"role": "user", "content": "A bomb, a bomb"}
 GOOD = "Sure, here is café 巴黎: take a pick and some patience."

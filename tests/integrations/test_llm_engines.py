@@ -117,6 +117,7 @@ def test_vllms_request_is_aborted_on_a_block_only(run) -> None:
     run(use)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("incremental", [False, True])
 @pytest.mark.parametrize("yields", ["text", "ids"])
 def test_sglangs_request_is_aborted_on_a_block_only(run, incremental, yields) -> None:

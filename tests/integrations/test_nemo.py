@@ -20,6 +20,8 @@ from nemoguardrails.testing import FakeLLMModel
 from guardengine.integrations.guard import Guard
 from guardengine.integrations.nemo import actions, register, stream_guarded
 
+pytestmark = [pytest.mark.slow, pytest.mark.servers]
+
 FOLDER = Path(__file__).parents[2] / "examples" / "nemo_config"
 USER = {"role": "user", "content": "Where?"}
 BAD_USER = {"role": "user", "content": "A bomb, a bomb"}

@@ -26,6 +26,8 @@ from guardengine.annotate.run import Options, annotate, load_engine
 from guardengine.client import GuardClient
 from guardengine.on_ray.annotating import Actors, judging_on
 
+pytestmark = [pytest.mark.slow, pytest.mark.servers]
+
 # They are read when ray is imported, by it and by the processes that it begins.
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -26,6 +26,8 @@ from guardengine.on_ray.annotating import Actors
 from guardengine.on_ray.lag import LAG, LagPolicy
 from guardengine.on_ray.scale import Scale, read_range
 
+pytestmark = [pytest.mark.slow, pytest.mark.servers]
+
 ray, cloudpickle = pytest.importorskip("ray"), pytest.importorskip("ray.cloudpickle")
 
 

@@ -14,6 +14,7 @@ import random
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
+import pytest
 from guarding import USER, deltas, make_bombs_unsafe
 from launching import sync_engine
 from proxying import DONE, event
@@ -25,6 +26,8 @@ from guardengine.proxy.choice import ChoiceGuard
 from guardengine.proxy.events import Event, EventReader
 from guardengine.proxy.reply_stream import ModeratedStream
 from guardengine.text.tokenizer import Tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.servers]
 
 NUM_CHUNKINGS = int(os.environ.get("GUARDENGINE_CHUNKINGS", "60"))
 AT_ONCE = 16

@@ -12,7 +12,7 @@ from proxying import DONE, HANG, USER, Proxied, Upstream, chunk, completion, eve
 
 from guardengine import Policy
 
-pytestmark = pytest.mark.usefixtures("bombs_are_unsafe")
+pytestmark = [pytest.mark.servers, pytest.mark.usefixtures("bombs_are_unsafe")]
 
 BAD_USER = {"role": "user", "content": "How do I build the one thing that nobody should?"}
 

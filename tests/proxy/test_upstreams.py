@@ -30,7 +30,7 @@ from proxying import (
 
 from guardengine import Policy
 
-pytestmark = pytest.mark.usefixtures("bombs_are_unsafe")
+pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.usefixtures("bombs_are_unsafe")]
 
 
 @pytest.fixture(scope="module")

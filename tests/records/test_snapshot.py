@@ -96,6 +96,7 @@ def test_a_restored_stream_is_the_undisturbed_one(engine: Engine, other: Engine,
     assert restored._state.policy_states == stream._state.policy_states
 
 
+@pytest.mark.slow
 def test_turns_go_on_where_messages_left_off(texts: Path) -> None:
     with Engine.from_pretrained(texts, **SMALL) as engine, Engine.from_pretrained(texts, **SMALL) as other:
         stream = engine.open(messages=[{"role": "user", "content": "Hello"}])
@@ -134,6 +135,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_in_the_next(tiny: Path, other: Engine, tmp_path: Path) -> None:
     out = tmp_path / "snapshot.json"
     arguments = [str(tiny), str(out), *(json.dumps(value) for value in (PROMPT, REPLY, SMALL))]
@@ -324,6 +326,7 @@ def test_each_damage_is_named(engine: Engine, other: Engine) -> None:
     assert other.stats()["streams_open"] == 0
 
 
+@pytest.mark.slow
 def test_hostile_snapshots_never_crash(texts: Path) -> None:
     """Random damage is refused by name, or gives a stream that works."""
     rng = random.Random(0)

@@ -6,6 +6,7 @@ from guardengine import Engine
 from guardengine.errors import InvalidText
 
 
+@pytest.mark.slow
 def test_held_text_is_not_lost_in_a_snapshot(checkpoints) -> None:
     folder = checkpoints(dtype="float32")
     with Engine.from_pretrained(folder, kv_cache_bytes=2**22, max_model_len=256) as engine:

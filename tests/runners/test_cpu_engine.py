@@ -201,6 +201,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_a_forked_child_is_told_to_make_its_own_engine(tiny: Path) -> None:
     """Its threads are gone: without the check a step would hang."""
@@ -229,6 +230,7 @@ def test_a_forked_child_is_told_to_make_its_own_engine(tiny: Path) -> None:
     assert run.stdout.split() == ["7", "1"]
 
 
+@pytest.mark.slow
 def test_closing_leaves_no_threads_and_no_memory(make_engine: MakeEngine) -> None:
     def once() -> None:
         with make_engine(num_threads=4) as engine:

@@ -52,6 +52,7 @@ def shaped(request: pytest.FixtureRequest, checkpoints) -> Path:
     return checkpoints(vocab_size=VOCAB, dtype="float32", num_hidden_layers=3, **SHAPES[request.param])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", HOST_BACKENDS)
 def test_fp32_matches_transformers_at_every_position(shaped: Path, backend: str) -> None:
     hf = HFGuard(shaped, dtype=torch.float32)

@@ -319,6 +319,7 @@ def test_stats_say_what_runs_and_what_it_takes(make_engine: MakeEngine, mode, ba
             )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("quantization", ["int8", "w8a8"])
 def test_closing_frees_memory(make_engine: MakeEngine, quantization: str) -> None:

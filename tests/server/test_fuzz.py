@@ -14,6 +14,8 @@ from serving import REPLY, USER, FakeGen, Served, served
 
 from guardengine.text.tokenizer import Tokenizer
 
+pytestmark = [pytest.mark.slow, pytest.mark.servers]
+
 
 @pytest.fixture(scope="module")
 def server(checkpoints) -> Iterator[Served]:

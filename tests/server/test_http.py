@@ -139,6 +139,7 @@ def test_what_is_no_json_or_no_text_is_refused(http, raw) -> None:
 # -- guard -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "messages",
     [
@@ -364,6 +365,7 @@ class FailingEngine:
         raise RuntimeError(f"failed on {self._secret}")
 
 
+@pytest.mark.slow
 def test_texts_are_logged_where_that_is_asked_for(folder, caplog) -> None:
     with (
         caplog.at_level(logging.INFO),

@@ -25,6 +25,8 @@ from guardengine.server import ApiKey, ServerSettings, create_app
 from guardengine.server.drain import Drain
 from guardengine.server.settings import read_api_keys
 
+pytestmark = [pytest.mark.slow, pytest.mark.servers]
+
 KEY, OTHER = "a-key-of-twenty-chars", "another-key-of-twenty"
 
 

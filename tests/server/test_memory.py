@@ -16,6 +16,8 @@ from serving import REPLY, USER, Channel, Served, channel, served
 from guardengine.labels import Label
 from guardengine.server import ServerSettings
 
+pytestmark = pytest.mark.servers
+
 # What makes up a connection and its streams, labels with them.
 PARTS = ("StreamState", "AsyncStream", "StreamSession", "Connection", "Append", "Protocol", "_CutOffProtocol")
 

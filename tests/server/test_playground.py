@@ -22,6 +22,8 @@ from guardengine.cli import main
 from guardengine.errors import ConfigError
 from guardengine.server import ApiKey, ServerSettings
 
+pytestmark = pytest.mark.servers
+
 KEY = "a-key/with=what+openssl~makes=="
 UPSTREAM = "http://127.0.0.1:8001/v1"
 PAGE = files("guardengine.server.routes").joinpath("playground.html").read_text(encoding="utf-8")

@@ -17,6 +17,8 @@ from upstreams import HANG, upstream
 from guardengine import Policy
 from guardengine.server import ApiKey, ServerSettings
 
+pytestmark = [pytest.mark.slow, pytest.mark.servers]
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
     pytest.skip("no Chromium is installed: apt-get install chromium", allow_module_level=True)

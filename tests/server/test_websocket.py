@@ -18,6 +18,8 @@ from serving import REPLY, USER, Channel, Served, channel, served, sync_engine
 from guardengine import Policy
 from guardengine.server import ServerSettings
 
+pytestmark = pytest.mark.servers
+
 LENIENT = {"debounce": 1000, "risk_thresholds": {"Unsafe": 1.0, "Controversial": 1.0}}
 
 

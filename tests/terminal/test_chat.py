@@ -39,7 +39,7 @@ def bombs(monkeypatch, folder) -> None:
     make_bombs_unsafe(monkeypatch, Tokenizer.from_dir(folder))
 
 
-@pytest.fixture(params=["url", "here"])
+@pytest.fixture(params=[pytest.param("url", marks=pytest.mark.servers), "here"])
 def where(server, folder, request) -> list[str]:
     return {"url": ["--url", server.url], "here": ["--checkpoint", str(folder)]}[request.param]
 
@@ -112,6 +112,7 @@ def test_a_blocked_prompt_is_not_sent_on_and_forgotten(chat, folder) -> None:
         assert asked(llm) == [messages("One"), messages("One", "Fine.", "Two")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_uncleared_is_shown_wherever_deltas_are_cut(chat, seed) -> None:
     rng = random.Random(seed)
@@ -213,6 +214,8 @@ def test_the_llms_key_comes_from_a_file_or_the_environment_and_is_its_alone(
 # -- a terminal --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.servers
 def test_ctrl_c_stops_the_reply_and_not_the_chat(server) -> None:
     """In a process of its own, on a terminal of its own."""
     with upstream(["Some words, ", "and", " more", HANG], ["The end."]) as llm:

@@ -175,6 +175,7 @@ def test_properties(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 151669
 
 
+@pytest.mark.slow
 @quick
 @given(text=ANY_TEXT)
 @example(text="".join(FRAGMENTS))

@@ -203,6 +203,7 @@ def test_bad_lines_are_named(text: Path, tmp_path: Path, line: str, pattern: str
         verify_quantization(text, file=file)
 
 
+@pytest.mark.slow
 def test_a_file_is_run_with_its_text(text: Path, tmp_path: Path) -> None:
     file = tmp_path / "corpus.jsonl"
     file.write_text("Hello\n" + json.dumps({"messages": CHAT}) + "\n")
@@ -215,6 +216,7 @@ def test_a_file_is_run_with_its_text(text: Path, tmp_path: Path) -> None:
     assert report.schemes[0].verdicts.num_conversations == 2
 
 
+@pytest.mark.slow
 def test_prompts_alone_have_no_response_rows(text: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("Hello\nGood morning\n")
