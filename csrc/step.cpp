@@ -27,6 +27,14 @@ struct Rows {
   void* at(std::int64_t row) const { return data + row * stride * act_bytes; }
 };
 
+// Rows that a matrix is multiplied with. Made by what computes the rows, so that they cannot be mistaken for the
+// quantized rows of another input.
+struct Input {
+  Rows rows;
+  Rows quantized;                 // for GE_W8A8, else none
+  const float* scales = nullptr;  // of each quantized row
+};
+
 class Model {
  public:
   Model(Workers& workers, const GeModelConfig& config);
@@ -49,10 +57,10 @@ class Model {
   void step_thread(const GeBatch& batch, int thread);
   void run_layer(const GeBatch& batch, int layer, int thread);
   void classify(const GeBatch& batch);
-  void norm_rows(const Rows& from, int offset, const float* weight, int n, const Rows& to, int num_rows,
-                 bool feeds_layer);
-  void quantize_rows(const Rows& from, int n, int num_rows);
-  void multiply(const Rows& x, const Matrix& weight, Epilogue epilogue, const Rows& out, int num_rows);
+  Input norm_rows(const Rows& from, int offset, const float* weight, int n, const Rows& to, int num_rows,
+                  bool feeds_layer);
+  Input quantize_rows(const Rows& from, int n, int num_rows);
+  void multiply(const Input& x, const Matrix& weight, Epilogue epilogue, const Rows& out, int num_rows);
 
   Workers& workers_;
   const GeModelConfig config_;
@@ -63,7 +71,7 @@ class Model {
   Memory weights_, scratch_;
   int capacity_ = 0;  // rows
   Rows residual_, labelled_, normed_, qkv_, attended_, inner_;
-  Rows quantized_;  // the input of the next matrix, for GE_W8A8, and each row's scale
+  Rows quantized_;  // of the one Input in use, for GE_W8A8, and each row's scale
   float* row_scales_ = nullptr;
   std::size_t attention_scratch_;  // floats a thread
   Memory attention_memory_;
@@ -191,8 +199,8 @@ void Model::step_thread(const GeBatch& batch, int thread) {
 void Model::run_layer(const GeBatch& batch, int layer, int thread) {
   const bool is_last = layer == config_.num_layers - 1;
   const Norms weights = norms(layer);
-  norm_rows(residual_, 0, weights.input, config_.hidden, normed_, batch.num_tokens, true);
-  multiply(normed_, matrix(GE_QKV, layer), kStore, qkv_, batch.num_tokens);
+  const Input x = norm_rows(residual_, 0, weights.input, config_.hidden, normed_, batch.num_tokens, true);
+  multiply(x, matrix(GE_QKV, layer), kStore, qkv_, batch.num_tokens);
 
   const KVCache cache = cache_of(batch, layer);
   const StoreTask store{shape_, weights.query, weights.key, config_.cos_sin, config_.eps, cache};
@@ -223,17 +231,17 @@ void Model::run_layer(const GeBatch& batch, int layer, int thread) {
                                 attended_.stride};
   run_attention(workers_, kernels_, config_.kv_dtype, attention, is_last ? label_tiles_ : tiles_,
                 reinterpret_cast<float*>(attention_memory_.data()) + attention_scratch_ * thread);
-  quantize_rows(attended_, config_.num_heads * config_.head_dim, num_rows);
-  multiply(attended_, matrix(GE_O, layer), kAddResidual, residual, num_rows);
-  norm_rows(residual, 0, weights.post, config_.hidden, normed_, num_rows, true);
-  multiply(normed_, matrix(GE_GATE_UP, layer), kSiluMul, inner_, num_rows);
-  quantize_rows(inner_, config_.intermediate, num_rows);
-  multiply(inner_, matrix(GE_DOWN, layer), kAddResidual, residual, num_rows);
+  const Input attended = quantize_rows(attended_, config_.num_heads * config_.head_dim, num_rows);
+  multiply(attended, matrix(GE_O, layer), kAddResidual, residual, num_rows);
+  const Input post = norm_rows(residual, 0, weights.post, config_.hidden, normed_, num_rows, true);
+  multiply(post, matrix(GE_GATE_UP, layer), kSiluMul, inner_, num_rows);
+  const Input inner = quantize_rows(inner_, config_.intermediate, num_rows);
+  multiply(inner, matrix(GE_DOWN, layer), kAddResidual, residual, num_rows);
 }
 
 void Model::classify(const GeBatch& batch) {
   const int W = batch.num_labels, G = config_.guard_inner;
-  norm_rows(labelled_, 0, config_.final_norm, config_.hidden, normed_, W, false);
+  const Input x = norm_rows(labelled_, 0, config_.final_norm, config_.hidden, normed_, W, false);
   if (G == 0) {
     const std::size_t row_bytes = config_.hidden * stored_bytes();
     for_rows(workers_.team, W, [&](int row) {
@@ -241,7 +249,7 @@ void Model::classify(const GeBatch& batch) {
     });
     return;
   }
-  multiply(normed_, matrix(GE_PRE, 0), kStore, qkv_, W);
+  multiply(x, matrix(GE_PRE, 0), kStore, qkv_, W);
   norm_rows(qkv_, 0, config_.guard_norms, G, normed_, W, false);
   norm_rows(qkv_, G, config_.guard_norms + G, G, normed_, W, false);
   float* logits = static_cast<float*>(batch.out);
@@ -256,9 +264,10 @@ void Model::classify(const GeBatch& batch) {
              W);
 }
 
-// Values [offset, offset + n) of each row. `feeds_layer`: also as the input of one of the layers' matrices.
-void Model::norm_rows(const Rows& from, int offset, const float* weight, int n, const Rows& to, int num_rows,
-                      bool feeds_layer) {
+// Values [offset, offset + n) of each row. `feeds_layer`: as the input of one of the layers' matrices, otherwise of one
+// in the model's dtype.
+Input Model::norm_rows(const Rows& from, int offset, const float* weight, int n, const Rows& to, int num_rows,
+                       bool feeds_layer) {
   const std::size_t skip = offset * kernels_.act_bytes;
   const bool quantizes = feeds_layer && config_.format == GE_W8A8;
   for_rows(workers_.team, num_rows, [&](int row) {
@@ -266,19 +275,22 @@ void Model::norm_rows(const Rows& from, int offset, const float* weight, int n, 
                       static_cast<char*>(to.at(row)) + skip);
     if (quantizes) row_scales_[row] = kernels_.quantize_row(to.at(row), n, quantized_.at(row));
   });
+  if (!quantizes) return {to, {}, nullptr};
+  return {to, quantized_, row_scales_};
 }
 
-// Rows as the input of one of the layers' matrices, where that takes other numbers than the activations.
-void Model::quantize_rows(const Rows& from, int n, int num_rows) {
-  if (config_.format != GE_W8A8) return;
+// Rows as the input of one of the layers' matrices, rounded where that takes other numbers than the activations.
+Input Model::quantize_rows(const Rows& from, int n, int num_rows) {
+  if (config_.format != GE_W8A8) return {from, {}, nullptr};
   for_rows(workers_.team, num_rows,
            [&](int row) { row_scales_[row] = kernels_.quantize_row(from.at(row), n, quantized_.at(row)); });
+  return {from, quantized_, row_scales_};
 }
 
-void Model::multiply(const Rows& x, const Matrix& weight, Epilogue epilogue, const Rows& out, int num_rows) {
-  const Rows& input = weight.format == GE_W8A8 ? quantized_ : x;
+void Model::multiply(const Input& x, const Matrix& weight, Epilogue epilogue, const Rows& out, int num_rows) {
+  const Rows& rows = weight.format == GE_W8A8 ? x.quantized : x.rows;
   run_linear(workers_, kernels_, weight.format,
-             {input.data, input.stride, row_scales_, weight.data, weight.K, weight.N, epilogue, out.data, out.stride},
+             {rows.data, rows.stride, x.scales, weight.data, weight.K, weight.N, epilogue, out.data, out.stride},
              num_rows);
 }
 
