@@ -40,6 +40,8 @@ LARGEST_FOLDER = 20  # modules
 # Modules whose users must not pay for importing torch: what the books, texts, policies and command lines are made of.
 TORCH_FREE = (
     "checks",
+    "checkpoint.presets",
+    "cli",
     "client",
     "config",
     "core.admission",
@@ -81,6 +83,7 @@ TORCH_FREE = (
     "text.spans",
     "text.thinking",
     "text.unicode_rules",
+    "verify.schemes",
 )
 
 

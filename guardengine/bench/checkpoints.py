@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from guardengine.checkpoint.random_weights import PRESETS, make_checkpoint
+from guardengine.checkpoint.presets import PRESETS
+from guardengine.checkpoint.random_weights import make_checkpoint
 from guardengine.errors import ConfigError
 
 STREAM_PRESETS = tuple(name for name in PRESETS if name.startswith("stream-"))

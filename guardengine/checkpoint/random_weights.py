@@ -26,36 +26,11 @@ from tqdm import tqdm
 
 from guardengine.checkpoint.model_config import QUERY_CATEGORIES, RESPONSE_CATEGORIES, RISKS, ModelConfig
 from guardengine.checkpoint.outliers import EMBEDDING_STD, Outliers, norm_quantiles
+from guardengine.checkpoint.presets import PRESETS, SIZE_KEYS
 from guardengine.checkpoint.weights import tensor_shapes
 from guardengine.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger("guardengine")
-
-_STREAM = {"architecture": "Qwen3ForGuardModel", "max_position_embeddings": 8192, "guard_inner_size": 512}
-_GEN = {"architecture": "Qwen3ForCausalLM", "max_position_embeddings": 32768}
-_SIZE_KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "tie_word_embeddings",
-)
-_0_6B = dict(zip(_SIZE_KEYS, (1024, 28, 16, 8, 128, 3072, True), strict=True))
-_4B = dict(zip(_SIZE_KEYS, (2560, 36, 32, 8, 128, 9728, True), strict=True))
-_8B = dict(zip(_SIZE_KEYS, (4096, 36, 32, 8, 128, 12288, False), strict=True))
-_TINY = dict(zip(_SIZE_KEYS, (64, 3, 4, 2, 32, 128, True), strict=True))
-
-# guard_inner_size of the larger Stream models is not public: 512 is what stream-0.6b has.
-PRESETS: dict[str, Mapping[str, Any]] = {
-    "stream-0.6b": {**_STREAM, **_0_6B},
-    "stream-4b": {**_STREAM, **_4B},
-    "stream-8b": {**_STREAM, **_8B},
-    "stream-tiny": {**_STREAM, **_TINY, "guard_inner_size": 32},
-    "gen-0.6b": {**_GEN, **_0_6B},
-    "gen-tiny": {**_GEN, **_TINY},
-}
 
 _LABEL_MAPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "response_risk_level_map": ("num_risk_level", RISKS),
@@ -64,7 +39,7 @@ _LABEL_MAPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "query_category_map": ("num_query_category", QUERY_CATEGORIES),
 }
 _COMMON_OPTIONS = (
-    *_SIZE_KEYS,
+    *SIZE_KEYS,
     "vocab_size",
     "max_position_embeddings",
     "rms_norm_eps",

@@ -90,15 +90,15 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     cluster.add_argument(
         "--ray-gpus", type=float, default=0, metavar="N", help="GPUs of each engine (default: %(default)s)"
     )
-    annotator.set_defaults(run=_annotate)
+    annotator.set_defaults(run=_run)
 
 
-def _annotate(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.allow_bad_rows < 0:
+        raise ConfigError(f"--allow-bad-rows {arguments.allow_bad_rows}: a number of rows from 0 is needed")
     from guardengine.annotate.layout import Layout
     from guardengine.annotate.run import Options, annotate
 
-    if arguments.allow_bad_rows < 0:
-        raise ConfigError(f"--allow-bad-rows {arguments.allow_bad_rows}: a number of rows from 0 is needed")
     options = Options(
         layout=Layout(arguments.prompt_column, arguments.response_column, arguments.messages_column),
         split=arguments.split,

@@ -31,15 +31,8 @@ from guardengine.verify.error import (
     role_errors,
     verdict_errors,
 )
+from guardengine.verify.schemes import SCHEMES
 
-# The schemes' names, and the options of Engine.from_pretrained that they stand for.
-SCHEMES: dict[str, dict[str, Any]] = {
-    "int8": {"quantization": "int8"},
-    "w8a8": {"quantization": "w8a8"},
-    "int8+kv-int8": {"quantization": "int8", "kv_dtype": "int8"},
-    "w8a8+kv-int8": {"quantization": "w8a8", "kv_dtype": "int8"},
-    "kv-int8": {"kv_dtype": "int8"},
-}
 _ROLES: tuple[Role, ...] = ("user", "assistant")
 _CONVERSATIONS_AT_A_TIME = 8
 
