@@ -141,7 +141,7 @@ def settle() -> None:
 
 
 async def engine_streams(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The same appends without a server, from tasks of one event loop."""
+    """Make the same appends to an AsyncEngine in this process, without a server, from tasks of one event loop."""
     took: list[float] = []
 
     async def append(stream: Any) -> None:

@@ -1,9 +1,10 @@
-"""AutoGuard: a drop-in for code written against the released Qwen3Guard-Stream remote code.
+"""AutoGuard: replaces the model class of the released Qwen3Guard-Stream remote code, without changes to the code
+around it.
 
-Same calls, same dict of four lists, same output fields; underneath, a stream of an engine instead of a re-run
-of the whole conversation, so a token costs the same however many came before it.
+It has the same methods, the same dict of four lists and the same output fields. Inside, a stream of an engine replaces
+the repeated run over the whole conversation, so the cost of a token does not grow with the number of tokens before it.
 
-Source: the README and eval scripts of QwenLM/Qwen3Guard, which define how the remote code is called.
+Source: the README and the evaluation scripts of QwenLM/Qwen3Guard, which show how the remote code is called.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def _empty_result() -> Result:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class StreamingState:
-    """What `stream_moderate_from_ids` returns as stream_state: pass it back, then to `close_stream`."""
+    """The state of one conversation, which `AutoGuard.stream_moderate_from_ids` returns: pass it to the next call, and
+    to `AutoGuard.close_stream` at the end."""
 
     stream: StreamState = field(repr=False)
     results: dict[Role, Result] = field(
@@ -48,7 +50,16 @@ class StreamingState:
 
 @dataclass(frozen=True, slots=True)
 class GuardLogits:
-    """All four heads at every position, each [B, T, classes] float32; zeros where attention_mask is 0."""
+    """The logits of all four heads at every position of a batch. They are 0 where attention_mask is 0.
+
+    B is the number of sequences, T the number of kept positions; the classes are in the order of config.json.
+
+    Attributes:
+        risk_level_logits: float32 [B, T, response risks].
+        category_logits: float32 [B, T, response categories].
+        query_risk_level_logits: float32 [B, T, query risks].
+        query_category_logits: float32 [B, T, query categories].
+    """
 
     risk_level_logits: Tensor
     category_logits: Tensor
@@ -57,7 +68,16 @@ class GuardLogits:
 
 
 class AutoGuard:
-    """The released model class's public behaviour. Make one with `from_pretrained`."""
+    """The public behaviour of the released model class. Made by `from_pretrained`.
+
+    Attributes:
+        engine: The engine that computes the labels.
+        config: The checkpoint's configuration.
+        response_risk_level_map: Index of a class -> name of a response risk.
+        response_category_map: Index of a class -> name of a response category.
+        query_risk_level_map: Index of a class -> name of a query risk.
+        query_category_map: Index of a class -> name of a query category.
+    """
 
     def __init__(self, engine: Engine, config: ModelConfig) -> None:
         heads = config.heads
@@ -80,12 +100,23 @@ class AutoGuard:
         trust_remote_code: bool = False,
         **options: Any,
     ) -> AutoGuard:
-        """Load a checkpoint. Takes AutoModel's arguments (torch_dtype or dtype as a torch dtype or a name,
-        device_map as a device; trust_remote_code is accepted and no remote code is ever run) and those of
-        `Engine.from_pretrained`."""
-        wanted = str(dtype if torch_dtype is None else torch_dtype).removeprefix("torch.")
+        """Load a Qwen3Guard-Stream checkpoint.
+
+        Args:
+            path_or_id: A checkpoint folder, or an id on the Hugging Face hub.
+            torch_dtype: A torch dtype or its name; counts before `dtype`.
+            dtype: A torch dtype or its name, or "auto".
+            device_map: A device such as "cpu" or "cuda:0", or "auto".
+            trust_remote_code: Accepted because callers pass it. No remote code is ever run.
+            **options: Further options of `Engine.from_pretrained`.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be read.
+            ConfigError: It is not a Stream checkpoint, or an option is not valid.
+        """
+        dtype_name = str(dtype if torch_dtype is None else torch_dtype).removeprefix("torch.")
         device = options.pop("device", device_map) or "auto"
-        engine = Engine.from_pretrained(path_or_id, dtype=wanted, device=str(device), **options)
+        engine = Engine.from_pretrained(path_or_id, dtype=dtype_name, device=str(device), **options)
         return AutoGuard(engine, engine.core.runner.config)
 
     # -- streaming -----------------------------------------------------------------------------------------
@@ -93,13 +124,24 @@ class AutoGuard:
     def stream_moderate_from_ids(
         self, token_ids: Any, role: str, stream_state: StreamingState | None = None
     ) -> tuple[Result, StreamingState]:
-        """Feed tokens and return the readings of every position fed so far under `role`'s heads.
+        """Feed tokens, and return the labels of every position fed so far, from the heads of `role`.
 
-        Without a state: token_ids is the whole prompt (1-D). With one: the next id, or several. The result has
-        four lists with one entry per position: risk_level, risk_prob, category, category_prob, the
-        probabilities those of the winning class, rounded to two digits as the remote code does.
+        Args:
+            token_ids: Without a state the whole prompt, a 1-D tensor or a list. With a state the next id, or several.
+            role: "user" for the query heads, "assistant" for the response heads.
+            stream_state: The state that the previous call returned; None begins a conversation.
 
-        Raises ValueError for another role, and guardengine's errors for bad ids.
+        Returns:
+            A dict of four lists, with one entry for each position so far: risk_level and category are names, risk_prob
+                and category_prob the probabilities of these classes, rounded to two digits as in the remote code. And
+                the state.
+
+        Raises:
+            ValueError: Another role.
+            InvalidTokens: The ids are not whole numbers of the vocabulary.
+            StreamTooLong: The conversation is longer than max_model_len.
+            StreamClosed: The state was closed.
+            Overloaded: There is no room. Nothing has changed; the call can be repeated.
         """
         if role not in ("user", "assistant"):
             raise ValueError("Role must be either 'user' or 'assistant'")
@@ -115,16 +157,23 @@ class AutoGuard:
         return {name: values[:] for name, values in state.results[heads].items()}, state
 
     def close_stream(self, stream_state: StreamingState) -> None:
-        """Free the stream's memory."""
+        """Free the memory of a conversation.
+
+        Args:
+            stream_state: The state that `stream_moderate_from_ids` returned.
+
+        Raises:
+            ConfigError: It is something else.
+        """
         with self.core.gate:
             self.core.close_stream(_checked_state(stream_state).stream)
 
     def _feed(self, ids: list[int], stream_state: StreamingState | None) -> StreamingState:
-        """Feed ids and compute them; when that fails the ids are taken back, so the call can be repeated."""
+        """Feed ids and compute them. When that fails the ids are removed again, so that the call can be repeated."""
         core = self.core
         if stream_state is None:
             state = StreamingState(core.open(_feed_all(ids, 0), Ticket(self._policy)))
-            # As the remote code's generator would: a state that nobody holds any more frees its memory.
+            # A state that is no longer referenced frees its memory, as the generator of the remote code does.
             weakref.finalize(state, core.abandon, state.stream)
         else:
             state = _checked_state(stream_state)
@@ -146,11 +195,24 @@ class AutoGuard:
         logits_to_keep: int = 0,
         **unused: Any,
     ) -> GuardLogits:
-        """Compute all four heads' logits of a batch of sequences.
+        """Compute the logits of all four heads for a batch of sequences.
 
-        Shapes: input_ids [B, T]; attention_mask [B, T], padding on either side, or a causal [B or 1, 1, T, T].
-        logits_to_keep=k keeps the last k positions of T, 0 all. Options that only matter for training or
-        caching (use_cache, return_dict, ...) are accepted when they ask for nothing.
+        Args:
+            input_ids: Whole numbers, shape [B, T].
+            attention_mask: Shape [B, T], 0 for padding before or after a row's tokens; or the causal mask, shape [B or
+                1, 1, T, T]. None: no padding.
+            logits_to_keep: Keep the logits of the last so many positions of T; 0 keeps all.
+            **unused: Options that only matter for training or caching (use_cache, return_dict, ...). They are accepted
+                when they ask for nothing.
+
+        Returns:
+            Four float32 tensors, each [B, T or logits_to_keep, classes].
+
+        Raises:
+            InvalidTokens: An id is not in the vocabulary, or the shape or the mask is another one than above.
+            ConfigError: An option is not supported.
+            StreamTooLong: A row is longer than max_model_len.
+            Overloaded: There is no room for even one row.
         """
         asked = {
             name: value
@@ -163,7 +225,7 @@ class AutoGuard:
             shape = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
             raise InvalidTokens(f"input_ids must be a non-empty tensor of shape [B, T], not {shape}")
         if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ConfigError(f"logits_to_keep={logits_to_keep!r}: a whole number, 0 for all, is needed")
+            raise ConfigError(f"logits_to_keep={logits_to_keep!r}: pass a whole number, 0 for all positions")
         mask = _padding_mask(input_ids, attention_mask)
         heads = self.config.heads
         if heads is None:
@@ -192,31 +254,34 @@ class AutoGuard:
     __call__ = forward
 
     def eval(self) -> AutoGuard:
-        """Return self: there is no training mode."""
+        """Return self. The model has no training mode."""
         return self
 
     @property
     def core(self) -> EngineCore:
+        """The core of the engine. Internal."""
         return self.engine.core
 
     @property
     def device(self) -> torch.device:
+        """The device that holds the weights."""
         return self.core.runner.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.core.runner.dtype
 
 
 def _feed_all(token_ids: list[int], start: int) -> Feed:
-    """Feed raw ids with both roles' labels wanted at every position."""
+    """A feed of raw ids that asks for the labels of both roles at every position."""
     positions = range(start, start + len(token_ids))
     roles: tuple[Role, ...] = ("user", "assistant")
     return Feed(token_ids, [Wanted(position, role) for position in positions for role in roles], None)
 
 
 def _stack_logits(labels: list[Label]) -> Tensor:
-    """[positions, risks + categories]."""
+    """The logits of some labels as a tensor [positions, risks + categories]."""
     return torch.from_numpy(np.stack([np.concatenate((x.risk_logits, x.category_logits)) for x in labels]))
 
 
@@ -228,7 +293,7 @@ def _record(result: Result, label: Label) -> None:
 
 
 def _flat(token_ids: Any) -> Sequence[int]:
-    """Accept what the remote code accepts for ids: a 1-D or 0-d tensor, a list, or one int."""
+    """The ids in each form that the remote code accepts (a 1-D or 0-d tensor, a list, one int) as a sequence."""
     if isinstance(token_ids, Tensor) and token_ids.dim() == 0:
         token_ids = token_ids[None]
     return [token_ids] if isinstance(token_ids, int) else token_ids
@@ -243,7 +308,8 @@ def _checked_state(stream_state: object) -> StreamingState:
 
 
 def _padding_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """[B, T] bool: which positions are tokens. Raises InvalidTokens for masks that are not padding."""
+    """A bool tensor [B, T], true where there are tokens. Raises InvalidTokens for masks that mask anything but
+    padding."""
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if not isinstance(attention_mask, Tensor):

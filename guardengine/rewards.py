@@ -1,15 +1,16 @@
-"""Rewards for reinforcement learning from a guard's judgements, by the equations of the Qwen3Guard report (3.5.1).
+"""Rewards for reinforcement learning from a guard's judgements.
 
-x is the prompt, t the thinking, y the output, pm a preference model's score of (x, y):
+The equations are those of the Qwen3Guard Technical Report (arXiv 2510.14276), section 3.5.1. x is the prompt, t the
+thinking, y the output, pm the score of a preference model for (x, y):
 
     guard-only   1.0         if is_safe(x, t) and is_safe(x, y)
                  0.0         otherwise
     hybrid       min(-10, pm)  if is_unsafe(x, t) or is_unsafe(x, y)
-                 min(-5, pm)   if is_refusal(x, y), the cases being tested in this order
+                 min(-5, pm)   else if is_refusal(x, y)
                  pm            otherwise
 
-Only "Safe" is safe. What the guard could not say (unparsable, failed, not judged) is unsafe. Without thinking there is
-only y. Source: arXiv 2510.14276.
+Only "Safe" is safe. A text that the guard could not judge (the answer cannot be parsed, the model failed, the text is
+too long) counts as unsafe. Without thinking, only y is judged.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ UNSAFE_CAP, REFUSAL_CAP = -10.0, -5.0
 
 
 def guard_only_reward(thinking: str | None, output: str) -> float:
-    """1.0 or 0.0, from the safety of thinking (None: there is none) and output."""
+    """The guard-only reward of one completion: 1.0 when all of it is safe, else 0.0.
+
+    Args:
+        thinking: The safety of the thinking; None when there is none.
+        output: The safety of the output.
+    """
     return float(thinking in (None, "Safe") and output == "Safe")
 
 
@@ -60,9 +66,15 @@ def hybrid_reward(
     *,
     controversial_is_unsafe: bool = True,
 ) -> float:
-    """The preference score, capped at -10 when thinking or output is unsafe, and else at -5 for a refusal.
+    """The hybrid reward of one completion: its preference score, at most -10 when it is unsafe, else at most -5 when
+    it is a refusal.
 
-    controversial_is_unsafe: whether "Controversial" is, as it is not safe for `guard_only_reward`.
+    Args:
+        thinking: The safety of the thinking; None when there is none.
+        output: The safety of the output.
+        is_refusal: Whether the output refuses the request.
+        preference: The score of the preference model, any finite number.
+        controversial_is_unsafe: Whether "Controversial" counts as unsafe.
     """
     passed = ("Safe",) if controversial_is_unsafe else ("Safe", "Controversial")
     if output not in passed or (thinking is not None and thinking not in passed):
@@ -72,8 +84,15 @@ def hybrid_reward(
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """What one completion earns, and why. thinking and output: the guard's safety level, thinking None where there is
-    none; of several messages' the worst. is_refusal: None from a Stream checkpoint. preference: None for guard-only."""
+    """The reward of one completion, and the judgements that it comes from.
+
+    Attributes:
+        value: The reward.
+        thinking: The safety of the thinking, None when there is none; of several messages the worst.
+        output: The safety of the output; of several messages the worst. "Unjudged" where the engine refused the text.
+        is_refusal: Whether the last output is a refusal; None from a Stream checkpoint.
+        preference: The score of the preference model; None for guard-only.
+    """
 
     value: float
     thinking: str | None
@@ -83,7 +102,7 @@ class Reward:
 
 
 class _Part(NamedTuple):
-    """One thing to judge: the last message of a conversation."""
+    """A conversation whose last message is to be judged."""
 
     of: int  # which completion
     is_thinking: bool
@@ -98,7 +117,7 @@ class _Judged(NamedTuple):
 
 
 class _Equations:
-    """What both kinds of engine share: from completions to conversations, and from answers to rewards."""
+    """The part that both kinds of engine share: from completions to conversations, and from answers to rewards."""
 
     def __init__(
         self,
@@ -124,7 +143,7 @@ class _Equations:
         self._controversial_is_unsafe, self._on_unjudged = controversial_is_unsafe, on_unjudged
 
     def judge(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Batches[list[_Judged]]:
-        """Ask for all (x, t) and (x, y) at once."""
+        """Ask for the judgements of all (x, t) and (x, y) at once."""
         if len(prompts) != len(completions):
             raise ConfigError(f"{len(prompts)} prompts and {len(completions)} completions: give one of each")
         parts: list[_Part] = []
@@ -143,7 +162,8 @@ class _Equations:
         return [_worst(found, output) for found, output in zip(of_each, outputs, strict=True)]
 
     def _read(self, part: _Part, answer: Answer | Exception) -> tuple[str, bool | None]:
-        """Safety and refusal. Raises what is wrong with the conversation, or the engine, by name."""
+        """The safety and whether it is a refusal. Raises the error of the conversation, with the index of its
+        completion."""
         if isinstance(answer, Moderation):
             if self.equation == "hybrid":
                 raise ConfigError(
@@ -177,7 +197,7 @@ class _Equations:
             _check_scores(preferences, num_completions)
 
     def rewards(self, judged: list[_Judged], preferences: Sequence[float] | None) -> list[Reward]:
-        """The equations. preferences: None for guard-only."""
+        """Apply the equation. preferences: None for guard-only."""
         if preferences is None:
             return [
                 Reward(guard_only_reward(each.thinking, each.output), *each[:3], preference=None)
@@ -200,16 +220,23 @@ class _Equations:
 
 
 class GuardReward(_Equations):
-    """Rewards from an Engine.
-
-    engine: one with a Gen checkpoint, as in the report; for guard-only one with a Stream checkpoint as well, where a
-    text is as safe as its verdict under `policy` (Policy.strict() by default). preference: the function pm for hybrid,
-    from a list of (prompt, output) to a list of scores. on_unjudged: what becomes of a completion that the engine
-    refuses, as too long or no valid text: "raise" its error, or count it as "unsafe".
-    """
+    """Rewards from an Engine. Call it with prompts and completions."""
 
     def __init__(self, engine: Moderator, equation: Equation = "guard-only", **options: Any) -> None:
-        """options: preference, controversial_is_unsafe, on_unjudged, policy. Raises ConfigError."""
+        """Make the reward.
+
+        Args:
+            engine: An engine with a Gen checkpoint, as in the report. For guard-only a Stream checkpoint can be used
+                too; then a text is as safe as its verdict under `policy`.
+            equation: "guard-only" or "hybrid".
+            **options: preference: for hybrid, a function from a list of (prompt, output) to a list of scores.
+                controversial_is_unsafe: whether "Controversial" counts as unsafe in hybrid, True by default.
+                on_unjudged: "raise" the error (default), or count as "unsafe", a completion that the engine refuses
+                because it is too long or not valid text. policy: `Policy.strict()` by default.
+
+        Raises:
+            ConfigError: An option is not valid, or contradicts the equation.
+        """
         super().__init__(equation, **options)
         self._engine = engine
 
@@ -219,14 +246,22 @@ class GuardReward(_Equations):
         completions: Sequence[Text],
         preferences: Sequence[float] | None = None,
     ) -> list[Reward]:
-        """The rewards of completions, in order; all of their texts are judged in one call of the engine.
+        """The rewards of completions. All texts are judged in one call of the engine.
 
-        A prompt is a user's text, or messages; a completion an assistant's text, or messages, of which all of the
-        assistant's are judged and the last is the output. Thinking is what stands before </think>, or
-        reasoning_content. preferences: pm for each, where it is no function.
+        Args:
+            prompts: A user's text, or messages, for each completion.
+            completions: An assistant's text, or messages. Of messages all of the assistant's are judged, and the last
+                is the output. Thinking is the text before </think>, or reasoning_content.
+            preferences: For hybrid, the preference score of each completion, where there is no `preference` function.
 
-        Raises ConfigError for options and scores, InvalidText, InvalidTokens or StreamTooLong naming the completion,
-        and what the engine raises.
+        Returns:
+            One reward for each completion, in order.
+
+        Raises:
+            ConfigError: There are not as many prompts or scores as completions, or a score is not a finite number.
+            InvalidText, InvalidTokens, StreamTooLong: A completion cannot be judged (with on_unjudged="raise"); the
+                message has its index.
+            GuardEngineError: Other errors of the engine.
         """
         self.check_preferences(preferences, len(completions))
         judged = run(self.judge(prompts, completions), self._engine, self.policy)
@@ -241,10 +276,16 @@ class GuardReward(_Equations):
 
 
 class AsyncGuardReward(_Equations):
-    """The same from an AsyncEngine, whose steps concurrent calls share; `preference` may be an async function."""
+    """Rewards from an AsyncEngine. Concurrent calls share its steps, and `preference` may be an async function."""
 
     def __init__(self, engine: AsyncModerator, equation: Equation = "guard-only", **options: Any) -> None:
-        """See GuardReward."""
+        """Make the reward; raises ConfigError for options.
+
+        Args:
+            engine: An AsyncEngine; see `GuardReward` for the checkpoint.
+            equation: "guard-only" or "hybrid".
+            **options: The options of `GuardReward`.
+        """
         super().__init__(equation, **options)
         self._engine = engine
 
@@ -254,7 +295,13 @@ class AsyncGuardReward(_Equations):
         completions: Sequence[Text],
         preferences: Sequence[float] | None = None,
     ) -> list[Reward]:
-        """See GuardReward."""
+        """The rewards of completions. See `GuardReward.__call__`.
+
+        Args:
+            prompts: A user's text, or messages, for each completion.
+            completions: An assistant's text, or messages, for each.
+            preferences: For hybrid, the preference score of each, where there is no `preference` function.
+        """
         self.check_preferences(preferences, len(completions))
         judged = await run_async(self.judge(prompts, completions), self._engine, self.policy)
         if self.preference is not None:
@@ -268,7 +315,7 @@ def _pairs(prompts: Sequence[Text], judged: Sequence[_Judged]) -> list[Pair]:
 
 
 def _parts(index: int, prompt: Text, completion: Text) -> tuple[list[_Part], str]:
-    """All that is to be judged of a completion, and its final output."""
+    """Everything in a completion that is to be judged, and its final output."""
     context = _messages(prompt, "user")
     said = _messages(completion, "assistant")
     parts: list[_Part] = []
@@ -291,7 +338,7 @@ def _parts(index: int, prompt: Text, completion: Text) -> tuple[list[_Part], str
 
 
 def _messages(text: Text, role: str) -> list[dict[str, str]]:
-    """Role, content and reasoning of messages; what else they have is not text."""
+    """Role, content and reasoning of messages. Their other fields are not text."""
     if isinstance(text, str):
         return [{"role": role, "content": text}]
     if not isinstance(text, Sequence):
@@ -310,7 +357,7 @@ def _messages(text: Text, role: str) -> list[dict[str, str]]:
 
 
 def _content(content: Any) -> Any:
-    """A message's text: of content in parts the texts, of none at all ""."""
+    """The text of a message's content: parts are joined, None is empty."""
     if content is None:
         return ""
     if isinstance(content, list | tuple):
@@ -322,7 +369,7 @@ def _content(content: Any) -> Any:
 
 
 def _worst(found: list[tuple[_Part, tuple[str, bool | None]]], output: str) -> _Judged:
-    """One completion's judgements in one; whether it is a refusal is the last output's to say."""
+    """The judgements of one completion as one. The last output decides whether it is a refusal."""
     thinking = [safety for part, (safety, _) in found if part.is_thinking]
     said = [(safety, is_refusal) for part, (safety, is_refusal) in found if not part.is_thinking]
     return _Judged(

@@ -68,7 +68,7 @@ TORCH_FREE = (
     "gen.answers",
     "gen.grammar",
     "gen.parse",
-    "guarding.held",
+    "guarding.held_items",
     "integrations.guard",
     "integrations.openai",
     "integrations.sglang",

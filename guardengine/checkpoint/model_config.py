@@ -1,6 +1,6 @@
-"""ModelConfig: what config.json says, checked.
+"""ModelConfig: the shape of a model, read from config.json and checked.
 
-Knows no tensors and no files other than the dict it is given; errors name the key, the value and the mend.
+Knows no tensors, and no files: it is given the content. Errors name the key, the value and what to do.
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ ARCHITECTURES: dict[str, Literal["stream", "gen"]] = {
 
 @dataclass(frozen=True, slots=True)
 class GuardHeadsConfig:
-    """The two pairs of classification heads of a Stream checkpoint. Labels are in logit order."""
+    """The two pairs of classification heads of a Stream checkpoint. Names are in the order of the logits.
+
+    Attributes:
+        inner_size: Width of the heads' hidden layer.
+        response_risks: Names of the risks of responses.
+        response_categories: Names of the categories of responses.
+        query_risks: Names of the risks of prompts.
+        query_categories: Names of the categories of prompts.
+    """
 
     inner_size: int
     response_risks: tuple[str, ...]
@@ -46,6 +54,7 @@ class GuardHeadsConfig:
 
     @property
     def num_logits(self) -> int:
+        """How many logits the four heads have together."""
         return (
             len(self.response_risks)
             + len(self.response_categories)
@@ -56,7 +65,24 @@ class GuardHeadsConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Qwen3Guard model's shape. `heads` is None for Gen checkpoints."""
+    """The shape of a Qwen3Guard model.
+
+    Attributes:
+        kind: "stream" for a checkpoint with classification heads, "gen" for one that answers in text.
+        hidden_size: Width of the hidden states.
+        num_layers: Number of decoder layers.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key and value heads; divides num_heads.
+        head_dim: Width of a head, even.
+        intermediate_size: Width of the MLP.
+        vocab_size: Number of rows of the embedding.
+        rms_norm_eps: The epsilon of RMSNorm.
+        rope_theta: The base of the rotary embedding's frequencies.
+        max_position_embeddings: The longest context that the model was trained for, in tokens.
+        tie_word_embeddings: Whether the embedding is also the output matrix (Gen).
+        dtype: The dtype of the stored weights, as config.json states it.
+        heads: The classification heads; None for Gen checkpoints.
+    """
 
     kind: Literal["stream", "gen"]
     hidden_size: int
@@ -70,18 +96,27 @@ class ModelConfig:
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    dtype: Literal["float32", "bfloat16", "float16"]  # of the stored weights, as config.json states it
+    dtype: Literal["float32", "bfloat16", "float16"]
     heads: GuardHeadsConfig | None
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
-        """Read a config.json of either generation of names (`rope_theta` or `rope_parameters`,
-        `torch_dtype` or `dtype`). `source` is the file named in errors. Raises CheckpointError."""
+        """Read a config.json, with the older or the newer names of keys (`rope_theta` or `rope_parameters`,
+        `torch_dtype` or `dtype`).
+
+        Args:
+            raw: The parsed content of the file.
+            source: The name of the file, for errors.
+
+        Raises:
+            CheckpointError: A key is missing, has a value that is not valid, or asks for a model that this engine does
+                not run.
+        """
         return _Reader(raw, source).model_config()
 
 
 class _Reader:
-    """Typed access to config.json's keys with errors that name file, key, value and mend."""
+    """Typed access to the keys of config.json. Errors name the file, the key, the value and what to do."""
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         if not isinstance(raw, Mapping):
@@ -107,10 +142,10 @@ class _Reader:
             raise self.fail(key, f"is {value!r}", f"a number above 0 and below {_LARGEST_FLOAT:g} is needed")
         return float(value)
 
-    def must_be(self, key: str, wanted: Any, why: str) -> None:
-        value = self.raw.get(key, wanted)
-        if value is not None and value != wanted:
-            raise self.fail(key, f"is {value!r}", f"only {wanted!r} is supported: {why}")
+    def must_be(self, key: str, supported: Any, why: str) -> None:
+        value = self.raw.get(key, supported)
+        if value is not None and value != supported:
+            raise self.fail(key, f"is {value!r}", f"only {supported!r} is supported: {why}")
 
     def rope_theta(self) -> float:
         theta = self.raw.get("rope_theta")
@@ -140,7 +175,8 @@ class _Reader:
         return value  # type: ignore[no-any-return]
 
     def label_names(self, key: str, count_key: str, default: tuple[str, ...]) -> tuple[str, ...]:
-        """Names in logit order: config's map (JSON keys "0", "1", ...) or the published short names."""
+        """Names in the order of the logits: the map in the file, whose keys are "0", "1", ..., or the published short
+        names."""
         count = self.positive_int(count_key, len(default))
         names = self.raw.get(key)
         if names is None:
@@ -152,8 +188,8 @@ class _Reader:
         by_index = {str(index): name for index, name in names.items()}
         labels = tuple(by_index.get(str(index), "") for index in range(len(names)))
         if len(labels) != count or "" in labels or len(set(labels)) != count:
-            wanted = f"distinct names for the indices 0 to {count - 1} (`{count_key}`) are needed"
-            raise self.fail(key, f"names {names!r}", wanted)
+            mend = f"distinct names for the indices 0 to {count - 1} (`{count_key}`) are needed"
+            raise self.fail(key, f"names {names!r}", mend)
         return labels
 
     def heads(self) -> GuardHeadsConfig:

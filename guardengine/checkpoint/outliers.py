@@ -128,7 +128,8 @@ def _columns(
 def _read(
     shape: tuple[int, ...], columns: npt.NDArray[np.int64], row_values: Floats, column_values: Floats
 ) -> Planted:
-    """The same, with weak random weights in the rows whose value is 0."""
+    """Whole columns of a matrix, with means row_values x column_values, and weak random weights in the rows whose
+    value is 0."""
     planted = _columns(shape, columns, row_values, column_values)
     weak = _WEAKER * _LINEAR_STD / shape[1] ** 0.5
     return planted._replace(stds=np.where(planted.means == 0.0, weak, planted.stds))

@@ -1,6 +1,6 @@
 """guardengine.client: GuardClient and AsyncGuardClient for `guardengine serve`. `pip install 'guardengine[client]'`.
 
-Neither needs torch, nor anything else of the engine.
+The clients do not need torch, and nothing of the engine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Conversation: one stream of guardengine.v1 as its client sees it, over any number of connections. Does no I/O.
+"""Conversation: the client's side of one stream of the protocol guardengine.v1, over any number of connections. Does
+no I/O.
 
-It keeps what was sent, so that after a lost connection the next one goes on: the server computes the stream again, and
-sends the labels that had not come. Operations are done one after the other.
+It keeps what was sent, so that a new connection can continue after one was lost: the server computes the stream again
+and sends the labels that had not arrived. Operations are done one after the other.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ _ENDS = {"labels", "finished", "rolled_back"}
 
 
 class Update(NamedTuple):
-    """What came of one operation: the labels that are new, as the server sends them, and where the reply is.
+    """The result of one operation on a stream.
 
-    verdict: action, risk, category, position, rule and cleared. cleared_chars: how many characters of the reply may be
-    shown. held_chars: how many at its end are not judged yet.
+    Attributes:
+        labels: The labels that are new, in order. Each is the server's object with position, token_id, risk, category,
+            risk_probs, category_probs and span.
+        verdict: The verdict after them, an object with action, risk, category, position, rule and cleared; see
+            `guardengine.Verdict`.
+        cleared_chars: How many characters of the reply may be shown.
+        held_chars: How many characters at the end of the reply are not judged yet.
     """
 
     labels: list[Json]
@@ -31,10 +37,16 @@ class Update(NamedTuple):
 
 
 class Conversation:
-    """A stream's past and present.
+    """The history and the present state of a stream.
 
-    prompt: the label of the latest user turn. labels: of the reply's tokens, all of them. verdict, cleared_chars: as of
-    the latest operation.
+    Attributes:
+        prompt: The label of the latest user turn, None before it has come or where it got none.
+        labels: All labels of the reply's tokens, in order.
+        verdict: The verdict after the latest operation.
+        num_tokens: How many tokens the stream has, the template's included.
+        num_labels: How many labels of replies the server has sent.
+        cleared_chars: How many characters of the reply may be shown.
+        held_chars: How many characters at the end of the reply are not judged yet.
     """
 
     def __init__(
@@ -46,7 +58,7 @@ class Conversation:
         **options: Any,
     ) -> None:
         if (messages is None) == (token_ids is None):
-            raise ConfigError("a stream needs either messages or token_ids")
+            raise ConfigError("a stream needs either messages or token_ids: pass exactly one of them")
         beginning = {
             "messages": None if messages is None else [dict(message) for message in messages],
             "token_ids": None if token_ids is None else list(token_ids),
@@ -61,7 +73,7 @@ class Conversation:
         self.num_tokens = self.num_labels = self.cleared_chars = self.held_chars = 0
 
     def copy(self) -> Conversation:
-        """A branch, which goes on by itself once it is opened."""
+        """A copy for a branch: both go on independently."""
         branch = Conversation.__new__(Conversation)
         branch.__dict__ |= self.__dict__
         branch._past = [dict(past) for past in self._past]
@@ -71,10 +83,9 @@ class Conversation:
     # -- what to send --------------------------------------------------------------------------------------
 
     def open_frame(self) -> Json:
-        """What opens the stream on a new connection, as it is by now."""
-        if (
-            self._past and self._past[-1]["type"] == "rollback"
-        ):  # which the lost connection may not have told of
+        """The frame that opens the stream on a new connection, with everything that was done so far."""
+        # The connection may have been lost before the server's answer to a rollback came.
+        if self._past and self._past[-1]["type"] == "rollback":
             self._cut(self._past[-1]["to_num_tokens"])
         return {
             "type": "open",
@@ -85,26 +96,28 @@ class Conversation:
         }
 
     def append(self, text: str | None, token_ids: Sequence[int] | None, role: str) -> Json:
-        """The frame of an append, which counts as done from now on: see `undo`."""
+        """The frame of an append. It counts as done from now on; `undo` takes it back."""
         content = {"text": text} if token_ids is None else {"token_ids": list(token_ids)}
         self._past.append({"type": "append", "role": role, **content})
         return {**self._past[-1], "stream": STREAM, "retry": True}
 
     def finish(self) -> Json:
+        """The frame that ends the reply. It counts as done from now on; `undo` takes it back."""
         self._past.append({"type": "finish"})
         return {"type": "finish", "stream": STREAM, "retry": True}
 
     def rollback(self, num_tokens: int) -> Json:
         # The number that is kept means the same on the next connection.
+        """The frame that drops tokens. It counts as done from now on; `undo` takes it back."""
         self._past.append({"type": "rollback", "to_num_tokens": max(0, self.num_tokens - num_tokens)})
         return {"type": "rollback", "stream": STREAM, "num_tokens": num_tokens}
 
     def undo(self) -> None:
-        """The latest operation was refused."""
+        """Take the latest operation back, which the server has refused."""
         self._past.pop()
 
     def merge(self) -> None:
-        """Text that was appended piece by piece is one piece of the past."""
+        """Join the latest text to the text before it, so that the history has one entry for both."""
         if len(self._past) < 2:
             return
         last, this = self._past[-2:]
@@ -115,7 +128,8 @@ class Conversation:
     # -- what comes ----------------------------------------------------------------------------------------
 
     def receive(self, event: Json) -> None:
-        """Take an event in. Raises the error that it tells of, and ConnectionResetError for the end of the stream."""
+        """Record an event. Raises the error that an event of type "error" has, and ConnectionResetError when the
+        server has closed the stream."""
         kind = event.get("type")
         if kind == "error":
             raise error_of(event)
@@ -136,34 +150,38 @@ class Conversation:
 
     @staticmethod
     def is_last(event: Json) -> bool:
-        """Whether an event is the last of those that an operation is waited for."""
+        """Whether an event is the last one of an operation."""
         return event.get("type") in _ENDS
 
     def _cut(self, num_tokens: int) -> None:
         self.labels = [label for label in self.labels if label["position"] < num_tokens]
 
     def update(self, num_before: int) -> Update:
-        """What is new since there were so many labels."""
+        """The present state, with the labels from index `num_before` on."""
         return Update(self.labels[num_before:], self.verdict, self.cleared_chars, self.held_chars)
 
 
 class ConversationView:
-    """What can be read of a client's stream: its `conversation`, whichever way its operations wait."""
+    """The readable part of a stream, shared by both kinds of client: properties that read `conversation`."""
 
     conversation: Conversation
 
     @property
     def prompt(self) -> Json | None:
+        """The label of the latest user turn, an object like those in `labels`; None where it got no label."""
         return self.conversation.prompt
 
     @property
     def labels(self) -> list[Json]:
+        """All labels of the reply's tokens so far, in order."""
         return self.conversation.labels
 
     @property
     def verdict(self) -> Json:
+        """The verdict after the latest operation: action, risk, category, position, rule and cleared."""
         return self.conversation.verdict
 
     @property
     def cleared_chars(self) -> int:
+        """How many characters of the reply may be shown."""
         return self.conversation.cleared_chars

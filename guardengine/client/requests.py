@@ -1,4 +1,4 @@
-"""What both clients send and how they read answers: addresses, headers, bodies, errors. Does no I/O."""
+"""The requests and answers of both clients: addresses, headers, bodies, errors. Does no I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from guardengine.errors import ConfigError, GuardEngineError, ServerError
 
 Json = dict[str, Any]
 
-# The server's codes for what a caller can do something about.
+# The codes of errors that a caller can act on.
 _ERRORS: Mapping[str, type[GuardEngineError]] = {
     "invalid_text": errors.InvalidText,
     "invalid_tokens": errors.InvalidTokens,
@@ -26,7 +26,7 @@ _ERRORS: Mapping[str, type[GuardEngineError]] = {
 
 
 def check_installed() -> None:
-    """Raise ConfigError where a package of the extra is missing."""
+    """Raise ConfigError when a package that the clients need is missing."""
     missing = [
         name for name in ("httpx", "httpx_sse", "websockets") if importlib.util.find_spec(name) is None
     ]
@@ -37,7 +37,7 @@ def check_installed() -> None:
 
 
 def error_of(envelope: Any, status: int | None = None) -> GuardEngineError:
-    """The error for a server's {"error": {...}}."""
+    """The exception for an error answer, {"error": {"message": ..., "code": ...}}. status: of HTTP, for the message."""
     error = envelope.get("error") if isinstance(envelope, dict) else None
     if not isinstance(error, dict) or not isinstance(error.get("message"), str):
         return ServerError(f"the server answered with status {status} and no error that this client knows")
@@ -47,7 +47,15 @@ def error_of(envelope: Any, status: int | None = None) -> GuardEngineError:
 
 
 def json_of(status: int, read: Any) -> Json:
-    """An answer's JSON. read: a function that parses it. Raises the error that it says."""
+    """The JSON object of an answer.
+
+    Args:
+        status: The status of HTTP.
+        read: Parses the answer; may raise ValueError.
+
+    Raises:
+        GuardEngineError: The error that the answer reports, or ServerError for an answer that is no JSON object.
+    """
     try:
         found = read()
     except ValueError:
@@ -59,14 +67,14 @@ def json_of(status: int, read: Any) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a server is, and what proves that one may call it. Raises ConfigError for what is no http(s) URL."""
+    """A server's address and the key for it. Raises ConfigError for a url that is not http or https."""
 
     url: str
     api_key: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.url, str) or not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"url={self.url!r}: a URL such as http://127.0.0.1:8000 is needed")
+            raise ConfigError(f"url={self.url!r}: pass a URL such as http://127.0.0.1:8000")
         object.__setattr__(self, "url", self.url.rstrip("/").removesuffix("/v1"))
 
     @property
@@ -81,6 +89,7 @@ class Address:
 def moderations_body(
     text: str | Sequence[str], taxonomy: str | None, policy: Mapping[str, Any] | None
 ) -> Json:
+    """The body of POST /v1/moderations; options that are None are left out."""
     body = {"input": text if isinstance(text, str) else list(text), "taxonomy": taxonomy, "policy": policy}
     return _given(body)
 
@@ -91,6 +100,7 @@ def guard_body(
     labels: str | None,
     timeout_s: float | None,
 ) -> Json:
+    """The body of POST /v1/guard; options that are None are left out."""
     return _given({"messages": list(messages), "policy": policy, "labels": labels, "timeout_s": timeout_s})
 
 

@@ -1,4 +1,4 @@
-"""GuardClient: a server's moderations, guard and streams, for code without asyncio."""
+"""GuardClient: moderations, whole conversations and streams on a server, for code without asyncio."""
 
 from __future__ import annotations
 
@@ -21,8 +21,15 @@ _LOST = (OSError, websockets.ConnectionClosed, websockets.InvalidHandshake, Time
 
 
 class GuardClient:
-    """`guardengine serve` at `url`. Also a context manager. As AsyncGuardClient, without await; moderations and guard
-    may be called from many threads at once, a stream from one at a time."""
+    """A client of `guardengine serve` for code without asyncio. Also a context manager that closes it.
+
+    `moderations` and `guard` may be called from several threads at once, a stream from one thread at a time.
+
+    Attributes:
+        address: The server's address and key.
+        timeout_s: Seconds that each answer may take.
+        reconnect_s: Seconds during which a stream whose connection was lost tries to connect again.
+    """
 
     def __init__(
         self,
@@ -32,6 +39,18 @@ class GuardClient:
         timeout_s: float = 60.0,
         reconnect_s: float = 30.0,
     ) -> None:
+        """Make a client. Nothing is sent yet.
+
+        Args:
+            url: The address of a running `guardengine serve`, such as "http://127.0.0.1:8000". A trailing "/v1" is
+                dropped.
+            api_key: A key that the server accepts, if it asks for one.
+            timeout_s: Seconds that each answer may take.
+            reconnect_s: Seconds during which a stream whose connection was lost tries to connect again.
+
+        Raises:
+            ConfigError: The url is not an http or https URL.
+        """
         self.address, self.timeout_s, self.reconnect_s = Address(url, api_key), timeout_s, reconnect_s
         self._http = httpx.Client(base_url=self.address.url, headers=self.address.headers, timeout=timeout_s)
 
@@ -42,9 +61,26 @@ class GuardClient:
         taxonomy: str | None = None,
         policy: Mapping[str, Any] | None = None,
     ) -> list[Json]:
-        """Judge texts as prompts; a result each, as POST /v1/moderations has them."""
-        found = self._post("/v1/moderations", moderations_body(text, taxonomy, policy))
-        return found["results"]  # type: ignore[no-any-return]
+        """Judge texts as prompts, by POST /v1/moderations.
+
+        Args:
+            text: One text, or several.
+            taxonomy: The names of categories in the answer: "qwen" or "openai". None: the server's default.
+            policy: Options of `guardengine.Policy`, with "preset": "strict" or "loose" beside them. None: the server's
+                policy.
+
+        Returns:
+            One result for each text, in order: the objects of "results" in the server's answer.
+
+        Raises:
+            InvalidText: The text is not valid Unicode.
+            StreamTooLong: The text does not fit into the model's context.
+            ConfigError: The server refuses an option.
+            Overloaded: The server has no room for the request now.
+            ServerError: The server cannot be reached, or it fails.
+        """
+        answer = self._post("/v1/moderations", moderations_body(text, taxonomy, policy))
+        return answer["results"]  # type: ignore[no-any-return]
 
     def guard(
         self,
@@ -54,17 +90,54 @@ class GuardClient:
         labels: str | None = None,
         timeout_s: float | None = None,
     ) -> Json:
-        """Judge a whole conversation: the answer of POST /v1/guard."""
+        """Judge a whole conversation, by POST /v1/guard.
+
+        Args:
+            messages: Objects with "role" and "content". When the last is the assistant's, it is judged as the
+                response.
+            policy: Options of `guardengine.Policy`, with "preset": "strict" or "loose" beside them. None: the server's
+                policy.
+            labels: Which labels of the response the answer has: "all", "flagged" or "none". None: the server's
+                default.
+            timeout_s: Seconds within which the server must judge; what it does not judge in time, the policy decides.
+
+        Returns:
+            The server's answer, as in its API documentation.
+
+        Raises:
+            InvalidText: The text is not valid Unicode.
+            StreamTooLong: The text does not fit into the model's context.
+            ConfigError: The server refuses an option.
+            Overloaded: The server has no room for the request now.
+            ServerError: The server cannot be reached, or it fails.
+        """
         return self._post("/v1/guard", guard_body(messages, policy, labels, timeout_s))
 
     def stream(self, messages: Sequence[Mapping[str, Any]] | None = None, **options: Any) -> GuardStream:
-        """Open a stream and wait for the label of its prompt. options: token_ids, policy, labels, scores, priority,
-        as `open` in docs/PROTOCOL.md."""
+        """Open a stream and wait for the label of its prompt.
+
+        Args:
+            messages: The conversation so far, objects with "role" and "content". A last message of the assistant is
+                the beginning of the reply. Either this or `token_ids`.
+            **options: The other fields of "open" in docs/PROTOCOL.md: token_ids, role, policy, labels, scores,
+                priority, cache_salt, timeout_s.
+
+        Returns:
+            The open stream; its `prompt` is the label.
+
+        Raises:
+            InvalidText: The text is not valid Unicode.
+            StreamTooLong: The text does not fit into the model's context.
+            ConfigError: The server refuses an option.
+            Overloaded: The server has no room for the request now.
+            ServerError: The server cannot be reached, or it fails.
+        """
         stream = GuardStream(self, Conversation(messages, **options))
         stream._reopen()
         return stream
 
     def close(self) -> None:
+        """Close the connections of `moderations` and `guard`. Streams have their own: close them too."""
         self._http.close()
 
     def __enter__(self) -> GuardClient:
@@ -84,8 +157,13 @@ class GuardClient:
 class GuardStream(ConversationView):
     """A stream of a GuardClient, on a connection of its own. Also a context manager that closes it.
 
-    When the connection is lost it goes on with another one. `prompt`, `labels`, `verdict` and `cleared_chars` are those
-    of `conversation`.
+    When the connection is lost, the stream continues on a new one: no label is lost or repeated. Made by
+    `GuardClient.stream`.
+
+    Attributes:
+        conversation: What was sent and received so far. `prompt`, `labels`, `verdict` and `cleared_chars` read from
+            it.
+        is_closed: Whether the stream is closed.
     """
 
     def __init__(self, client: GuardClient, conversation: Conversation) -> None:
@@ -97,26 +175,75 @@ class GuardStream(ConversationView):
     def append(
         self, text: str | None = None, *, token_ids: Sequence[int] | None = None, role: str = "assistant"
     ) -> Update:
-        """Feed more of the reply (or, role "user", a further turn), and wait until it is judged."""
+        """Feed more of the reply, and wait until it is judged.
+
+        Text whose tokens may still change with what follows is held back by the server until more comes, or `finish`.
+
+        Args:
+            text: More text. Either this or `token_ids`.
+            token_ids: Ids of Qwen3's tokenizer.
+            role: "assistant" for more of the reply, "user" for a further user turn.
+
+        Returns:
+            The new labels, and the verdict after them.
+
+        Raises:
+            ConfigError: Both of text and token_ids were given, or neither.
+            StreamClosed: The stream is closed.
+            StreamTooLong: The text does not fit into the model's context.
+            Overloaded: The server has no room now. Nothing was fed; try again later.
+            ServerError: The server cannot be reached any more, or it fails.
+        """
         if (text is None) == (token_ids is None):
-            raise ConfigError("append() needs either text or token_ids")
+            raise ConfigError("append() needs either text or token_ids: pass exactly one of them")
         return self._do(lambda: self.conversation.append(text, token_ids, role))
 
     def finish(self) -> Update:
-        """Judge what is held back and the reply's end."""
+        """End the reply: judge the text that is held back, and the end itself.
+
+        Returns:
+            The new labels, and the verdict on the whole reply.
+
+        Raises:
+            StreamClosed: The stream is closed.
+            Overloaded: The server has no room now. Nothing was fed; try again later.
+            ServerError: The server cannot be reached any more, or it fails.
+        """
         return self._do(self.conversation.finish)
 
     def rollback(self, num_tokens: int) -> Update:
-        """Drop the last tokens of the reply with their labels."""
+        """Drop the newest tokens with their labels, and with every decision that rests on them.
+
+        Args:
+            num_tokens: How many tokens to drop. Text that is held back is dropped as well.
+
+        Returns:
+            No labels, and the verdict after the remaining tokens.
+
+        Raises:
+            InvalidTokens: The stream does not have so many tokens to drop.
+            StreamClosed: The stream is closed.
+            ServerError: The server cannot be reached any more, or it fails.
+        """
         return self._do(lambda: self.conversation.rollback(num_tokens))
 
     def fork(self) -> GuardStream:
-        """A stream with the same past. The server finds it in its prefix cache."""
+        """Open a second stream with the same history, which goes on independently. The server reuses what it has
+        computed.
+
+        Returns:
+            The new stream, on a connection of its own.
+
+        Raises:
+            Overloaded: The server has no room for another stream.
+            ServerError: The server cannot be reached, or it fails.
+        """
         branch = GuardStream(self._client, self.conversation.copy())
         branch._reopen()
         return branch
 
     def close(self) -> None:
+        """Close the stream and its connection. The server frees its memory."""
         self.is_closed = True
         self._connection.close()
 
@@ -149,7 +276,7 @@ class GuardStream(ConversationView):
         return conversation.update(before)
 
     def _reopen(self) -> None:
-        """Open the stream on a new connection, with its past."""
+        """Open the stream on a new connection, with its history. Tries again until `reconnect_s` is over."""
         until, nap = time.monotonic() + self._client.reconnect_s, 0.05
         while True:
             try:
@@ -191,7 +318,7 @@ class GuardStream(ConversationView):
         self._socket.send(json.dumps(frame))
 
     def _until_done(self) -> None:
-        """Take events in until what was sent is done."""
+        """Receive events until the one that ends the operation."""
         if self._socket is None:
             raise OSError("not connected")
         until = time.monotonic() + self._client.timeout_s

@@ -1,12 +1,12 @@
-"""A chat model for LangChain that guards another one: in chains, in agents, wherever a chat model goes.
+"""A chat model for LangChain that guards another one: in chains, in agents, wherever a chat model can be used.
 
     model = GuardedChatModel(model=ChatOpenAI(...), guard=Guard("http://127.0.0.1:8000"))
     async for chunk in model.astream("Where?"):
         ...
     agent = create_agent(model, tools=[...])
 
-An agent's middleware sees finished messages only, when their tokens are with the reader already; a model can hold its
-own tokens back. Needs langchain-core.
+It is a model and not an agent's middleware, because middleware sees finished messages only, when the reader already
+has their tokens. Needs langchain-core.
 """
 
 from __future__ import annotations
@@ -31,15 +31,22 @@ T = TypeVar("T")
 
 
 class GuardedChatModel(BaseChatModel):
-    """Judges the prompt before `model` is called, and its reply while it streams.
+    """A chat model that judges the prompt before the guarded model is called, and the reply while it streams.
 
-    on_block: "stop" (default) ends the reply after what was cleared, with `substitute` as its last content if given,
-    and finish_reason "content_filter" in the response's metadata; "raise" raises `Blocked`. skip_media: judge a
-    conversation with images, audio or files by its text, instead of refusing it.
+    The guarded model's own callbacks, cache and rate limiter are not used: set them on this model. Synchronous calls
+    run in an event loop of this module. A Guard with a url can be used from any loop; a Guard with an engine either
+    for asynchronous calls of one loop, or for synchronous calls.
 
-    The model's own callbacks, cache and rate limiter are left out: give them to this one. Synchronous calls run in an
-    event loop of this module's own, which is all right for a Guard with a url; one with an engine is either for
-    asynchronous calls of one loop, or for synchronous ones. Raises what `Guard` raises.
+    Attributes:
+        model: The chat model to guard.
+        guard: A `guardengine.integrations.guard.Guard`.
+        on_block: "stop" ends the reply after the text that was cleared, with finish_reason "content_filter" in the
+            response's metadata; "raise" raises `Blocked`.
+        substitute: With "stop", a text that takes the place of what was blocked. None: nothing.
+        skip_media: Judge a conversation with images, audio or files by its text, instead of refusing it.
+
+    Raises:
+        ConfigError: `guard` is not a Guard. Calls raise the errors of `Guard.judge` and `Guard.show`.
     """
 
     model: BaseChatModel
@@ -51,7 +58,9 @@ class GuardedChatModel(BaseChatModel):
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
         if not isinstance(self.guard, Guard):
-            raise ConfigError(f"guard is {type(self.guard).__name__}, not a guardengine Guard")
+            raise ConfigError(
+                f"guard is {type(self.guard).__name__}, not a Guard: pass one of guardengine.integrations.guard"
+            )
 
     @property
     def _llm_type(self) -> str:
@@ -62,11 +71,19 @@ class GuardedChatModel(BaseChatModel):
         return dict(self.model._identifying_params)
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[Any, AIMessage]:
-        """Tools as the guarded model wants them."""
+        """Bind tools in the form that the guarded model needs.
+
+        Args:
+            tools: The tools, in any form that the guarded model takes.
+            **kwargs: Further arguments of its `bind_tools`.
+
+        Raises:
+            ConfigError: The guarded model's `bind_tools` does not return a RunnableBinding.
+        """
         bound = self.model.bind_tools(tools, **kwargs)
         if not isinstance(bound, RunnableBinding):
             raise ConfigError(
-                f"{type(self.model).__name__}.bind_tools returns no binding, which is needed here"
+                f"{type(self.model).__name__}.bind_tools returns no RunnableBinding; use a model whose does"
             )
         return self.bind(**bound.kwargs)
 
@@ -147,7 +164,7 @@ class GuardedChatModel(BaseChatModel):
         return text_messages(convert_to_openai_messages(messages), skip_media=self.skip_media)
 
     def _instead(self, blocked: Blocked) -> ChatGeneration:
-        """What comes in place of what is blocked. Raises it where that was asked for."""
+        """The message that takes the place of what was blocked. Raises `blocked` with on_block="raise"."""
         if self.on_block == "raise":
             raise blocked
         verdict = {name: getattr(blocked.verdict, name) for name in ("risk", "category", "rule")}
@@ -156,7 +173,8 @@ class GuardedChatModel(BaseChatModel):
 
 
 def _text(generation: ChatGeneration) -> str:
-    """All that a reader or a tool gets of a message or chunk: reasoning, content, tools' names and arguments."""
+    """Everything in a message or chunk that a reader or a tool gets: reasoning, content, names and arguments of tool
+    calls."""
     message: Any = generation.message
     text = str(message.additional_kwargs.get("reasoning_content") or "")
     for block in [message.content] if isinstance(message.content, str) else message.content:
@@ -178,7 +196,7 @@ def _text(generation: ChatGeneration) -> str:
 def _split(
     chunk: ChatGenerationChunk, num_chars: int
 ) -> tuple[ChatGenerationChunk, ChatGenerationChunk] | None:
-    """A chunk that has only content, cut in two; None for others."""
+    """Cut a chunk that has only content in two; None for other chunks."""
     content = chunk.message.content
     if not isinstance(content, str) or _text(chunk) != content:
         return None
@@ -190,7 +208,7 @@ def _split(
 
 
 def _as_chunk(generation: ChatGeneration) -> ChatGenerationChunk:
-    """A finished message as the only chunk of a stream."""
+    """A finished message as a stream of one chunk."""
     message: Any = generation.message
     calls: Any = [
         {"name": call["name"], "args": json.dumps(call["args"]), "id": call["id"], "index": index}
@@ -208,7 +226,8 @@ async def _next(chunks: AsyncGenerator[ChatGenerationChunk, None]) -> ChatGenera
 
 
 def _in_loop(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in the loop of synchronous calls, from any thread, one with a loop of its own included."""
+    """Run a coroutine in the event loop for synchronous calls. May be called from any thread, also one with a running
+    loop."""
     return asyncio.run_coroutine_threadsafe(coroutine, _loop()).result()
 
 

@@ -9,8 +9,8 @@
           api_base: http://127.0.0.1:8000    # guardengine serve; or checkpoint: FOLDER, for an engine in the proxy
           api_key: os.environ/GUARDENGINE_API_KEY
 
-Chat completions' streams go through `async_post_call_streaming_iterator_hook`, token by token. What else the proxy
-serves (/v1/messages, /v1/responses, ...) it brings to `apply_guardrail` as texts, streams as a whole.
+Streams of chat completions go through `async_post_call_streaming_iterator_hook`, token by token. For its other
+endpoints (/v1/messages, /v1/responses, ...) the proxy calls `apply_guardrail` with texts, and with whole streams.
 """
 
 from __future__ import annotations
@@ -36,19 +36,10 @@ OnBlock = Literal["content_filter", "raise"]
 
 
 class GuardEngineGuardrail(CustomGuardrail):
-    """A CustomGuardrail. Its options may stand in the proxy's YAML:
+    """A CustomGuardrail of LiteLLM's proxy. Its options may stand in the proxy's YAML.
 
-    api_base, api_key: a running `guardengine serve`. checkpoint (with engine_options): an engine in this process.
-    engine: the same, made by yourself, for the proxy's event loop.
-    policy: as in `Guard`. unreachable_fallback: LiteLLM's "fail_closed" (default) or "fail_open", for a guard that
-    cannot be reached or has no room. timeout, reconnect_s: seconds, as `timeout_s` and `reconnect_s` there.
-    on_block: how a stream ends whose reply is blocked after some of it went out: "content_filter" (default), a last
-    chunk with that finish_reason and `substitute`, if given, as its content; "raise", the error frame that the proxy
-    makes of an exception. All else that is blocked raises GuardrailRaisedException, status 400.
-    skip_media: judge a request with images, audio or files by its text, instead of refusing it.
-
-    A conversation that cannot be judged (too long, not text) is refused with status 400, a guard that cannot be reached
-    with 503. Raises ConfigError for options.
+    A conversation that cannot be judged (too long, not text) is refused with status 400; when the guard cannot be
+    reached the status is 503.
     """
 
     def __init__(
@@ -68,6 +59,30 @@ class GuardEngineGuardrail(CustomGuardrail):
         skip_media: bool = False,
         **options: Any,
     ) -> None:
+        """Make the guardrail from one of api_base, checkpoint and engine.
+
+        Args:
+            api_base: The address of a running `guardengine serve`.
+            api_key: A key that this server accepts.
+            checkpoint: A folder or hub id: loads an engine in the proxy's process.
+            engine_options: Options of `AsyncEngine.from_pretrained` for `checkpoint`.
+            engine: An AsyncEngine that was made for the proxy's event loop.
+            policy: A Policy (not with api_base), or its options as a dict, with "preset": "strict" or "loose" beside
+                them.
+            on_block: How a stream ends when its reply is blocked after some of it was sent. "content_filter": with a
+                last chunk of this finish_reason. "raise": with the error frame that the proxy makes of an exception.
+                Everything else that is blocked raises GuardrailRaisedException, status 400.
+            substitute: The content of that last chunk.
+            unreachable_fallback: "fail_closed" refuses requests while the guard cannot be reached or has no room,
+                "fail_open" lets them pass.
+            timeout: Seconds that an answer of the guard may take; 10 by default.
+            reconnect_s: Seconds during which a lost server is tried again.
+            skip_media: Judge a request with images, audio or files by its text, instead of refusing it.
+            **options: Options of CustomGuardrail.
+
+        Raises:
+            ConfigError: An option is not valid.
+        """
         if on_block not in ("content_filter", "raise"):
             raise ConfigError(f"on_block={on_block!r}: choose 'content_filter' or 'raise'")
         if unreachable_fallback not in ("fail_closed", "fail_open"):
@@ -94,7 +109,7 @@ class GuardEngineGuardrail(CustomGuardrail):
     async def async_pre_call_hook(
         self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: str
     ) -> dict[str, Any]:
-        """Judge a request before the LLM is called."""
+        """Judge a request before the LLM is called. Called by the proxy."""
         await self._judge_request(data)
         return data
 
@@ -102,7 +117,7 @@ class GuardEngineGuardrail(CustomGuardrail):
     async def async_moderation_hook(
         self, data: dict[str, Any], user_api_key_dict: Any, call_type: str
     ) -> dict[str, Any]:
-        """Judge a request beside the LLM's call."""
+        """Judge a request while the LLM is being called. Called by the proxy."""
         await self._judge_request(data)
         return data
 
@@ -112,7 +127,7 @@ class GuardEngineGuardrail(CustomGuardrail):
     async def async_post_call_success_hook(
         self, data: dict[str, Any], user_api_key_dict: Any, response: Any
     ) -> Any:
-        """Judge every choice of a finished completion as the reply to its request."""
+        """Judge every choice of a finished completion as the reply to its request. Called by the proxy."""
         replies = [
             message_text(getattr(choice, "message", None)) or getattr(choice, "text", None)
             for choice in getattr(response, "choices", None) or ()
@@ -123,7 +138,8 @@ class GuardEngineGuardrail(CustomGuardrail):
     async def async_post_call_streaming_iterator_hook(
         self, user_api_key_dict: Any, response: Any, request_data: dict[str, Any]
     ) -> AsyncGenerator[Any, None]:
-        """Hand on the chunks whose text is cleared; end the stream, and close the LLM's, when its reply is blocked."""
+        """Pass on the chunks whose text is cleared. When the reply is blocked, end the stream and close the LLM's.
+        Called by the proxy."""
         last: Any = None
         shown = self.guard.show(
             response, self._messages(request_data), text=self._text, split=split_chunk, check_prompt="beside"
@@ -160,8 +176,11 @@ class GuardEngineGuardrail(CustomGuardrail):
         logging_obj: Any = None,
         **older: Any,
     ) -> Any:
-        """Judge what the proxy took out of a request or response, and return it as it is. Older releases pass one text,
-        `apply_guardrail(text, language, entities, request_data)`, and get it back."""
+        """Judge the texts that the proxy took out of a request or a response, and return them unchanged. Called by the
+        proxy.
+
+        Older releases call `apply_guardrail(text, language, entities, request_data)` and expect the text back.
+        """
         if inputs is None or isinstance(inputs, str):
             text = older.get("text", "") if inputs is None else inputs
             await self._judge_prompts([text])
@@ -192,7 +211,7 @@ class GuardEngineGuardrail(CustomGuardrail):
         await self._judge([(messages, reply) for reply in replies if reply])
 
     async def _judge(self, conversations: Sequence[tuple[Messages, str | None]]) -> None:
-        """All at once, which the guard does in the same steps. Raises for the first that is blocked."""
+        """Judge conversations concurrently, so that they share steps. Raises the error of the first that is blocked."""
         try:
             verdicts = await asyncio.gather(
                 *(self.guard.judge(messages, reply) for messages, reply in conversations)
@@ -204,7 +223,7 @@ class GuardEngineGuardrail(CustomGuardrail):
                 raise self._error(Blocked.by(verdict))
 
     def _messages(self, data: Mapping[str, Any]) -> Messages:
-        """A request's conversation."""
+        """The conversation in a request."""
         if messages := _conversation(data):
             return self._plain(messages)
         return [{"role": "user", "content": "\n".join(self._texts(data))}]
@@ -227,25 +246,26 @@ class GuardEngineGuardrail(CustomGuardrail):
     def _text(chunk: Any) -> str | None:
         if not hasattr(chunk, "choices"):
             raise ConfigError(
-                f"the stream has {type(chunk).__name__}, which is no chunk of a chat completion"
+                f"the stream has {type(chunk).__name__}, which is no chunk of a chat completion: only streams of "
+                "chat completions can be guarded token by token"
             )
         return chunk_text(chunk) or getattr(next(iter(chunk.choices), None), "text", None)
 
     def _error(self, error: GuardEngineError) -> GuardrailRaisedException:
-        """What the proxy makes an answer of."""
-        found = GuardrailRaisedException(
+        """The exception from which the proxy makes its answer."""
+        raised = GuardrailRaisedException(
             guardrail_name=self.guardrail_name, message=str(error), should_wrap_with_default_message=False
         )
-        # Attributes, as older releases' __init__ does not know them.
-        found.status_code = 503 if isinstance(error, ServerError | Overloaded) else 400
-        found.blocked_content = isinstance(error, Blocked)
+        # Set as attributes, because __init__ of older releases does not have these arguments.
+        raised.status_code = 503 if isinstance(error, ServerError | Overloaded) else 400
+        raised.blocked_content = isinstance(error, Blocked)
         verdict: Verdict | None = getattr(error, "verdict", None)
-        found.verdict = verdict
-        return found
+        raised.verdict = verdict
+        return raised
 
 
 def _conversation(data: Mapping[str, Any]) -> Sequence[Any]:
-    """A request's messages, which /v1/responses calls its input."""
+    """The messages of a request; /v1/responses calls them input."""
     given = data.get("messages") or data.get("input")
     is_list = isinstance(given, list) and all(isinstance(message, Mapping) for message in given)
     return given if is_list and given else []

@@ -1,12 +1,14 @@
 """Rails for NeMo Guardrails: actions for input and output rails, and whole streams, token by token.
 
-A configuration's config.py says who judges, and its Colang flows what follows (examples/nemo_config has them):
+A configuration's config.py says which guard judges, and its Colang flows what happens then (an example is
+examples/nemo_config):
 
     def init(app):
         register(app, Guard(os.environ["GUARDENGINE_URL"]))
 
-NeMo's own streaming of output rails (rails.output.streaming) hands an action windows of `chunk_size` chunks, with
-`context_size` before them: each is judged as a reply of its own. `stream_guarded` judges the reply as it grows instead.
+NeMo's own streaming of output rails (rails.output.streaming) gives an action windows of `chunk_size` chunks, with
+`context_size` chunks before them, and each window is judged as a separate reply. `stream_guarded` judges the reply as
+it grows instead.
 """
 
 from __future__ import annotations
@@ -30,10 +32,17 @@ Action = Callable[..., Awaitable[RailOutcome]]
 def actions(guard: Guard) -> tuple[Action, Action]:
     """The actions of input and output rails, guardengine_check_input and guardengine_check_output.
 
-    Both return a RailOutcome: blocked where the verdict's action is "block", with risk, category and rule in its
-    metadata. The output rail judges the conversation, so it blocks also where the prompt is unsafe. NeMo passes earlier
-    turns, but not where it streams. A conversation that could not be judged blocks (RailOutcome.failure), because rails
-    in parallel let exceptions pass; `Guard(on_unreachable="open")` is the way to let a lost server pass.
+    Both return a RailOutcome. It is blocked where the verdict's action is "block", with risk, category and rule in its
+    metadata. The output rail judges the whole conversation, so it also blocks where the prompt is unsafe. NeMo passes
+    earlier turns to the actions, but not where it streams. A conversation that could not be judged is blocked
+    (RailOutcome.failure), because rails that run in parallel ignore exceptions; to let conversations pass while a
+    server cannot be reached use `Guard(on_unreachable="open")`.
+
+    Args:
+        guard: The guard that judges.
+
+    Returns:
+        The input action and the output action.
     """
 
     @action(name=INPUT, is_system_action=True)
@@ -60,7 +69,12 @@ def actions(guard: Guard) -> tuple[Action, Action]:
 
 
 def register(app: Any, guard: Guard) -> None:
-    """Register the actions with an LLMRails, as in a config.py's `init`."""
+    """Register both actions, from the `init` of a config.py.
+
+    Args:
+        app: An LLMRails.
+        guard: The guard that judges.
+    """
     for function in actions(guard):
         app.register_action(function, function.action_meta["name"])  # type: ignore[attr-defined]
 
@@ -68,13 +82,25 @@ def register(app: Any, guard: Guard) -> None:
 async def stream_guarded(
     rails: Any, guard: Guard, messages: Sequence[Mapping[str, Any]], **options: Any
 ) -> AsyncGenerator[Any, None]:
-    """`rails.stream_async(messages=messages, **options)`, of which what is cleared comes out, token by token.
+    """Stream a reply from `rails.stream_async`, and yield only what is cleared, token by token.
 
-    Where the conversation is blocked the last chunk is NeMo's JSON of an error, code "content_blocked", as of its own
-    rails. The configuration needs no output rail of guardengine's then. NeMo ends its generation in its own time.
-    Raises what `Guard` raises.
+    When the conversation is blocked the last chunk is NeMo's JSON of an error with the code "content_blocked", as its
+    own rails send it. The configuration then needs no output rail of guardengine. NeMo does not stop its generation at
+    once.
+
+    Args:
+        rails: An LLMRails.
+        guard: The guard that judges.
+        messages: The conversation. NeMo's messages with context and events are not judged.
+        **options: Further arguments of stream_async.
+
+    Yields:
+        Chunks of stream_async.
+
+    Raises:
+        GuardEngineError: The errors of `Guard.show`.
     """
-    # NeMo's messages of context and events are no part of the conversation.
+    # NeMo's messages with context and events are no part of the conversation.
     talk = [m for m in messages if m.get("role") in ("system", "user", "assistant", "tool")]
     source = rails.stream_async(messages=list(messages), **options)
     shown = guard.show(source, text_messages(talk), text=_chunk_text, split=_split, check_prompt="beside")
@@ -111,14 +137,16 @@ def _outcome(verdict: Verdict) -> RailOutcome:
 def _messages(
     context: Mapping[str, Any] | None, events: Sequence[Mapping[str, Any]] | None, user_message: str | None
 ) -> list[dict[str, Any]]:
-    """The conversation up to the latest user turn. NeMo passes its events, but not where it streams."""
+    """The conversation up to the latest user turn, from the events that NeMo passes (it passes none where it
+    streams)."""
     from nemoguardrails.llm.filters import to_chat_messages
 
     latest = user_message if user_message is not None else (context or {}).get("user_message")
-    found: list[dict[str, Any]] = to_chat_messages(list(events or ()))
-    if found and found[-1] == {"role": "user", "content": latest}:
-        found.pop()  # there when output rails run, and not yet when input rails do
-    return [*found, {"role": "user", "content": latest or ""}]
+    earlier: list[dict[str, Any]] = to_chat_messages(list(events or ()))
+    # The latest turn is among the events when output rails run, and not yet when input rails do.
+    if earlier and earlier[-1] == {"role": "user", "content": latest}:
+        earlier.pop()
+    return [*earlier, {"role": "user", "content": latest or ""}]
 
 
 def _chunk_text(chunk: Any) -> str | None:
@@ -126,7 +154,7 @@ def _chunk_text(chunk: Any) -> str | None:
     if text is None or isinstance(text, str):
         return text
     raise ConfigError(
-        f"a chunk of the stream is {type(chunk).__name__}; text, or a dict with text, is needed"
+        f"a chunk of the stream is {type(chunk).__name__}; only text, or a dict with text, can be guarded"
     )
 
 

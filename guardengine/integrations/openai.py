@@ -1,10 +1,11 @@
 """Chat completions of OpenAI's SDK, and of servers and libraries that speak its API.
 
-chunks = await client.chat.completions.create(model=..., messages=messages, stream=True)
-async for text in guarded(chunks, stream, text=delta_text):
-    ...
+    chunks = await client.chat.completions.create(model=..., messages=messages, stream=True)
+    async for text in guarded(chunks, stream, text=delta_text):
+        ...
 
-What comes after `delta_text` is for gateways, which hand chunks on whole: see `guardengine.integrations.guard`.
+`delta_text` is all that an application needs. The functions after it are for gateways, which pass whole chunks on: see
+`guardengine.integrations.guard`.
 """
 
 from __future__ import annotations
@@ -19,20 +20,47 @@ _REASONING = ("reasoning_content", "reasoning")  # servers differ
 
 
 def delta_text(chunk: Any) -> str | None:
-    """The text of a chat.completion.chunk, an object or a dict: choices[0].delta.content. None for chunks without any
-    (the role, tool calls, usage). Raises ConfigError for another choice than the first: a stream guards one reply."""
+    """The text that a chunk adds to the reply, choices[0].delta.content.
+
+    Args:
+        chunk: A chat.completion.chunk, as an object of the SDK or as a dict.
+
+    Returns:
+        The text; None for chunks without text (the role, tool calls, usage).
+
+    Raises:
+        ConfigError: The chunk belongs to another choice than the first. A stream guards one reply.
+    """
     content: str | None = _get(_delta(chunk), "content")
     return content
 
 
 def chunk_text(chunk: Any) -> str | None:
-    """All that a reader or a tool would get of a chunk: reasoning, content, refusal, and the names and arguments of
-    tool calls. Raises as `delta_text`."""
+    """Everything in a chunk that a reader or a tool would get: reasoning, content, refusal, and the names and
+    arguments of tool calls.
+
+    Args:
+        chunk: A chat.completion.chunk, as an object of the SDK or as a dict.
+
+    Returns:
+        The texts joined; None for chunks without a delta.
+
+    Raises:
+        ConfigError: The chunk belongs to another choice than the first.
+    """
     return message_text(_delta(chunk))
 
 
 def message_text(message: Any) -> str | None:
-    """The same of a finished message, choices[i].message."""
+    """Everything in a finished message that a reader or a tool would get: reasoning, content, refusal, and the names
+    and arguments of tool calls.
+
+    Args:
+        message: The message of a choice, as an object of the SDK or as a dict; or a delta; or None.
+
+    Returns:
+        The texts joined; None for None.
+    """
     if message is None:
         return None
     reasoning = next((text for name in _REASONING if (text := _get(message, name))), "")
@@ -42,8 +70,16 @@ def message_text(message: Any) -> str | None:
 
 
 def split_chunk(chunk: Any, num_chars: int) -> tuple[Any, Any] | None:
-    """A chunk (a pydantic model) of which only the content has text, cut in two; None for others. The second part has
-    all that is not content."""
+    """Cut a chunk in two, of which the first has the first characters of its content.
+
+    Args:
+        chunk: A chat.completion.chunk, as an object of the SDK (a pydantic model).
+        num_chars: How many characters of the content the first part gets.
+
+    Returns:
+        The two parts; the second also has everything that is not content. None for a chunk that cannot be cut, because
+            it has other text than content or is no pydantic model.
+    """
     delta = _delta(chunk)
     content = _get(delta, "content")
     if not content or message_text(delta) != content or not hasattr(chunk, "model_copy"):
@@ -51,18 +87,27 @@ def split_chunk(chunk: Any, num_chars: int) -> tuple[Any, Any] | None:
     first, rest = chunk.model_copy(deep=True), chunk.model_copy(deep=True)
     first.choices[0].delta.content, rest.choices[0].delta.content = content[:num_chars], content[num_chars:]
     first.choices[0].finish_reason = None
-    for part in (first, rest):  # they are of the whole piece
+    for part in (first, rest):  # the log probabilities belong to the whole piece
         if _get(part.choices[0], "logprobs") is not None:
             part.choices[0].logprobs = None
     return first, rest
 
 
 def text_messages(messages: Iterable[Any], *, skip_media: bool = False) -> list[dict[str, str]]:
-    """A request's messages as the guard reads them: role and content, the latter one text.
+    """Convert the messages of a request into those that the guard reads: role and content, the content as one text.
 
-    Parts of a content are joined by line breaks; calls of tools follow the content. Names, ids and other fields are
-    left out. Where nobody has the role "user", the last message that is not the assistant's stands in as the prompt.
-    skip_media: leave images, audio and files out, unjudged, instead of refusing them. Raises InvalidText.
+    The parts of a content are joined by line breaks, and tool calls follow the content. Names, ids and other fields
+    are left out. When no message has the role "user", the last one that is not the assistant's becomes the prompt.
+
+    Args:
+        messages: The messages of a request, as objects of the SDK or as dicts.
+        skip_media: Leave images, audio and files out, without judging them, instead of refusing the request.
+
+    Returns:
+        One dict with role and content for each message.
+
+    Raises:
+        InvalidText: A content is neither text nor a list of parts, or it has a part that is not text.
     """
     plain = [_text_message(index, message, skip_media) for index, message in enumerate(messages)]
     if not any(message["role"] == "user" for message in plain):
@@ -80,9 +125,7 @@ def _text_message(index: int, message: Any, skip_media: bool) -> dict[str, str]:
     if content is None:
         content = ""
     if not isinstance(content, str | list | tuple):
-        raise InvalidText(
-            f"{where}.content is {type(content).__name__}; a text, or a list of parts, is needed"
-        )
+        raise InvalidText(f"{where}.content is {type(content).__name__}; pass a text, or a list of parts")
     if not isinstance(content, str):
         texts = []
         for number, part in enumerate(content):

@@ -1,10 +1,11 @@
-"""SGLang's Engine.async_generate, as deltas for `guarded`; a reply that is not wanted any more is aborted.
+"""SGLang's Engine.async_generate as deltas for `guarded`. The request of a reply that was stopped is aborted.
 
     outputs = deltas(llm, prompt, {"max_new_tokens": 512})  # llm = sglang.Engine(...)
     async for text in guarded(outputs, stream):
         ...
 
-Closing what async_generate returns does not end a request, so `deltas` calls abort_request. Needs no sglang itself.
+Closing the generator of async_generate does not end a request, so `deltas` calls abort_request. This module does not
+need sglang itself.
 """
 
 from __future__ import annotations
@@ -27,14 +28,27 @@ async def deltas(
     incremental: bool = False,
     **options: Any,
 ) -> AsyncGenerator[str | list[int], None]:
-    """What each output of one request adds: text, or with yields="ids" a list of ids of the LLM's vocabulary (pass
-    guarded its `tokenizer`, unless that is Qwen3's).
+    """What each output of one request adds to the reply. The request is aborted when this generator is closed,
+    cancelled or fails before its end.
 
-    llm: a sglang.Engine. prompt or input_ids, sampling_params and options: as async_generate takes them. rid: the
-    request's id, one that begins no other's, as SGLang aborts by prefix; made up by default. incremental: whether the
-    engine was started with incremental_streaming_output; else its outputs repeat the text before them, and `deltas`
-    cuts that off. The request is aborted when this is closed, cancelled or fails before its end. Raises ConfigError
-    for several prompts or completions, and what the engine raises.
+    Args:
+        llm: A sglang.Engine.
+        prompt: One prompt as text. Either this or `input_ids`.
+        sampling_params: Sampling parameters of async_generate; n must be 1.
+        input_ids: One prompt as ids of the LLM's vocabulary.
+        rid: The id of the request. It must not be the beginning of another request's id, because SGLang aborts by
+            prefix. None: a random one.
+        yields: "text", or "ids" for lists of ids of the LLM's vocabulary. For ids pass the LLM's `tokenizer` to
+            `guarded`, unless it is Qwen3's.
+        incremental: Whether the engine was started with incremental_streaming_output. Without it outputs repeat the
+            text before them, which `deltas` removes.
+        **options: Further arguments of async_generate.
+
+    Yields:
+        Non-empty texts or lists of ids.
+
+    Raises:
+        ConfigError: Several prompts or completions were asked for, or `yields` is another word.
     """
     if not isinstance(prompt, str | None) or (input_ids and not isinstance(input_ids[0], int)):
         raise ConfigError("several prompts were given; a stream guards one reply: call deltas for each")

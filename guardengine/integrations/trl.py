@@ -1,8 +1,9 @@
-"""Reward functions for TRL's trainers (`reward_funcs` of GRPOTrainer, RLOOTrainer and others). Needs no trl itself.
+"""Reward functions for TRL's trainers (`reward_funcs` of GRPOTrainer, RLOOTrainer and others). Does not need trl
+itself.
 
-TRL calls a reward function with keywords: prompts, completions, completion_ids, the data set's other columns,
-trainer_state, log_extra, log_metric and sometimes environments; completions are strings or lists of messages. It
-expects a list of floats, and names the reward after the function's __name__.
+TRL calls a reward function with keywords: prompts, completions, completion_ids, the other columns of the data set,
+trainer_state, log_extra, log_metric and sometimes environments. Completions are strings or lists of messages. It
+expects a list of floats, and names the reward after the __name__ of the function.
 """
 
 from __future__ import annotations
@@ -26,14 +27,24 @@ def guard_reward(
     name: str | None = None,
     **options: Any,
 ) -> RewardFunction:
-    """A reward function on an Engine, which belongs to the thread that uses it first: leave it to the trainer's.
+    """A reward function that judges with an Engine.
 
-    preference_column: the data set's column with the preference scores for hybrid, instead of a `preference` function.
-    name: what TRL calls the reward; by default "guard_only_reward" or "hybrid_reward". options: see
-    `guardengine.rewards.GuardReward`.
+    It writes the safety of thinking and output to TRL's table of completions, and the shares of unsafe completions and
+    of refusals as metrics.
 
-    It logs to the completions' table the safety of thinking and output, and as metrics the shares that are unsafe and
-    that are refusals. Raises ConfigError for options; the function raises what GuardReward does.
+    Args:
+        engine: The engine. It belongs to the thread that uses it first, so let only the trainer use it.
+        equation: "guard-only" or "hybrid", see `guardengine.rewards`.
+        preference_column: For hybrid, the column of the data set with the preference scores, instead of a `preference`
+            function.
+        name: The name of the reward in TRL's logs; by default "guard_only_reward" or "hybrid_reward".
+        **options: Further options of `guardengine.rewards.GuardReward`.
+
+    Returns:
+        A function to put into `reward_funcs`. It raises the errors of GuardReward.
+
+    Raises:
+        ConfigError: An option is not valid.
     """
     reward = GuardReward(engine, equation, **options)
 
@@ -53,8 +64,26 @@ def async_guard_reward(
     name: str | None = None,
     **options: Any,
 ) -> AsyncRewardFunction:
-    """The same as an async function on an AsyncEngine, which TRL runs beside its other async rewards, in a loop of its
-    own: the engine must not have been used in another one."""
+    """An async reward function that judges with an AsyncEngine. TRL runs it beside its other async rewards, in an
+    event loop of TRL's own.
+
+    It writes the safety of thinking and output to TRL's table of completions, and the shares of unsafe completions and
+    of refusals as metrics.
+
+    Args:
+        engine: The engine. It must not have been used in another event loop.
+        equation: "guard-only" or "hybrid", see `guardengine.rewards`.
+        preference_column: For hybrid, the column of the data set with the preference scores, instead of a `preference`
+            function.
+        name: The name of the reward in TRL's logs; by default "guard_only_reward" or "hybrid_reward".
+        **options: Further options of `guardengine.rewards.GuardReward`.
+
+    Returns:
+        A function to put into `reward_funcs`. It raises the errors of GuardReward.
+
+    Raises:
+        ConfigError: An option is not valid.
+    """
     reward = AsyncGuardReward(engine, equation, **options)
 
     async def function(
@@ -85,7 +114,8 @@ def _preferences(given: dict[str, Any], column: str | None) -> Sequence[float] |
 
 
 def _reported(rewards: list[Reward], name: str, given: dict[str, Any]) -> list[float | None]:
-    """The values, after telling TRL what they come from. Names begin with the reward's: a trainer may have several."""
+    """The values of the rewards, after they were written to TRL's logs. The names in the logs begin with the reward's
+    name, because a trainer may have several."""
     if callable(log_extra := given.get("log_extra")):
         log_extra(f"{name}/thinking", [each.thinking or "-" for each in rewards])
         log_extra(f"{name}/output", [each.output for each in rewards])

@@ -1,4 +1,4 @@
-"""Reward functions for verl. Needs no verl itself.
+"""Reward functions for verl. Does not need verl itself.
 
 verl loads a function from a file and calls it for each solution, or for a batch of them (its "batch" reward manager):
 
@@ -6,7 +6,7 @@ verl loads a function from a file and calls it for each solution, or for a batch
     custom_reward_function.name=compute_score          # or compute_score_async, or compute_scores for batches
     +custom_reward_function.reward_kwargs.checkpoint=<folder or hub id>
 
-Each process loads the engine once. The prompt is not among what verl passes on, so the data set must carry it in
+Each process loads the engine once. verl does not pass the prompt to reward functions, so the data set must have it in
 extra_info. For a preference model, or an engine of your own, write a file with
 
     scores = GuardScores(AsyncEngine.from_pretrained(...), "hybrid", preference=...)
@@ -31,11 +31,9 @@ Score = dict[str, float]
 
 
 class GuardScores:
-    """verl's reward functions on an AsyncEngine, which runs in an event loop of this object's own: the functions may be
-    called from any threads and loops, and those that are called at the same time share the engine's steps.
+    """verl's reward functions on an AsyncEngine, which runs in an event loop of this object.
 
-    prompt_key: where extra_info has the prompt, as text or messages. preference_key: where it has the preference score,
-    for hybrid, instead of a `preference` function. options: see `guardengine.rewards.GuardReward`.
+    The functions may be called from any threads and event loops. Calls at the same time share the engine's steps.
     """
 
     def __init__(
@@ -47,7 +45,19 @@ class GuardScores:
         preference_key: str | None = None,
         **options: Any,
     ) -> None:
-        """Raises ConfigError for options."""
+        """Start the event loop.
+
+        Args:
+            engine: The engine. It must not have been used in another event loop.
+            equation: "guard-only" or "hybrid", see `guardengine.rewards`.
+            prompt_key: The key of extra_info with the prompt, as text or messages.
+            preference_key: For hybrid, the key of extra_info with the preference score, instead of a `preference`
+                function.
+            **options: Further options of `guardengine.rewards.GuardReward`.
+
+        Raises:
+            ConfigError: An option is not valid.
+        """
         self._reward = AsyncGuardReward(engine, equation, **options)
         self._prompt_key, self._preference_key = prompt_key, preference_key
         self._loop = asyncio.new_event_loop()
@@ -64,8 +74,22 @@ class GuardScores:
         extra_info: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> Score:
-        """One solution's score: {"score", "guard_safe", "guard_refusal"}, the last two 0.0 or 1.0; guard_refusal is 0.0
-        where it is not known. Raises ConfigError where extra_info lacks something, and what GuardReward raises."""
+        """The score of one completion. Waits for it.
+
+        Args:
+            data_source: Not used.
+            solution_str: The completion.
+            ground_truth: Not used.
+            extra_info: Must have the prompt, and for `preference_key` the preference score.
+
+        Returns:
+            {"score", "guard_safe", "guard_refusal"}. The last two are 0.0 or 1.0; guard_refusal is 0.0 where it is not
+                known.
+
+        Raises:
+            ConfigError: extra_info lacks the prompt or the score.
+            GuardEngineError: The errors of GuardReward.
+        """
         return self._submit([solution_str], [extra_info]).result()[0]
 
     async def compute_score_async(
@@ -76,7 +100,22 @@ class GuardScores:
         extra_info: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> Score:
-        """The same without blocking the caller's loop."""
+        """The score of one completion, without blocking the caller's event loop.
+
+        Args:
+            data_source: Not used.
+            solution_str: The completion.
+            ground_truth: Not used.
+            extra_info: Must have the prompt, and for `preference_key` the preference score.
+
+        Returns:
+            {"score", "guard_safe", "guard_refusal"}. The last two are 0.0 or 1.0; guard_refusal is 0.0 where it is not
+                known.
+
+        Raises:
+            ConfigError: extra_info lacks the prompt or the score.
+            GuardEngineError: The errors of GuardReward.
+        """
         return (await asyncio.wrap_future(self._submit([solution_str], [extra_info])))[0]
 
     def compute_scores(
@@ -87,11 +126,26 @@ class GuardScores:
         extra_infos: Sequence[Mapping[str, Any] | None],
         **_: Any,
     ) -> list[Score]:
-        """A batch's scores, judged in one call of the engine."""
+        """The scores of a batch of completions, judged in one call of the engine.
+
+        Args:
+            data_sources: Not used.
+            solution_strs: The completions.
+            ground_truths: Not used.
+            extra_infos: One mapping for each completion, with the prompt, and for `preference_key` the preference
+                score.
+
+        Returns:
+            One score for each completion, in order; see `GuardScores.compute_score`.
+
+        Raises:
+            ConfigError: An extra_info lacks the prompt or the score.
+            GuardEngineError: The errors of GuardReward.
+        """
         return self._submit(list(solution_strs), list(extra_infos)).result()
 
     def close(self) -> None:
-        """Stop the loop. The engine stays open."""
+        """Stop the event loop. The engine stays open."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -119,14 +173,50 @@ _making = threading.Lock()
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None, **kwargs: Any
 ) -> Score:
-    """GuardScores.compute_score on the process's engine. kwargs: see `_process_scores`; others are ignored."""
+    """The score of one completion, from the engine of this process.
+
+    Args:
+        data_source: Not used.
+        solution_str: The completion.
+        ground_truth: Not used.
+        extra_info: Must have the prompt, and for `preference_key` the preference score.
+        **kwargs: checkpoint, revision, equation, prompt_key, preference_key, on_unjudged and engine_options, from
+            verl's reward_kwargs; others are ignored. on_unjudged is "unsafe" by default, so that a completion that is
+            too long for the guard does not end a training run.
+
+    Returns:
+        {"score", "guard_safe", "guard_refusal"}. The last two are 0.0 or 1.0; guard_refusal is 0.0 where it is not
+            known.
+
+    Raises:
+        ConfigError: extra_info lacks the prompt or the score.
+        GuardEngineError: The errors of GuardReward.
+    """
     return _process_scores(**kwargs).compute_score(data_source, solution_str, ground_truth, extra_info)
 
 
 async def compute_score_async(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None, **kwargs: Any
 ) -> Score:
-    """The same as an async function."""
+    """The score of one completion, from the engine of this process, without blocking the caller's event loop.
+
+    Args:
+        data_source: Not used.
+        solution_str: The completion.
+        ground_truth: Not used.
+        extra_info: Must have the prompt, and for `preference_key` the preference score.
+        **kwargs: checkpoint, revision, equation, prompt_key, preference_key, on_unjudged and engine_options, from
+            verl's reward_kwargs; others are ignored. on_unjudged is "unsafe" by default, so that a completion that is
+            too long for the guard does not end a training run.
+
+    Returns:
+        {"score", "guard_safe", "guard_refusal"}. The last two are 0.0 or 1.0; guard_refusal is 0.0 where it is not
+            known.
+
+    Raises:
+        ConfigError: extra_info lacks the prompt or the score.
+        GuardEngineError: The errors of GuardReward.
+    """
     scores = _process_scores(**kwargs)
     return await scores.compute_score_async(data_source, solution_str, ground_truth, extra_info)
 
@@ -138,7 +228,24 @@ def compute_scores(
     extra_infos: Sequence[Any],
     **kwargs: Any,
 ) -> list[Score]:
-    """The same for a batch."""
+    """The scores of a batch of completions, from the engine of this process.
+
+    Args:
+        data_sources: Not used.
+        solution_strs: The completions.
+        ground_truths: Not used.
+        extra_infos: One mapping for each completion, with the prompt, and for `preference_key` the preference score.
+        **kwargs: checkpoint, revision, equation, prompt_key, preference_key, on_unjudged and engine_options, from
+            verl's reward_kwargs; others are ignored. on_unjudged is "unsafe" by default, so that a completion that is
+            too long for the guard does not end a training run.
+
+    Returns:
+        One score for each completion, in order; see `compute_score`.
+
+    Raises:
+        ConfigError: An extra_info lacks the prompt or the score.
+        GuardEngineError: The errors of GuardReward.
+    """
     return _process_scores(**kwargs).compute_scores(data_sources, solution_strs, ground_truths, extra_infos)
 
 
@@ -153,9 +260,7 @@ def _process_scores(
     engine_options: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> GuardScores:
-    """This process's functions for a checkpoint and options, made once. on_unjudged: as in GuardReward, but by default
-    a completion that is too long for the guard does not end a training run. engine_options: as in
-    `AsyncEngine.from_pretrained`."""
+    """The reward functions of this process for a checkpoint and options. They are made once, and so is the engine."""
     if checkpoint is None:
         raise ConfigError(
             "reward_kwargs.checkpoint is missing: give the folder or hub id of a Qwen3Guard checkpoint "
@@ -192,7 +297,7 @@ def _from(info: Any, key: str, option: str) -> Any:
 
 
 def _plain(prompt: Any) -> Any:
-    """Parquet files give lists as arrays."""
+    """A prompt as a list: rows of Parquet files have arrays."""
     return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 
 

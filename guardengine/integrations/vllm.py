@@ -4,8 +4,8 @@
     async for text in guarded(outputs, stream, text=delta_text):
         ...
 
-When the reply is blocked `outputs` is closed, which aborts the request. With the other kinds an output repeats those
-before it: they are not deltas. Needs no vllm itself.
+When the reply is blocked `outputs` is closed, which aborts the request. Other output kinds are not supported: their
+outputs repeat the text before them. This module does not need vllm itself.
 """
 
 from __future__ import annotations
@@ -19,9 +19,20 @@ from guardengine.errors import ConfigError
 async def generate(
     llm: Any, prompt: Any, sampling_params: Any, request_id: str, **options: Any
 ) -> AsyncGenerator[Any, None]:
-    """`llm.generate` of an AsyncLLM, of which the request is aborted when this is closed, cancelled or fails before its
-    end, also where nobody closes vLLM's own generator. options: as `generate` takes them. Raises what the engine
-    raises."""
+    """Call `llm.generate`, and abort the request when this generator is closed, cancelled or fails before its end.
+
+    vLLM's own generator aborts a request only when somebody closes it.
+
+    Args:
+        llm: A vllm AsyncLLM.
+        prompt: The prompt, in any form that vLLM takes.
+        sampling_params: A SamplingParams with output_kind=RequestOutputKind.DELTA.
+        request_id: An id of this request alone.
+        **options: Further arguments of AsyncLLM.generate.
+
+    Yields:
+        vLLM's RequestOutputs.
+    """
     outputs, has_ended = llm.generate(prompt, sampling_params, request_id, **options), False
     try:
         async for output in outputs:
@@ -34,14 +45,29 @@ async def generate(
 
 
 def delta_text(output: Any) -> str | None:
-    """What a RequestOutput adds to the text, for guarded(..., text=delta_text)."""
+    """The text that an output adds to the reply, for guarded(..., text=delta_text).
+
+    Args:
+        output: A vllm RequestOutput.
+
+    Raises:
+        ConfigError: The output has several completions. A stream guards one reply.
+    """
     text: str | None = _only(output).text
     return text
 
 
 def delta_ids(output: Any) -> list[int]:
-    """What a RequestOutput adds to the ids, for guarded(..., ids=delta_ids); of an LLM with another tokenizer than
-    Qwen3's with guarded's `tokenizer`."""
+    """The ids that an output adds to the reply, for guarded(..., ids=delta_ids).
+
+    For an LLM whose tokenizer is not Qwen3's pass its tokenizer to `guarded` as well.
+
+    Args:
+        output: A vllm RequestOutput.
+
+    Raises:
+        ConfigError: The output has several completions. A stream guards one reply.
+    """
     return list(_only(output).token_ids)
 
 

@@ -32,7 +32,7 @@ class Batch:
     label_rows: Rows  # those W rows
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch in the memory of `device`."""
+        """This batch with its tensors in the memory of `device`."""
         if device.type == "cpu":
             return self
 

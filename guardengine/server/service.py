@@ -33,7 +33,7 @@ class Service:
 
     @property
     def engines(self) -> dict[str, AsyncEngine]:
-        """By the names of their models."""
+        """The engines by the names of their models."""
         both = ((self.settings.model_name, self.stream), (self.settings.gen_model_name, self.gen))
         return {name: engine for name, engine in both if engine is not None}
 
@@ -47,7 +47,8 @@ class Service:
         return self.stream
 
     def gen_engine(self, model: str | None = None) -> AsyncEngine:
-        """The same for a Gen checkpoint."""
+        """The Gen engine for a request that names `model`. Raises Refusal, 404, for another name or where there is
+        none."""
         name = self.settings.gen_model_name
         if self.gen is None:
             raise not_served("a Gen checkpoint", "start guardengine serve with --gen CHECKPOINT")

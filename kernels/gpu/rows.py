@@ -84,7 +84,7 @@ def _norm(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The same numbers as [rows, n], a row's side by side; copied only where they are not."""
+    """x as [rows, n] with the numbers of a row side by side. Copies only where they are not yet."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 

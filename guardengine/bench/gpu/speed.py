@@ -110,7 +110,7 @@ def transformers_steps(
     steps: int,
     deadline: float,
 ) -> list[dict[str, Any]]:
-    """The same points on transformers: a cache a stream, stepped in turn."""
+    """Time the points on transformers: each stream has a cache of its own, and streams are stepped in turn."""
     guard = HFGuard(folder, dtype=getattr(torch, dtype), device=device)
     rows: list[dict[str, Any]] = []
     for streams, context in points:
