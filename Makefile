@@ -8,7 +8,11 @@ TORCH_INDEX ?=
 # Two processes: the tests are small, and most of them use one core. A file stays in one, which makes its fixtures once.
 PYTEST := $(BIN)/python -P -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help install bench check test test-emulated test-gpu-interpreted test-gpu-compiled test-ray gpu-kernels gpu-check test-asan wheel lint types \
+# What guardengine plugs into, in environments of their own: their pins are not ours. A file of tests/hosts for each.
+HOSTS := langchain litellm nemo trl
+HOST_ENVIRONMENTS := tests/hosts/environments
+
+.PHONY: help install bench check test test-hosts $(HOSTS:%=test-host-%) test-emulated test-gpu-interpreted test-gpu-compiled test-ray gpu-kernels gpu-check test-asan wheel lint types \
   format clean
 
 help:
@@ -19,6 +23,7 @@ help:
 	@echo "make test-gpu-interpreted  the Triton kernels in Triton's interpreter, without a GPU (a part of make test)"
 	@echo "make test-gpu-compiled     the Triton kernels compiled for GPUs that are not here (a part of make test)"
 	@echo "make test-ray  what runs on a Ray cluster, on one of this machine (a part of make test)"
+	@echo "make test-hosts    guards in LiteLLM, NeMo Guardrails, LangChain and TRL, each in its environment (a part of make test)"
 	@echo "make gpu-kernels           record what they compile to: docs/GPU_KERNELS.md"
 	@echo "make gpu-check  on a machine with a GPU: the Triton backend against the reference, and its speed (under 10 minutes)"
 	@echo "make test-asan      the native code under AddressSanitizer and UndefinedBehaviorSanitizer, its threads under TSan"
@@ -51,7 +56,7 @@ check: lint types
 test: lint types
 	$(PYTEST)
 	$(if $(HAS_AVX512),@echo "this CPU has AVX-512 with dot products: its kernels were tested as they are",$(MAKE) test-emulated)
-	$(MAKE) -j2 test-gpu-interpreted test-gpu-compiled test-ray
+	$(MAKE) -j2 test-gpu-interpreted test-gpu-compiled test-ray test-hosts
 
 # Not empty on CPUs that have all instructions there are kernels for.
 HAS_AVX512 := $(shell for flag in avx512_bf16 avx512_vnni avx512vbmi; do grep -qw $$flag /proc/cpuinfo || exit; done; echo yes)
@@ -78,6 +83,20 @@ test-gpu-compiled: install
 # One process: its tests share a cluster.
 test-ray: install
 	$(BIN)/python -P -m pytest -q tests/on_ray
+
+# One at a time: each installs this folder.
+test-hosts: install
+	$(MAKE) -j1 $(HOSTS:%=test-host-%)
+
+$(HOSTS:%=test-host-%): test-host-%: .venv-hosts/%/installed
+	.venv-hosts/$*/bin/python -P -m pytest -q tests/hosts/test_$*.py
+
+$(HOSTS:%=.venv-hosts/%/installed): .venv-hosts/%/installed: $(HOST_ENVIRONMENTS)/%.txt $(HOST_ENVIRONMENTS)/common.txt pyproject.toml | install
+	rm -rf .venv-hosts/$*
+	$(PYTHON) -m venv .venv-hosts/$*
+	.venv-hosts/$*/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  -e '.[client,server]' -r $(HOST_ENVIRONMENTS)/common.txt -r $<
+	touch $@
 
 gpu-kernels: install
 	$(BIN)/python -P -m pytest -q tests/aot/test_kernels.py --record
@@ -108,4 +127,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info guardengine/*.so
+	rm -rf $(VENV) .venv-hosts build dist *.egg-info guardengine/*.so

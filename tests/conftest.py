@@ -64,6 +64,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in others]
 
 
+# What the machine that decides cannot have; everything else it installs, see .ci/run.
+ALLOWED_SKIPS = ("needs real weights", "needs a GPU")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With CI set, a test that skips for want of something that could be installed fails the run."""
+    if os.environ.get("CI") and forbidden_skips(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if os.environ.get("CI") and (forbidden := forbidden_skips(config)):
+        terminalreporter.section("skips that fail the run where CI is set", red=True)
+        for line in forbidden:
+            terminalreporter.line(line)
+
+
+def forbidden_skips(config: pytest.Config) -> list[str]:
+    """A line for each test that was skipped, but for ALLOWED_SKIPS."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a worker, whose reports go to the process that started it
+        return []
+    found = []
+    for report in reporter.stats.get("skipped", ()):
+        _, _, reason = report.longrepr
+        if not reason.removeprefix("Skipped: ").startswith(ALLOWED_SKIPS):
+            found.append(f"{report.nodeid}: {reason}")
+    return found
+
+
 def callspec_isa(item: pytest.Item) -> str | None:
     callspec = getattr(item, "callspec", None)
     return callspec.params.get("isa") if callspec else None

@@ -7,34 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from guarding import bad_prompts, make_bombs_unsafe
-from langchain_core.language_models.fake_chat_models import FakeMessagesListChatModel, GenericFakeChatModel
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableBinding
+from langchain_models import BAD, BAD_USER, BEFORE, GOOD, GuardedModels, Tooled, gather
 from serving import Served, served
 
 from guardengine.errors import Blocked, ConfigError, InvalidText
-from guardengine.integrations.guard import Guard
 from guardengine.integrations.langchain import GuardedChatModel
-
-GOOD = "Sure, here is café 巴黎: take a pick and some patience."
-BAD = "Sure, here is café 巴黎: take a bomb and some patience."
-BEFORE = BAD[: BAD.index(" bomb")]
-BAD_USER = {"role": "user", "content": "A bomb, a bomb"}
-
-
-class Tooled(FakeMessagesListChatModel):
-    """A fake that takes tools, keeps what it was called with, and cannot stream."""
-
-    seen: list[Any] = []  # noqa: RUF012 - pydantic copies it
-
-    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
-        return self.bind(tools=[{"name": getattr(tool, "name", None) or tool.__name__} for tool in tools])
-
-    def _generate(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        self.seen.append((messages, kwargs))
-        return super()._generate(messages, *args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +25,8 @@ def server(checkpoints) -> Iterator[Served]:
 
 
 @pytest.fixture
-def guarded(server, monkeypatch) -> Any:
-    chat = server.engine.engine.chat
-    make_bombs_unsafe(monkeypatch, chat.tokenizer)
-    bad_prompts.add(chat.render([BAD_USER]).prompt_end)
-    guard = Guard(server.url, policy={"debounce": 1})
-
-    def make(*replies: Any, **options: Any) -> GuardedChatModel:
-        messages = [AIMessage(content=r) if isinstance(r, str) else r for r in replies]
-        options.setdefault("model", GenericFakeChatModel(messages=iter(messages)))
-        return GuardedChatModel(guard=guard, **options)
-
-    return make
-
-
-async def gather(chunks: Any) -> list[Any]:
-    return [chunk async for chunk in chunks]
+def guarded(server, monkeypatch) -> GuardedModels:
+    return GuardedModels(server, monkeypatch)
 
 
 def whole(chunks: list[Any]) -> Any:
@@ -141,23 +108,6 @@ def test_tools(guarded) -> None:
     for expected in ([call["args"]], []):  # as streams
         found = whole(asyncio.run(gather(model.astream("Where?"))))
         assert [each["args"] for each in found.tool_calls] == expected
-
-
-def test_an_agent_streams_only_what_is_cleared(guarded) -> None:
-    agents = pytest.importorskip("langchain.agents", reason="langchain is not installed; its core is")
-    call = {"name": "look_up", "args": {"query": "x"}, "id": "1"}
-
-    def look_up(query: str) -> str:
-        """Look something up."""
-        return query
-
-    async def tokens() -> str:
-        fake = Tooled(responses=[AIMessage("", tool_calls=[call]), AIMessage(BAD)])
-        agent = agents.create_agent(guarded(model=fake), tools=[look_up])
-        found = await gather(agent.astream({"messages": [("user", "Where?")]}, stream_mode="messages"))
-        return "".join(chunk.content for chunk, _ in found if chunk.type in ("ai", "AIMessageChunk"))
-
-    assert asyncio.run(tokens()) == BEFORE
 
 
 def test_a_model_needs_a_guard(guarded) -> None:

@@ -5,39 +5,16 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import inspect
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from fake_gen import AsyncFakeGen, FakeGen
+from training import COMPLETIONS, Trainer
 
 from guardengine.errors import ConfigError
 from guardengine.integrations import trl, verl
-
-COMPLETIONS = ["fine", "<think>Unsafe</think>fine", "refuse"]
-
-
-class Trainer:
-    """Calls reward functions as TRL's GRPOTrainer does, and keeps what they log."""
-
-    def __init__(self) -> None:
-        self.extra: dict[str, list[Any]] = {}
-        self.metrics: dict[str, list[float]] = {}
-
-    def arguments(self, completions: list[Any], **columns: list[Any]) -> dict[str, Any]:
-        return {
-            "prompts": ["x"] * len(completions),
-            "completions": completions,
-            "completion_ids": [[1]] * len(completions),
-            "trainer_state": SimpleNamespace(global_step=1),
-            "log_extra": lambda column, values: self.extra.setdefault(column, []).extend(values),
-            "log_metric": lambda name, value: self.metrics.setdefault(name, []).append(value),
-            "environments": None,
-            **columns,
-        }
 
 
 def test_trl_calls_guard_only() -> None:
@@ -79,45 +56,6 @@ def test_trl_awaits_async_functions() -> None:
 
     assert asyncio.run(gather()) == [[2.0, -10.0, -5.0]] * 2
     assert trainer.metrics["hybrid_reward/refusal"] == [1 / 3] * 2
-
-
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
-def test_trl_itself() -> None:
-    """The trainer's own method, without a trainer."""
-    import torch
-    from trl import GRPOTrainer
-
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    functions = [
-        trl.guard_reward(FakeGen()),
-        trl.async_guard_reward(AsyncFakeGen(), "hybrid", preference_column="pm"),
-    ]
-    logged = Trainer()
-    fake = SimpleNamespace(
-        accelerator=SimpleNamespace(
-            device=torch.device("cpu"), gather=lambda values: values, is_main_process=True
-        ),
-        reward_funcs=functions,
-        reward_func_names=[function.__name__ for function in functions],
-        reward_processing_classes=[None, None],
-        state=SimpleNamespace(global_step=1),
-        environments=None,
-        async_loop=loop,
-        args=SimpleNamespace(report_to=[]),
-        _log_completion_extra=lambda column, values: logged.extra.setdefault(column, []).extend(values),
-        _log_metric=lambda name, value: logged.metrics.setdefault(name, []).append(value),
-    )
-    calculate = inspect.unwrap(GRPOTrainer._calculate_rewards)
-    inputs = [{"prompt": "x", "pm": 2.0} for _ in COMPLETIONS]
-    rewards = calculate(fake, inputs, ["x"] * 3, COMPLETIONS, [[1]] * 3)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    assert rewards.tolist() == [[1.0, 2.0], [0.0, -10.0], [1.0, -5.0]]
-    assert set(logged.metrics) == {
-        f"{f.__name__}/{what}" for f in functions for what in ("unsafe", "refusal")
-    }
 
 
 # -- verl --------------------------------------------------------------------------------------------------

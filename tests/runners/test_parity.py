@@ -90,7 +90,7 @@ def test_ragged_batch_matches_right_padded_transformers_batch(shaped: Path) -> N
         assert not (a * (1 - mask[..., None])).any()
 
 
-@pytest.mark.skipif(not REAL, reason="GUARDENGINE_CHECKPOINT names no real checkpoint")
+@pytest.mark.skipif(not REAL, reason="needs real weights: GUARDENGINE_CHECKPOINT names none")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", HOST_BACKENDS)
 def test_real_checkpoint(dtype: str, backend: str) -> None:
@@ -103,7 +103,7 @@ def test_real_checkpoint(dtype: str, backend: str) -> None:
         assert largest_difference(actual, expected) <= allowed
 
 
-@pytest.mark.skipif(not REAL, reason="GUARDENGINE_CHECKPOINT names no real checkpoint")
+@pytest.mark.skipif(not REAL, reason="needs real weights: GUARDENGINE_CHECKPOINT names none")
 def test_real_checkpoint_against_its_remote_code() -> None:
     """The released code needs transformers 4; where it does not load, the comparison is skipped and says why."""
     from transformers import AutoModel
@@ -111,7 +111,7 @@ def test_real_checkpoint_against_its_remote_code() -> None:
     try:
         released = AutoModel.from_pretrained(str(REAL), dtype=torch.float32, trust_remote_code=True).eval()
     except Exception as error:  # whatever the remote code fails with
-        pytest.skip(f"the remote code does not load: {error}")
+        pytest.skip(f"needs real weights whose code loads: {error}")
     ours = AutoGuard.from_pretrained(str(REAL), dtype="float32")
     for ids in conversations(4, longest=500, vocab_size=151_643):
         with torch.inference_mode():

@@ -1,6 +1,6 @@
 """The guardrail for LiteLLM, called as its proxy calls it, and in the proxy itself, before a fake upstream.
 
-Needs litellm[proxy], whose pins are not ours: see docs/INTEGRATIONS.md.
+make test-hosts runs it, in an environment with litellm[proxy], whose pins are not ours.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from serving import Served, served
 from guardengine.errors import ConfigError
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no look-up of prices in the network
-pytest.importorskip("litellm", reason="litellm is not installed: its pins are not ours")
 
 from litellm import ModelResponse
 from litellm.exceptions import GuardrailRaisedException
@@ -264,8 +263,6 @@ class Upstream(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def proxy(server, tmp_path_factory) -> Iterator[str]:
-    if importlib.util.find_spec("litellm_proxy_extras") is None:
-        pytest.skip("litellm[proxy] is not installed: its pins are not ours")
     upstream = ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
     threading.Thread(target=upstream.serve_forever, daemon=True).start()
     folder: Path = tmp_path_factory.mktemp("proxy")

@@ -1,4 +1,7 @@
-"""Rails for NeMo Guardrails, in the real package with its fake LLM. Its pins are not ours: see docs/INTEGRATIONS.md."""
+"""Rails for NeMo Guardrails, in the real package with its fake LLM.
+
+make test-hosts runs it, in an environment with nemoguardrails, whose pins are not ours.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,9 @@ from typing import Any
 
 import pytest
 from guarding import bad_prompts, make_bombs_unsafe
-from serving import Served, served
-
-pytest.importorskip("nemoguardrails", reason="nemoguardrails is not installed: its pins are not ours")
-
 from nemoguardrails import LLMRails, RailsConfig
 from nemoguardrails.testing import FakeLLMModel
+from serving import Served, served
 
 from guardengine.integrations.guard import Guard
 from guardengine.integrations.nemo import actions, register, stream_guarded
