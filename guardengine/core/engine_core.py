@@ -23,11 +23,12 @@ from guardengine.core.gate import Gate
 from guardengine.core.pipeline import Finished, Pipeline
 from guardengine.core.prefix_cache import salt_digest
 from guardengine.core.readout import Readout
+from guardengine.core.recorder import Recorder
 from guardengine.core.residency import PrefixHit, Residency
 from guardengine.core.scheduler import Scheduler
 from guardengine.core.state import StreamState
 from guardengine.core.token_ids import check_token_ids
-from guardengine.errors import ConfigError, Overloaded, StreamClosed, StreamTooLong
+from guardengine.errors import AuditError, ConfigError, Overloaded, StreamClosed, StreamTooLong
 from guardengine.labels import Label
 from guardengine.policy import Failure
 from guardengine.runners.runner import Runner
@@ -41,8 +42,6 @@ _COUNTERS = (
 class EngineCore:
     """Streams, their KV blocks and the queue of pending tokens around one Runner."""
 
-    is_held = False  # labels wait for something else than the model, see AuditedCore
-
     def __init__(
         self,
         config: ModelConfig,
@@ -53,9 +52,11 @@ class EngineCore:
         max_model_len: int,
         fingerprint: Fingerprint,
         clock: Callable[[], float] = time.monotonic,
+        recorder: Recorder | None = None,
     ) -> None:
         self.runner, self.pool, self.options, self.clock = runner, pool, options, clock
         self.max_model_len, self.fingerprint, self.readout = max_model_len, fingerprint, readout
+        self.recorder = Recorder() if recorder is None else recorder
         self.states: dict[str, StreamState] = {}
         self.counters = dict.fromkeys(_COUNTERS, 0)
         self.failures: dict[str, int] = {}  # "timeout-closed": streams that failed so, by kind and policy
@@ -121,11 +122,18 @@ class EngineCore:
         self._forget_labels_of(states)
 
     def _step(self) -> list[Label]:
+        self.recorder.flush()  # before the model runs: should it take the process down, what it did is on record
         self.pipeline.fill()
         finished = self.pipeline.finish_oldest() if len(self.pipeline) else []
         self.counters["steps"] += bool(finished)
         self.counters["tokens_computed"] += sum(chunk.num_tokens for chunk in finished)
-        return self._record(finished)
+        labels = self._record(finished)
+        try:
+            self.recorder.flush()
+        except AuditError:  # nothing is handed out that is not on record
+            self._undelivered += labels
+            raise
+        return labels
 
     def _record(self, finished: list[Finished]) -> list[Label]:
         """Count tokens as computed, those of prefix hits included, and return the labels that came with them."""
@@ -144,16 +152,20 @@ class EngineCore:
             self._update_queues(state, now)
             emitted += labels
         self.counters["labels"] += len(emitted)
+        self.recorder.computed(emitted, self.states)
         return emitted
 
     def land(self) -> None:
         """Finish steps in flight, so that books and blocks may be changed; their labels come with the next `step`.
 
-        A failure is left to the next `step`, which runs the same tokens again.
+        A failure is left to the next `step`, which runs the same tokens again. Raises AuditError.
         """
+        if not len(self.pipeline):
+            return
         while len(self.pipeline):
             with contextlib.suppress(Exception):
                 self._undelivered += self._record(self.pipeline.finish_oldest())
+        self.recorder.flush()
 
     # -- streams -------------------------------------------------------------------------------------------
 
@@ -180,6 +192,7 @@ class EngineCore:
         Tokens that are not computed within `timeout_s` seconds count as unjudged (Policy.on_timeout); they
         are computed all the same.
         """
+        self.recorder.check_writable()
         deadline = None if timeout_s is None else self.clock() + check_timeout(timeout_s)
         num_tokens, num_wanted = state.num_tokens, len(state.wanted)
         self.check_length(num_tokens + len(feed.token_ids), is_new=is_new)
@@ -207,9 +220,13 @@ class EngineCore:
         if deadline is not None:
             self._deadlines.add(state, num_tokens, state.num_tokens, deadline)
         self._update_queues(state, self.clock())
+        if is_new:
+            self.recorder.opened(state)
+        self.recorder.appended(state, num_tokens, feed.wanted)
 
     def fork(self, parent: StreamState, stream_id: str | None = None) -> StreamState:
         """Branch off a stream that shares the parent's computed blocks. Raises as `open` does."""
+        self.recorder.check_writable()
         self.check_open(parent)
         self.land()
         ticket = Ticket(parent.policy, stream_id, parent.tenant, None, parent.priority)
@@ -223,6 +240,7 @@ class EngineCore:
         self._enter(branch, hit and hit.for_branch(branch))
         self._deadlines.inherit(branch, parent)
         self.counters["forks"] += 1
+        self.recorder.forked(branch, parent)
         return branch
 
     def restore(self, state: StreamState, ticket: Ticket, undelivered: list[Label]) -> None:
@@ -230,15 +248,18 @@ class EngineCore:
 
         The `undelivered` ones of its labels come with the next `step`.
         """
+        self.recorder.check_writable()
         self.sweep()
         state.stream_id = self._admit(ticket)
         self.check_length(state.num_tokens, is_new=True)
         self._enter(state, None)
         self._undelivered += undelivered
         self.counters["streams_restored"] += 1
+        self.recorder.restored(state, len(undelivered))
 
     def rollback(self, state: StreamState, num_tokens: int) -> None:
         """Drop the last `num_tokens` tokens. Raises InvalidTokens where there are fewer or the template would break."""
+        self.recorder.check_writable()
         self.check_open(state)
         turns, remaining = cut(state, num_tokens)
         self.land()
@@ -255,13 +276,17 @@ class EngineCore:
         self._deadlines.drop(state, remaining)
         self._update_queues(state, self.clock())
         self.counters["rollbacks"] += 1
+        self.recorder.rolled_back(state)
 
     def close_stream(self, state: StreamState) -> None:
         """Free a stream's blocks and its place. Closing twice is fine."""
         if state.is_closed:
             return
         self._check_own(state)
-        self.land()
+        with contextlib.suppress(
+            AuditError
+        ):  # closing frees memory and must work; what has landed stays recorded
+            self.land()
         state.is_closed = True
         self._prefix_hits.pop(state.stream_id, None)
         self.scheduler.discard(state)
@@ -270,6 +295,7 @@ class EngineCore:
         self._forget_undelivered(state, 0)
         self.admission.leave(state)
         del self.states[state.stream_id]
+        self.recorder.closed(state)
 
     def abandon(self, state: StreamState) -> None:
         """Close a stream with the next `step` or `open`. May be called from any thread, in the middle of any call."""
@@ -280,14 +306,17 @@ class EngineCore:
         state.fail(failure)
         name = f"{failure}-{getattr(state.policy, f'on_{failure}')}"
         self.failures[name] = self.failures.get(name, 0) + 1
+        if self.states.get(state.stream_id) is state:
+            self.recorder.failed(state, failure)
 
     def close(self) -> None:
-        """Close every stream and refuse all further calls."""
+        """Close every stream and refuse all further calls. Raises AuditError, and may then be called again."""
         for state in list(self.states.values()):
             self.close_stream(state)
         if not self._is_closed:
             self.runner.close()
         self._is_closed = True
+        self.recorder.close()
 
     def sweep(self) -> None:
         """Close streams that nobody holds any more or that were idle for longer than idle_ttl_s."""

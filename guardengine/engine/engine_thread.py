@@ -31,7 +31,7 @@ logger = logging.getLogger("guardengine")
 
 _LEAST_NAP_S, _LONGEST_NAP_S = 0.01, 60.0
 _LAST_WORDS_S = 1.0
-_HELD_NAP_S = 0.2  # between attempts to write the audit log
+_AUDIT_NAP_S = 0.2  # between attempts to write the audit log
 
 
 class EngineThread:
@@ -154,14 +154,14 @@ class EngineThread:
                 self._receive(message)
             core.sweep()
             self._retry()
-            if len(core.pipeline) < num_in_flight and not core.is_held:  # a call has landed them
+            if len(core.pipeline) < num_in_flight and not core.recorder.is_failing:  # a call has landed them
                 self._resolve(list(self._accepted))
             self._hand_over()
             if core.has_work and not self._is_aborted:
                 self._step(engine)
                 self._retry()  # before sleep: what was computed has made room
                 self._hand_over()
-                if core.is_held and self._is_stopping:
+                if core.recorder.is_failing and self._is_stopping:
                     return
             elif self._is_stopping and calls.is_quiet:
                 return
@@ -219,8 +219,8 @@ class EngineThread:
     def _nap_s(self) -> float | None:
         """How long to sleep at most: not while there is work, and so that idle streams are closed at about their
         time."""
-        if self.core.is_held:
-            return _HELD_NAP_S
+        if self.core.recorder.is_failing:
+            return _AUDIT_NAP_S
         if self.core.has_work or self._is_stopping:
             return 0
         ttl = self.core.options.idle_ttl_s

@@ -28,7 +28,7 @@ from guardengine.gen.prompts import shared_prefixes
 from guardengine.kernels import BACKENDS, abi, load
 from guardengine.kernels.quantization import SCHEMES
 from guardengine.labels import Role
-from guardengine.records.audit_log import AuditedCore
+from guardengine.records.audit_log import AuditRecorder
 from guardengine.runners import accelerator
 from guardengine.runners.cores import memory_bytes
 from guardengine.runners.cpu_runner import CpuRunner
@@ -169,21 +169,29 @@ def load_engine(
                 if options.num_threads is not None:
                     torch.set_num_threads(options.num_threads)
                 runner = TorchRunner(ops, config, weights, cache, max_model_len)
-    parts = (
+    readout = HiddenReadout() if config.heads is None else Readout(config.heads)
+    prefix_cache = PrefixCache(cache.block_size) if options.prefix_caching else None
+    chat = _load_chat(folder, config)
+    recorder = None
+    if options.audit_log is not None:
+        recorder = AuditRecorder(
+            options.audit_log,
+            keeps_token_ids=options.audit_token_ids,
+            fingerprint=fingerprint,
+            runner=runner,
+            readout=readout,
+            block_size=cache.block_size,
+        )
+    core = EngineCore(
         config,
         runner,
-        HiddenReadout() if config.heads is None else Readout(config.heads),
-        BlockPool(
-            cache.num_blocks,
-            cache.block_size,
-            PrefixCache(cache.block_size) if options.prefix_caching else None,
-        ),
+        readout,
+        BlockPool(cache.num_blocks, cache.block_size, prefix_cache),
         options,
         max_model_len,
         fingerprint,
+        recorder=recorder,
     )
-    chat = _load_chat(folder, config)
-    core = EngineCore(*parts) if options.audit_log is None else AuditedCore(*parts)
     answering = None
     if config.heads is None and chat is not None:
         answering = _load_answering(core, chat, folder)

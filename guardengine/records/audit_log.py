@@ -26,28 +26,27 @@ it can be guessed. Whoever must not see texts should not see logits either: they
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from guardengine._version import __version__
-from guardengine.core.admission import Ticket
-from guardengine.core.engine_core import EngineCore
-from guardengine.core.feeds import Feed
-from guardengine.core.pipeline import Finished
+from guardengine.checkpoint.fingerprint import Fingerprint
 from guardengine.core.readout import Readout
-from guardengine.core.state import StreamState
+from guardengine.core.recorder import Recorder
+from guardengine.core.state import StreamState, Wanted
 from guardengine.errors import AuditError, ConfigError
 from guardengine.kernels import backend_of
 from guardengine.labels import Label
 from guardengine.policy import Failure
 from guardengine.records.codec import logits_record, policy_record, verdict_record, wanted_record
 from guardengine.records.snapshot import take_snapshot
+from guardengine.runners.runner import Runner
 
 FORMAT, VERSION = "guardengine-audit", 1
 
@@ -102,19 +101,38 @@ class AuditLog:
         self._file.close()
 
 
-class AuditedCore(EngineCore):
-    """An EngineCore that keeps an audit log, named by its options. Raises AuditError where EngineCore returns."""
+class AuditRecorder(Recorder):
+    """Keeps the audit log of an engine: see EngineCore's `recorder`."""
 
-    def __init__(self, *parts: Any) -> None:
-        super().__init__(*parts)
-        options, runner = self.options, self.runner
-        if options.audit_log is None:
-            raise ConfigError("audit_log=None: a file's path is needed")
-        weights = self.fingerprint.weights()
-        self._log = AuditLog(options.audit_log)
-        self._digests: dict[str, Any] = {}  # by stream: of the ids so far, where the log holds digests
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        keeps_token_ids: bool,
+        fingerprint: Fingerprint,
+        runner: Runner,
+        readout: Readout,
+        block_size: int,
+    ) -> None:
+        """Open the file, and write what the engine is.
+
+        Args:
+            path: the file, made when it is not there.
+            keeps_token_ids: whether ids are written, or only how many there are and the digest of all so far.
+            fingerprint, runner, readout, block_size: the engine's.
+
+        Raises:
+            ConfigError: the file cannot be opened, or another engine has it open.
+            CheckpointError: the checkpoint's files cannot be read for their digest.
+            AuditError: the file cannot be written.
+        """
+        weights = fingerprint.weights()
+        self.log = AuditLog(path)
+        self._fingerprint, self._keeps_token_ids = fingerprint, keeps_token_ids
+        self._digests: dict[str, Any] = {}  # by stream: of the ids so far, where the log has digests
         self._verdicts: dict[str, dict[str, Any]] = {}  # by stream: the newest on record
-        self._log.write(
+        self._has_ended = False
+        self.log.write(
             "start",
             format=FORMAT,
             version=VERSION,
@@ -122,70 +140,79 @@ class AuditedCore(EngineCore):
             weights=weights,
             backend=backend_of(runner.ops),
             isa=runner.isa,
-            numerics=self.fingerprint.numerics._asdict(),
-            block_size=self.pool.block_size,
-            token_ids=options.audit_token_ids,
-            classes=classes_record(self.readout),
+            numerics=fingerprint.numerics._asdict(),
+            block_size=block_size,
+            token_ids=keeps_token_ids,
+            classes=classes_record(readout),
         )
-        self._log.flush()
+        self.log.flush()
 
     @property
-    def is_held(self) -> bool:  # type: ignore[override]
-        """Whether labels wait until the log can be written."""
-        return self._log.has_failed
+    def is_failing(self) -> bool:  # type: ignore[override]
+        return self.log.has_failed
 
-    # -- what changes streams ------------------------------------------------------------------------------
+    def check_writable(self) -> None:
+        # While the log cannot be written, nothing is accepted: what is buffered would grow without end.
+        if self.log.has_failed:
+            self.log.flush()
 
-    def accept(
-        self, state: StreamState, feed: Feed, timeout_s: float | None = None, *, is_new: bool = False
-    ) -> None:
-        self._check_writable()
-        start = state.num_tokens
-        super().accept(state, feed, timeout_s, is_new=is_new)
-        if is_new:
-            self._begin(state)
-            self._write(
-                "open",
-                state,
-                tenant=state.tenant,
-                priority=state.priority,
-                policy=policy_record(state.policy),
-            )
-        self._write(
-            "tokens", state, position=start, **self._ids(state, start), wanted=wanted_record(feed.wanted)
-        )
+    def flush(self) -> None:
+        self.log.flush()
 
-    def restore(self, state: StreamState, ticket: Ticket, undelivered: list[Label]) -> None:
-        self._check_writable()
-        super().restore(state, ticket, undelivered)
-        self._begin(state)
-        snapshot = take_snapshot(state, self.fingerprint, len(undelivered))
-        if not self.options.audit_token_ids:
+    def close(self) -> None:
+        if not self._has_ended:
+            self.log.write("end")
+            self._has_ended = True
+        self.log.close()
+
+    # -- events --------------------------------------------------------------------------------------------
+
+    def opened(self, state: StreamState) -> None:
+        self._verdicts[state.stream_id] = verdict_record(state.policy.verdict(state.policy.start()))
+        policy = policy_record(state.policy)
+        self._write("open", state, tenant=state.tenant, priority=state.priority, policy=policy)
+
+    def restored(self, state: StreamState, num_undelivered: int) -> None:
+        snapshot = take_snapshot(state, self._fingerprint, num_undelivered)
+        if not self._keeps_token_ids:
             snapshot["token_ids"] = self._ids(state, 0)
         self._verdicts[state.stream_id] = verdict_record(state.verdict)
         self._write("restore", state, snapshot=snapshot)
 
-    def fork(self, parent: StreamState, stream_id: str | None = None) -> StreamState:
-        self._check_writable()
-        branch = super().fork(parent, stream_id)
-        self._begin(branch)
+    def forked(self, branch: StreamState, parent: StreamState) -> None:
         self._verdicts[branch.stream_id] = self._verdicts[parent.stream_id]
         self._write("fork", branch, parent=parent.stream_id)
-        return branch
 
-    def rollback(self, state: StreamState, num_tokens: int) -> None:
-        self._check_writable()
-        super().rollback(state, num_tokens)
+    def appended(self, state: StreamState, start: int, wanted: Sequence[Wanted]) -> None:
+        ids = self._ids(state, start)
+        self._write("tokens", state, position=start, **ids, wanted=wanted_record(wanted))
+
+    def computed(self, labels: Sequence[Label], states: Mapping[str, StreamState]) -> None:
+        by_stream: dict[str, list[Label]] = {}
+        for label in labels:
+            by_stream.setdefault(label.stream_id, []).append(label)
+        for stream_id, own in by_stream.items():
+            state = states[stream_id]
+            self._write(
+                "labels",
+                state,
+                computed=state.num_seen_tokens,
+                labels=[
+                    (label.position, label.role, label.risk, label.category, logits_record(label))
+                    for label in own
+                ],
+                **self._outcome(state),
+            )
+
+    def failed(self, state: StreamState, failure: Failure) -> None:
+        num_tokens = state.failures[-1].num_tokens
+        self._write("failure", state, failure=failure, num_tokens=num_tokens, **self._outcome(state))
+
+    def rolled_back(self, state: StreamState) -> None:
         self._digests.pop(state.stream_id, None)
         self._write("rollback", state, tokens=state.num_tokens, **self._outcome(state))
 
-    def close_stream(self, state: StreamState) -> None:
-        if state.is_closed:
-            return
-        # Closing frees memory and must work; what was in flight is in the buffer.
-        with contextlib.suppress(AuditError):
-            self.land()
-        super().close_stream(state)
+    def closed(self, state: StreamState) -> None:
         self._write(
             "close",
             state,
@@ -198,67 +225,10 @@ class AuditedCore(EngineCore):
         self._digests.pop(state.stream_id, None)
         self._verdicts.pop(state.stream_id, None)
 
-    def fail(self, state: StreamState, failure: Failure) -> None:
-        super().fail(state, failure)
-        if self.states.get(state.stream_id) is state:
-            num_tokens = state.failures[-1].num_tokens
-            self._write("failure", state, failure=failure, num_tokens=num_tokens, **self._outcome(state))
-
-    def close(self) -> None:
-        is_first = not self._is_closed
-        super().close()
-        if is_first:
-            self._log.write("end")
-        self._log.close()
-
-    # -- the step ------------------------------------------------------------------------------------------
-
-    def land(self) -> None:
-        if len(self.pipeline):
-            super().land()
-            self._log.flush()
-
-    def _step(self) -> list[Label]:
-        self._log.flush()  # before the model runs: should it take the process down, what did is on record
-        labels = super()._step()
-        try:
-            self._log.flush()
-        except AuditError:
-            self._undelivered += labels
-            raise
-        return labels
-
-    def _record(self, finished: list[Finished]) -> list[Label]:
-        labels = super()._record(finished)
-        by_stream: dict[str, list[Label]] = {}
-        for label in labels:
-            by_stream.setdefault(label.stream_id, []).append(label)
-        for stream_id, said in by_stream.items():
-            state = self.states[stream_id]
-            self._write(
-                "labels",
-                state,
-                computed=state.num_seen_tokens,
-                labels=[
-                    (label.position, label.role, label.risk, label.category, logits_record(label))
-                    for label in said
-                ],
-                **self._outcome(state),
-            )
-        return labels
-
     # -- internals -----------------------------------------------------------------------------------------
 
-    def _check_writable(self) -> None:
-        """While the log cannot be written, nothing is accepted: what is buffered would grow without end."""
-        if self._log.has_failed:
-            self._log.flush()
-
-    def _begin(self, state: StreamState) -> None:
-        self._verdicts[state.stream_id] = verdict_record(state.policy.verdict(state.policy.start()))
-
     def _write(self, event: str, state: StreamState, **values: Any) -> None:
-        self._log.write(event, stream=state.stream_id, **values)
+        self.log.write(event, stream=state.stream_id, **values)
 
     def _outcome(self, state: StreamState) -> dict[str, Any]:
         """What may be shown, and the verdict when it is not the one on record."""
@@ -271,7 +241,7 @@ class AuditedCore(EngineCore):
 
     def _ids(self, state: StreamState, start: int) -> dict[str, Any]:
         """The ids from position `start` on, or how many there are and the digest of all so far."""
-        if self.options.audit_token_ids:
+        if self._keeps_token_ids:
             return {"ids": state.token_ids[start:].tolist()}
         digest = self._digests.get(state.stream_id)
         is_new = digest is None

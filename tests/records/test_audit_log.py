@@ -17,7 +17,7 @@ import pytest
 from audit_logs import SMALL, as_logged, labels_in, records
 
 from guardengine import ConfigError, Engine, Label, Policy
-from guardengine.core.engine_core import EngineCore
+from guardengine.core.recorder import Recorder
 
 
 @pytest.fixture
@@ -228,4 +228,4 @@ def test_ids_can_be_kept_out(tiny: Path, log: Path) -> None:
 
 
 def test_no_log_no_cost(engine: Engine) -> None:
-    assert type(engine.core) is EngineCore
+    assert type(engine.core.recorder) is Recorder

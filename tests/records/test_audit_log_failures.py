@@ -47,7 +47,8 @@ class BrokenDisk:
 
 def break_disk(engine: Engine | None, room: int = 0) -> BrokenDisk:
     assert engine is not None
-    engine.core._log._file = disk = BrokenDisk(engine.core._log._file, room)  # type: ignore[attr-defined]
+    log = engine.core.recorder.log  # type: ignore[attr-defined]
+    log._file = disk = BrokenDisk(log._file, room)
     return disk
 
 
@@ -95,7 +96,7 @@ def test_an_async_engine_fails_appends_until_the_log_can_be_written(tiny: Path, 
             disk.room = 10**6
             with contextlib.suppress(AuditError):
                 await other
-            while engine.thread.core.is_held:
+            while engine.thread.core.recorder.is_failing:
                 await asyncio.sleep(0.01)
             assert len(await stream.append([8])) == 1
             assert (await engine.health())["status"] == "ok"
@@ -186,5 +187,5 @@ def test_a_full_disk_is_no_streams_fault(audited: Engine) -> None:
         with pytest.raises(AuditError):
             step_apart(audited.core, audited.canary)
     assert [stream.verdict.rule for stream in streams] == ["none"] * 4
-    audited.core._log._file.room = 10**6  # type: ignore[attr-defined]
+    audited.core.recorder.log._file.room = 10**6  # type: ignore[attr-defined]
     assert len(audited.run()) == 4
