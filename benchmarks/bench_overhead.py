@@ -187,7 +187,7 @@ def bench_host(rounds: int) -> dict[str, float]:
     watch, core = Stopwatch(), engine.core
     for name in ("schedule", "finish", "update"):
         watch.wrap(core.scheduler, name, "scheduler")
-    for name in ("take", "publish"):
+    for name in ("allocate", "publish"):
         watch.wrap(core.residency, name, "block pool and prefix cache")
     for name in ("check_pending", "update"):
         watch.wrap(core.admission, name, "admission")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,13 +63,29 @@ class Admission:
 
     def __init__(self, limits: EngineConfig) -> None:
         self._limits = limits
-        self._limits_pending = (limits.max_pending_tokens, limits.max_pending_tokens_per_tenant) != (
-            None,
-            None,
+        self._limits_pending = (
+            limits.max_pending_tokens is not None or limits.max_pending_tokens_per_tenant is not None
         )
         self.total = Usage()
+        self._names = itertools.count()
         self._tenants: dict[str, Usage] = {}
         self._pending: dict[str, int] = {}  # what is counted of each open stream
+
+    def admit(self, ticket: Ticket) -> str:
+        """The name of a stream that may be opened now: the ticket's, or a new one.
+
+        Raises:
+            ConfigError: the ticket has a value out of its range, or a name that is in use.
+            Overloaded: there is no place for one more stream, or for one more of the tenant's.
+        """
+        ticket.check()
+        stream_id = ticket.stream_id
+        if stream_id is None:
+            stream_id = next(name for i in self._names if (name := f"stream-{i}") not in self._pending)
+        if stream_id in self._pending:
+            raise ConfigError(f"stream_id={stream_id!r} is in use; choose another or close that stream")
+        self.check_place(ticket.tenant)
+        return stream_id
 
     def check_place(self, tenant: str) -> None:
         """Raise Overloaded unless one more stream may be opened."""

@@ -7,7 +7,6 @@ Knows no text, no files and no devices; single-threaded.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,10 +23,11 @@ from guardengine.core.pipeline import Finished, Pipeline
 from guardengine.core.prefix_cache import salt_digest
 from guardengine.core.readout import Readout
 from guardengine.core.recorder import Recorder
-from guardengine.core.residency import PrefixHit, Residency
+from guardengine.core.residency import Residency
 from guardengine.core.scheduler import Scheduler
 from guardengine.core.state import StreamState
 from guardengine.core.token_ids import check_token_ids
+from guardengine.core.undelivered import Undelivered
 from guardengine.errors import AuditError, ConfigError, Overloaded, StreamClosed, StreamTooLong
 from guardengine.labels import Label
 from guardengine.policy import Failure
@@ -68,9 +68,7 @@ class EngineCore:
         self.scheduler = Scheduler(options.max_num_batched_tokens)
         self.pipeline = Pipeline(runner, readout, self.scheduler, pool.block_size, options.max_step_ms, clock)
         self._deadlines = Deadlines()
-        self._names = itertools.count()
-        self._prefix_hits: dict[str, PrefixHit] = {}  # by stream: counts as computed with the next `step`
-        self._undelivered: list[Label] = []  # come with the next `step`
+        self.undelivered = Undelivered()
         self._abandoned: deque[StreamState] = deque()  # to be closed, found by the garbage collector
         self._is_closed = False
 
@@ -79,22 +77,33 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to deliver."""
-        return bool(self._undelivered or self._prefix_hits or len(self.scheduler))
+        return bool(len(self.undelivered) or self.residency.hits or len(self.scheduler))
 
     def step(self) -> list[Label]:
-        """Run one batched forward over streams with pending tokens; returns the labels that came with it.
+        """Run one batched forward over streams with pending tokens.
 
-        On a device that works by itself the next batch is launched before this one's labels are read. An
-        exception from the model changes nothing: the same tokens are pending still.
+        On a device that works by itself the next batch is launched before this one's labels are read.
+
+        Returns:
+            The labels that came with it, and those of earlier steps that were not returned yet.
+
+        Raises:
+            StreamClosed: the engine has been closed.
+            AuditError: the audit log cannot be written; the labels come with the first step after it can.
+            Exception: what the model raised. Nothing has changed: the same tokens are pending still.
         """
         self.check_engine_open()
-        self.sweep()  # may land steps and drop labels, so before undelivered ones are taken
-        labels, self._undelivered = self._undelivered, []
+        self.sweep()  # may finish steps and drop labels, so before undelivered ones are taken
+        labels = self.undelivered.pop_all()
         try:
-            return labels + self._step()
+            self.recorder.flush()  # before the model runs: should it take the process down, what it did is on record
+            self.pipeline.launch_waiting()  # scheduler -> layout -> runner
+            labels += self._record(self.pipeline.finish_oldest())  # runner -> readout -> books, blocks, queue
+            self.recorder.flush()  # and before anybody sees the labels
         except BaseException:
-            self._undelivered = labels + self._undelivered
+            self.undelivered.put_back(labels)
             raise
+        return labels
 
     def run(self) -> list[Label]:
         """Step until nothing is pending; returns all labels. After an exception the next call returns those that
@@ -104,7 +113,7 @@ class EngineCore:
             while self.has_work:
                 labels += self.step()
         except BaseException:
-            self._undelivered = labels + self._undelivered
+            self.undelivered.put_back(labels)
             raise
         return labels
 
@@ -113,36 +122,21 @@ class EngineCore:
         next `step`."""
         while any(state.num_pending_tokens for state in states):
             self.step_for(states)
-        self._forget_labels_of(states)
+        self.undelivered.drop_all_of(states)
 
     def step_for(self, states: Sequence[StreamState]) -> None:
         """One step whose labels of other streams are kept for the next `step`."""
-        self.sweep()
-        self._undelivered += self._step()
-        self._forget_labels_of(states)
-
-    def _step(self) -> list[Label]:
-        self.recorder.flush()  # before the model runs: should it take the process down, what it did is on record
-        self.pipeline.fill()
-        finished = self.pipeline.finish_oldest() if len(self.pipeline) else []
-        self.counters["steps"] += bool(finished)
-        self.counters["tokens_computed"] += sum(chunk.num_tokens for chunk in finished)
-        labels = self._record(finished)
-        try:
-            self.recorder.flush()
-        except AuditError:  # nothing is handed out that is not on record
-            self._undelivered += labels
-            raise
-        return labels
+        self.undelivered.add(self.step())
+        self.undelivered.drop_all_of(states)
 
     def _record(self, finished: list[Finished]) -> list[Label]:
         """Count tokens as computed, those of prefix hits included, and return the labels that came with them."""
         now = self.clock()
         while missed := self._deadlines.pop_missed(now):  # first: these labels came too late for it
             self.fail(missed, "timeout")
-        hits, self._prefix_hits = self._prefix_hits, {}
         emitted: list[Label] = []
-        for index, (state, num_tokens, labels) in enumerate((*hits.values(), *finished)):
+        hits = self.residency.pop_hits()
+        for index, (state, num_tokens, labels) in enumerate((*hits, *finished)):
             num_computed = state.num_computed_tokens
             if index >= len(hits) and state.num_seen_tokens > num_computed:
                 again = min(num_tokens, state.num_seen_tokens - num_computed)
@@ -151,6 +145,8 @@ class EngineCore:
             self.residency.publish(state, num_computed)
             self._update_queues(state, now)
             emitted += labels
+        self.counters["steps"] += bool(finished)
+        self.counters["tokens_computed"] += sum(chunk.num_tokens for chunk in finished)
         self.counters["labels"] += len(emitted)
         self.recorder.computed(emitted, self.states)
         return emitted
@@ -164,7 +160,7 @@ class EngineCore:
             return
         while len(self.pipeline):
             with contextlib.suppress(Exception):
-                self._undelivered += self._record(self.pipeline.finish_oldest())
+                self.undelivered.add(self._record(self.pipeline.finish_oldest()))
         self.recorder.flush()
 
     # -- streams -------------------------------------------------------------------------------------------
@@ -203,7 +199,7 @@ class EngineCore:
         try:
             # Not what is to be computed again: losing its blocks must not lock a stream out.
             self.admission.check_pending(state.tenant, len(feed.token_ids))
-            hit = self.residency.allocate(state, is_new=is_new)
+            self.residency.allocate(state, is_new=is_new)
         except BaseException as error:
             del state.token_ids[num_tokens:], state.wanted[num_wanted:]
             del state.block_digests[num_tokens // self.pool.block_size :]
@@ -215,8 +211,6 @@ class EngineCore:
         if is_new:
             self.states[state.stream_id] = state
             self.admission.enter(state)
-        if hit:
-            self._prefix_hits[state.stream_id] = hit
         if deadline is not None:
             self._deadlines.add(state, num_tokens, state.num_tokens, deadline)
         self._update_queues(state, self.clock())
@@ -231,13 +225,8 @@ class EngineCore:
         self.land()
         ticket = Ticket(parent.policy, stream_id, parent.tenant, None, parent.priority)
         branch = parent.copy(self._admit(ticket))
-        shared = parent.block_table[: self.pool.blocks_for(parent.num_scheduled_tokens)]
-        self.pool.share(shared)
-        branch.block_table = shared
-        branch.num_computed_tokens = parent.num_computed_tokens
-        branch.num_scheduled_tokens = parent.num_scheduled_tokens
-        hit = self._prefix_hits.get(parent.stream_id)
-        self._enter(branch, hit and hit.for_branch(branch))
+        self.residency.share(branch, parent)
+        self._enter(branch)
         self._deadlines.inherit(branch, parent)
         self.counters["forks"] += 1
         self.recorder.forked(branch, parent)
@@ -252,8 +241,8 @@ class EngineCore:
         self.sweep()
         state.stream_id = self._admit(ticket)
         self.check_length(state.num_tokens, is_new=True)
-        self._enter(state, None)
-        self._undelivered += undelivered
+        self._enter(state)
+        self.undelivered.add(undelivered)
         self.counters["streams_restored"] += 1
         self.recorder.restored(state, len(undelivered))
 
@@ -265,14 +254,8 @@ class EngineCore:
         self.land()
         state.turns = turns
         state.truncate(remaining, self.pool.block_size)
-        if hit := self._prefix_hits.pop(state.stream_id, None):
-            hit = hit.cut(remaining)
-            if state.is_idle:  # it was preempted, and no label of what is left is to come
-                state.advance(hit.num_tokens, [])
-            else:
-                self._prefix_hits[state.stream_id] = hit
-        self.pool.shrink(state, remaining)
-        self._forget_undelivered(state, remaining)
+        self.residency.cut(state, remaining)
+        self.undelivered.drop(state, remaining)
         self._deadlines.drop(state, remaining)
         self._update_queues(state, self.clock())
         self.counters["rollbacks"] += 1
@@ -288,11 +271,9 @@ class EngineCore:
         ):  # closing frees memory and must work; what has landed stays recorded
             self.land()
         state.is_closed = True
-        self._prefix_hits.pop(state.stream_id, None)
         self.scheduler.discard(state)
-        self.residency.idle.discard(state)
-        self.pool.shrink(state, 0)
-        self._forget_undelivered(state, 0)
+        self.residency.leave(state)
+        self.undelivered.drop(state)
         self.admission.leave(state)
         del self.states[state.stream_id]
         self.recorder.closed(state)
@@ -326,10 +307,6 @@ class EngineCore:
         while ttl is not None and (state := self.residency.idle.longest(before=self.clock() - ttl)):
             self.close_stream(state)
             self.counters["expired"] += 1
-
-    def num_undelivered(self, state: StreamState) -> int:
-        """How many of a stream's labels come with the next `step`: its newest ones."""
-        return sum(label.stream_id == state.stream_id for label in self._undelivered)
 
     # -- checks --------------------------------------------------------------------------------------------
 
@@ -368,33 +345,24 @@ class EngineCore:
     def _admit(self, ticket: Ticket) -> str:
         """The name of a stream that may be opened. Raises StreamClosed, ConfigError or Overloaded."""
         self.check_engine_open()
-        ticket.check()
-        stream_id = ticket.stream_id
-        if stream_id is None:
-            stream_id = next(name for i in self._names if (name := f"stream-{i}") not in self.states)
-        if stream_id in self.states:
-            raise ConfigError(f"stream_id={stream_id!r} is in use; choose another or close that stream")
         try:
-            self.admission.check_place(ticket.tenant)
+            return self.admission.admit(ticket)
         except Overloaded:
             self.counters["refused"] += 1
             raise
-        return stream_id
 
-    def _enter(self, state: StreamState, hit: PrefixHit | None) -> None:
+    def _enter(self, state: StreamState) -> None:
         """Let a stream with a history in, with blocks for what is pending. Raises Overloaded."""
         try:
             self.admission.check_pending(state.tenant, state.num_tokens - state.num_seen_tokens)
             if state.num_pending_tokens:
-                hit = self.residency.allocate(state, is_new=True) or hit
+                self.residency.allocate(state, is_new=True)
         except BaseException as error:
-            self.pool.shrink(state, 0)
+            self.residency.leave(state)
             self.counters["refused"] += isinstance(error, Overloaded)
             raise
         self.states[state.stream_id] = state
         self.admission.enter(state)
-        if hit:
-            self._prefix_hits[state.stream_id] = hit
         self._update_queues(state, self.clock())
 
     def _update_queues(self, state: StreamState, now: float) -> None:
@@ -411,15 +379,3 @@ class EngineCore:
             raise ConfigError(
                 f"{state.stream_id} belongs to another engine; pass it to the one that opened it"
             )
-
-    def _forget_undelivered(self, state: StreamState, num_tokens: int) -> None:
-        """Drop a stream's undelivered labels from position `num_tokens` on."""
-        self._undelivered = [
-            label
-            for label in self._undelivered
-            if label.stream_id != state.stream_id or label.position < num_tokens
-        ]
-
-    def _forget_labels_of(self, states: Sequence[StreamState]) -> None:
-        own = {state.stream_id for state in states}
-        self._undelivered = [label for label in self._undelivered if label.stream_id not in own]

@@ -110,7 +110,7 @@ class Pipeline:
     def __len__(self) -> int:
         return len(self._in_flight)
 
-    def fill(self) -> None:
+    def launch_waiting(self) -> None:
         """Launch what is waiting, as many steps as the runner wants. Raises what the runner raises, when no earlier
         step is in flight; with one in flight, the same chunks come up again after it."""
         while len(self._in_flight) < self._runner.max_in_flight:
@@ -129,7 +129,12 @@ class Pipeline:
                 raise
 
     def finish_oldest(self) -> list[Finished]:
-        """Wait for the oldest step. When it raises, every step in flight is given up and nothing was computed."""
+        """Wait for the oldest step in flight and read its labels; nothing where there is none.
+
+        When it raises, every step in flight is given up and nothing was computed.
+        """
+        if not self._in_flight:
+            return []
         step = self._in_flight[0]
         try:
             finished = self._read(step, step.launched.wait())

@@ -96,26 +96,26 @@ class Residency:
     def __init__(self, pool: BlockPool, reserve_blocks: int, copy_block: Callable[[int, int], None]) -> None:
         self.pool = pool
         self.idle = IdleStreams()
+        self.hits: dict[str, PrefixHit] = {}  # by stream: they count as computed with the next step
         self.num_preempted = 0
         self._reserve_blocks = reserve_blocks
         self._copy_block = copy_block
 
-    def allocate(self, state: StreamState, *, is_new: bool = False) -> PrefixHit | None:
+    def allocate(self, state: StreamState, *, is_new: bool = False) -> None:
         """Give the stream blocks for all of its tokens: shared ones where the prefix cache knows its beginning.
+
+        The tokens in shared blocks count as scheduled, and are in `hits` until the next step.
 
         Args:
             state: the books of the stream, whose `token_ids` are complete already.
             is_new: the stream is not open yet, so it leaves the reserve (`kv_reserve`) to those that are.
-
-        Returns:
-            The tokens that the prefix cache had, or None. They are scheduled; the caller counts them as computed.
 
         Raises:
             Overloaded: there is no room; nothing has changed.
         """
         pool, cache = self.pool, self.pool.cache
         if pool.has_room(state):  # of most appends: a few tokens in the last block
-            return None
+            return
         labels: list[Label] = []
         may_hit = cache is not None and not state.block_table
         if cache is not None and may_hit:
@@ -132,9 +132,42 @@ class Residency:
                 pool.shrink(state, 0)
                 state.drop_blocks()
             raise
-        if not may_hit or not state.num_scheduled_tokens:
-            return None
-        return PrefixHit(state, state.num_scheduled_tokens, labels).for_branch(state)
+        if may_hit and state.num_scheduled_tokens:
+            found = PrefixHit(state, state.num_scheduled_tokens, labels)
+            self.hits[state.stream_id] = found.for_branch(state)  # the labels came from another stream
+
+    def share(self, branch: StreamState, parent: StreamState) -> None:
+        """Let a new branch have the blocks that its parent has filled, and what the prefix cache had of it."""
+        branch.block_table = parent.block_table[: self.pool.blocks_for(parent.num_scheduled_tokens)]
+        branch.num_computed_tokens = parent.num_computed_tokens
+        branch.num_scheduled_tokens = parent.num_scheduled_tokens
+        self.pool.share(branch.block_table)
+        if hit := self.hits.get(parent.stream_id):
+            self.hits[branch.stream_id] = hit.for_branch(branch)
+
+    def pop_hits(self) -> list[PrefixHit]:
+        """What was found in the prefix cache since the last step, to be counted as computed now."""
+        if not self.hits:
+            return []
+        hits = list(self.hits.values())
+        self.hits.clear()
+        return hits
+
+    def cut(self, state: StreamState, num_tokens: int) -> None:
+        """The stream has lost its tokens from position `num_tokens` on: take the blocks that only those needed."""
+        if hit := self.hits.pop(state.stream_id, None):
+            hit = hit.cut(num_tokens)
+            if state.is_idle:  # it was preempted, and no label of what is left is to come
+                state.advance(hit.num_tokens, [])
+            else:
+                self.hits[state.stream_id] = hit
+        self.pool.shrink(state, num_tokens)
+
+    def leave(self, state: StreamState) -> None:
+        """The stream was closed, or is not let in: take all of its blocks."""
+        self.hits.pop(state.stream_id, None)
+        self.idle.discard(state)
+        self.pool.shrink(state, 0)
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether a new stream of `num_tokens` tokens would be given blocks."""

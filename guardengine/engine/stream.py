@@ -215,4 +215,4 @@ def snapshot_of(core: EngineCore, state: StreamState) -> dict[str, Any]:
             f"{len(held)} characters of the reply are held back, and a snapshot holds ids only; call finish_text() "
             "first, or take it when held_text is empty"
         )
-    return take_snapshot(state, core.fingerprint, core.num_undelivered(state))
+    return take_snapshot(state, core.fingerprint, core.undelivered.num_of(state))

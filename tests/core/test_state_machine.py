@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
         return sorted(state.labels + state.prompt_labels, key=lambda label: label.position)
 
     def delivered(self, stream: Stream) -> list[Label]:
-        undelivered = self.engine.core._undelivered
+        undelivered = self.engine.core.undelivered
         kept = {id(label) for label in undelivered if label.stream_id == stream.stream_id}
         return [label for label in self.recorded(stream) if id(label) not in kept]
 

@@ -160,7 +160,7 @@ def test_steps_in_flight_are_not_handed_out_by_other_calls(audited: Engine, log:
     audited.run()
     for stream in streams:
         stream.append([4])
-        core.pipeline.fill()
+        core.pipeline.launch_waiting()
     disk = break_disk(audited)
     assert len(core.pipeline) == 2
     with pytest.raises(AuditError):
@@ -170,7 +170,7 @@ def test_steps_in_flight_are_not_handed_out_by_other_calls(audited: Engine, log:
     assert [label.position for label in audited.run()] == [3, 3]
     assert len(labels_in(log)) == 4
     streams[0].append([5])
-    core.pipeline.fill()
+    core.pipeline.launch_waiting()
     disk.room = 0
     streams[0].close()  # all the same
     disk.room = 10**6
