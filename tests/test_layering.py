@@ -68,7 +68,7 @@ TORCH_FREE = (
     "gen.answers",
     "gen.grammar",
     "gen.parse",
-    "guarding.held_items",
+    "guarding.held",
     "integrations.guard",
     "integrations.openai",
     "integrations.sglang",

@@ -6,9 +6,11 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from guardengine.core.text_feeding import accepted_chars, cleared_chars
 from guardengine.engine.stream import StreamView
 from guardengine.errors import ConfigError, InvalidText, InvalidTokens
-from guardengine.guarding.held import ShownForeignIds, ShownIds, ShownText
+from guardengine.guarding.held import HeldItems, cut_sequence
+from guardengine.text.foreign_ids import ForeignIds
 
 Extractor = Callable[[Any], Any]
 
@@ -33,12 +35,26 @@ class Shape(NamedTuple):
 
 
 class Reply:
-    """One reply on one stream: deltas in, what to append out; and the part of it that may be shown, in their shape."""
+    """One reply on one stream, sync or async: deltas in, what to append out; and the part of it that may be shown, in
+    the shape that the deltas came in. It appends nothing itself.
 
-    def __init__(self, stream: StreamView, shape: Shape) -> None:
-        self._stream, self._shape = stream, shape
-        self._shown: ShownText | ShownIds | ShownForeignIds | None = None  # None: nothing has come yet
+    Text is held by characters, Qwen3's ids by tokens. Another tokenizer's ids are fed as their text, so they are held
+    by its characters, and an id that ends within a character waits for the one that completes it.
+
+    Args:
+        stream: nothing may be on its way to it when the first delta is read.
+        shape: how to read deltas.
+        num_behind: how many cleared tokens are not shown yet, the newest ones.
+    """
+
+    def __init__(self, stream: StreamView, shape: Shape, num_behind: int = 0) -> None:
+        self._stream, self._shape, self._num_behind = stream, shape, num_behind
+        self._is_text: bool | None = None  # None: nothing has come yet
         self._is_single = False  # deltas are ints
+        self._held = HeldItems[Any]()
+        self._foreign: ForeignIds | None = None
+        self._incomplete: list[int] = []  # another tokenizer's ids whose last character is not complete
+        self._num_incomplete = 0  # characters of theirs that are
 
     def read(self, deltas: Iterable[Any]) -> str | list[int]:
         """The text or the ids of some deltas. Raises InvalidText or InvalidTokens for what is neither, or not what came
@@ -46,38 +62,84 @@ class Reply:
         text, ids = "", list[int]()
         for delta in deltas:
             value = self._value(delta)
+            if value is None:
+                continue
+            if self._is_text is None:
+                self._begin(isinstance(value, str))
+            if isinstance(value, str) is not self._is_text:
+                raise InvalidText(
+                    f"a delta is {value!r:.80} after others of another kind; use text or ids only"
+                )
             if isinstance(value, str):
-                self._kind(ShownText, value)
                 text += value
-            elif value is not None:
-                self._kind(ShownIds if self._shape.tokenizer is None else ShownForeignIds, value)
+            else:
                 ids += value
-        return text if self._shown is None or isinstance(self._shown, ShownText) else ids
+        return ids if self._is_text is False else text
 
     def add(self, deltas: Iterable[Any]) -> str | list[int]:
         """What to append for some deltas, "" or [] for nothing. Raises as `read`, and InvalidTokens for ids that their
         tokenizer refuses."""
         delta = self.read(deltas)
-        match self._shown:
-            case ShownText() if isinstance(delta, str):
-                self._shown.add(delta)
-            case ShownIds() if not isinstance(delta, str):
-                self._shown.add(delta)
-            case ShownForeignIds() if not isinstance(delta, str):
-                return self._shown.add(delta)
+        if self._foreign is not None and not isinstance(delta, str):
+            return self._add_foreign(self._foreign, delta)
+        self._held.add(delta, len(delta))
         return delta
 
     def finish(self) -> str:
-        """What to append when no more comes."""
-        return self._shown.finish() if isinstance(self._shown, ShownForeignIds) else ""
+        """What to append when no more comes: the text of a character that was never completed."""
+        if self._foreign is None:
+            return ""
+        text, self._foreign = self._foreign.rest(), ForeignIds.begin(self._foreign.tokenizer)
+        self._hold_incomplete(len(text))
+        return text
 
     def take(self) -> Sequence[Any]:
         """What may be shown by now of what was not taken yet: deltas, mostly one or none."""
-        return [] if self._shown is None else self.shaped(self._shown.take())
+        num_tokens = max(self._stream.verdict.cleared - self._num_behind, 0)
+        is_by_token = self._is_text is False and self._foreign is None
+        end = num_tokens if is_by_token else cleared_chars(self._stream._state, num_tokens)
+        return self._shaped(self._held.take(end))
 
     def rest(self) -> Sequence[Any]:
-        """All that was not taken yet."""
-        return [] if self._shown is None else self.shaped(self._shown.rest())
+        """All that was not taken yet: of a finished reply that is not blocked there is nothing left to wait for."""
+        return self._shaped(self._held.rest())
+
+    def _begin(self, is_text: bool) -> None:
+        self._is_text = is_text
+        state, tokenizer = self._stream._state, self._shape.tokenizer
+        if is_text:
+            self._held = HeldItems(cut_sequence, accepted_chars(state))
+        elif tokenizer is None:
+            self._held = HeldItems(cut_sequence, state.num_assistant_tokens)
+        else:
+            self._foreign = ForeignIds.begin(tokenizer)
+            self._held = HeldItems(start=accepted_chars(state))
+
+    def _add_foreign(self, foreign: ForeignIds, token_ids: Sequence[int]) -> str:
+        pieces = list[tuple[str, bool]]()
+        for token_id in token_ids:
+            piece, foreign = foreign.read([token_id])
+            pieces.append((piece, foreign.is_pending))
+        self._foreign = foreign
+        for token_id, (piece, is_pending) in zip(token_ids, pieces, strict=True):
+            self._incomplete.append(token_id)
+            self._num_incomplete += len(piece)
+            if not is_pending:
+                self._hold_incomplete()
+        return "".join(piece for piece, _ in pieces)
+
+    def _hold_incomplete(self, num_more: int = 0) -> None:
+        """They are complete now, with so many more characters."""
+        self._held.add(self._incomplete, self._num_incomplete + num_more)
+        self._incomplete, self._num_incomplete = [], 0
+
+    def _shaped(self, parts: Sequence[Any]) -> Sequence[Any]:
+        """Parts of the reply as deltas of the shape that they came in."""
+        if self._is_text:
+            text = "".join(parts)
+            return [text] if text else []
+        ids = [token_id for part in parts for token_id in part]
+        return [ids] if ids and not self._is_single else ids
 
     def _value(self, delta: Any) -> str | list[int] | None:
         text, ids, _ = self._shape
@@ -103,18 +165,3 @@ class Reply:
                 f"a delta is {value!r:.80}, which is neither text nor token ids; pass text= or ids=, a function that "
                 "takes them from a delta"
             ) from None
-
-    def _kind(self, kind: type, value: object) -> None:
-        if self._shown is None:
-            if kind is ShownForeignIds:
-                self._shown = ShownForeignIds(self._stream, self._shape.tokenizer)
-            else:
-                self._shown = ShownText(self._stream) if kind is ShownText else ShownIds(self._stream)
-        elif type(self._shown) is not kind:
-            raise InvalidText(f"a delta is {value!r:.80} after others of another kind; use text or ids only")
-
-    def shaped(self, shown: str | list[int]) -> Sequence[Any]:
-        """A part of the reply as deltas of the shape that they came in."""
-        if not shown:
-            return []
-        return shown if self._is_single and not isinstance(shown, str) else [shown]

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
-from guardengine.core.text_feeding import accepted_chars, cleared_chars, cut_before
+from guardengine.core.text_feeding import accepted_chars, cut_before
 from guardengine.engine.async_stream import AsyncStream
 from guardengine.errors import ConfigError
 from guardengine.guarding.deltas import Extractor, Reply, Shape
@@ -118,34 +118,23 @@ def intervene(
     return run()
 
 
-class _Draft:
-    """One reply with what was shown of it and what may still be taken back."""
+class _Draft(Reply):
+    """A reply of which what was not shown may still be taken back. kept: all of it that stands."""
 
     def __init__(self, stream: AsyncStream, shape: Shape, buffer_tokens: int) -> None:
+        super().__init__(stream, shape, buffer_tokens)
         self.kept: Kept = None
-        self._stream, self._buffer_tokens = stream, buffer_tokens
-        self._reply = Reply(stream, shape)  # reads deltas
+        self._own_stream = stream
         self._num_before = stream._state.num_assistant_tokens
         self._chars_before = accepted_chars(stream._state)
-        self._num_shown = 0  # characters or ids
 
     def add(self, deltas: Iterable[Any]) -> str | list[int]:
-        delta = self._reply.read(deltas)
+        delta = super().add(deltas)
         if isinstance(delta, str):
             self.kept = (self.kept if isinstance(self.kept, str) else "") + delta
         else:
             self.kept = [*(self.kept or ()), *delta]
         return delta
-
-    def take(self) -> Sequence[Any]:
-        """What may be shown by now: what is cleared, but for the newest tokens of that."""
-        cleared = max(self._stream.verdict.cleared - self._buffer_tokens, self._num_before)
-        if isinstance(self.kept, str):
-            return self._show(cleared_chars(self._stream._state, cleared) - self._chars_before)
-        return self._show(cleared - self._num_before)
-
-    def rest(self) -> Sequence[Any]:
-        return self._show(len(self.kept or ()))
 
     async def roll_back(self) -> None:
         """Drop what is not cleared, from the stream and from what is kept."""
@@ -153,13 +142,10 @@ class _Draft:
         cleared = max(self._stream.verdict.cleared, self._num_before)
         if isinstance(self.kept, str):
             cleared, num_chars = cut_before(state, cleared)
-            self.kept = self.kept[: max(num_chars - self._chars_before, 0)]
+            num_chars = max(num_chars, self._chars_before)
+            self.kept = self.kept[: num_chars - self._chars_before]
+            self._held.cut(num_chars)
         elif self.kept is not None:
             self.kept = self.kept[: cleared - self._num_before]
-        await self._stream.rollback(max(state.num_assistant_tokens - cleared, 0))
-
-    def _show(self, end: int) -> Sequence[Any]:
-        start, kept = self._num_shown, self.kept or ""
-        shown = kept[start:end] if end > start else kept[:0]
-        self._num_shown += len(shown)
-        return self._reply.shaped(shown)
+            self._held.cut(cleared)
+        await self._own_stream.rollback(max(state.num_assistant_tokens - cleared, 0))

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from guardengine.errors import Blocked, ConfigError, Overloaded, ServerError
-from guardengine.guarding.held_items import HeldItems, Split
+from guardengine.guarding.held import HeldItems, Split
 from guardengine.guarding.pull_ahead import MAX_AHEAD, PullAhead
 from guardengine.labels import Verdict
 from guardengine.policy import OnFailure, Policy
@@ -132,9 +132,12 @@ class Guard:
                 has_blocked = stream.is_blocked
                 if not has_blocked:
                     ahead.start()
-                    held = HeldItems(text, split)
+                    held = HeldItems(split)
                     while items := await ahead.take():
-                        await stream.append(held.add(items))
+                        texts = [text(item) or "" for item in items]
+                        for item, its_text in zip(items, texts, strict=True):
+                            held.add(item, len(its_text))
+                        await stream.append("".join(texts))
                         has_blocked = stream.is_blocked
                         for item in held.take(stream.cleared_chars):
                             yield item

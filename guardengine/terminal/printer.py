@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from typing import Any, TextIO
+
+from guardengine.guarding.held import HeldItems
 
 _RISKS = {"Safe": "32", "Controversial": "33", "Unsafe": "31"}  # ANSI colours
 _ACTIONS = {"allow": "32", "flag": "33", "block": "31"}
@@ -62,30 +63,28 @@ class JudgedText:
 
     def __init__(self, printer: Printer, *, is_guarded: bool = False) -> None:
         self._printer, self._is_guarded = printer, is_guarded
-        self.text, self._at = "", 0
-        self._labels: deque[dict[str, Any]] = deque()  # of tokens that were not shown yet
+        self.text, self._num_shown, self._num_labelled = "", 0, 0  # characters
+        self._held = HeldItems[tuple[int, str]]()  # where a token ends in the text, and its risk
 
     @property
     def shown(self) -> str:
-        return self.text[: self._at]
+        return self.text[: self._num_shown]
 
     def add(self, piece: str, update: Any, *, is_over: bool = False) -> None:
         """Take in more of the reply, and what came of it. is_over: there is nothing left to wait for."""
-        is_held = self._is_guarded and (not is_over or update.verdict["action"] == "block")
         self.text += piece
-        self._labels += update.labels
-        printer = self._printer
-        while self._labels:
-            label = self._labels[0]
-            if printer.as_json:
-                printer.line({"type": "label", "label": self._labels.popleft()})
+        for label in update.labels:
+            if self._printer.as_json:
+                self._printer.line({"type": "label", "label": label})
                 continue
-            end = max(self._at, label["span"]["end_char"])
-            if is_held and end > update.cleared_chars:
-                return
-            text, self._at = printable(self.text[self._at : end]), end
-            self._labels.popleft()
-            printer.write(self._mark(text, label["risk"]))
+            end = max(self._num_labelled, label["span"]["end_char"])
+            self._held.add((end, label["risk"]), end - self._num_labelled)
+            self._num_labelled = end
+        is_held = self._is_guarded and (not is_over or update.verdict["action"] == "block")
+        for end, risk in self._held.take(update.cleared_chars) if is_held else self._held.rest():
+            text = printable(self.text[self._num_shown : end])
+            self._num_shown = end
+            self._printer.write(self._mark(text, risk))
 
     def _mark(self, text: str, risk: str) -> str:
         if not self._printer.is_colored:
