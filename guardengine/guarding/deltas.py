@@ -85,7 +85,7 @@ class Reply:
         self._held.add(delta, len(delta))
         return delta
 
-    def finish(self) -> str:
+    def end(self) -> str:
         """What to append when no more comes: the text of a character that was never completed."""
         if self._foreign is None:
             return ""

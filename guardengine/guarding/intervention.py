@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from guardengine.core.text_feeding import accepted_chars, cut_before
 from guardengine.engine.async_stream import AsyncStream
 from guardengine.errors import ConfigError
-from guardengine.guarding.deltas import Extractor, Reply, Shape
-from guardengine.guarding.guarded import (
-    OnBlock,
-    append_delta,
-    check_on_block,
-    finish_reply,
-    instead,
-    is_blocked,
-)
+from guardengine.guarding.deltas import Extractor, Shape
+from guardengine.guarding.feeding import AsyncReply, is_blocked
+from guardengine.guarding.guarded import OnBlock, check_on_block, instead
 from guardengine.guarding.pull_ahead import MAX_AHEAD, PullAhead
+from guardengine.guarding.relay import relay
 from guardengine.labels import Verdict
 
 Kept = str | list[int] | None
@@ -47,12 +43,6 @@ def intervene(
 ) -> AsyncGenerator[Any, None]:
     """Yield a reply like `guarded`, but where it is blocked, take back what is not cleared and generate on.
 
-    generate(kept, guidance): the LLM's deltas from there on, as `guarded` takes them. kept: the reply so far, str or
-    a list of ids, which the deltas continue; None at first. guidance: what `callback` returned, None at first.
-    callback(verdict, kept): is called on a block, after the stream was rolled back to its last cleared token, with the
-    verdict that blocked and what is kept. It may be async. What it returns (a hint for the LLM's context, say) is
-    handed to `generate`.
-
     A token comes out when `buffer_tokens` newer ones are cleared, or at the end of a reply that is not blocked. So
     what came out is always the beginning of what is kept. Text is cut where a token ends with a character; what
     follows is tokenized as if it began there. Keys and values are those of the kept tokens, and no others are
@@ -60,8 +50,27 @@ def intervene(
 
     It is given up after `max_retries` callbacks, and at once when rolling back does not lift the block: the prompt's,
     or that of a failure which the policy does not let pass. What was kept and not shown stays hidden then, and
-    `on_block` and `substitute` say what comes instead, as in `guarded`. For the other options, the sources that
-    `generate` returns and errors see there. Of another tokenizer pass the text (`text`), not the ids.
+    `on_block` and `substitute` say what comes instead.
+
+    Args:
+        generate: called with (kept, guidance), returns the LLM's deltas from there on, as `guarded` takes them. kept:
+            the reply so far, str or a list of ids, which the deltas continue; None at first. guidance: what `callback`
+            returned, None at first.
+        stream: nobody else may append to it meanwhile.
+        callback: called with (verdict, kept) on a block, after the stream was rolled back to its last cleared token,
+            with the verdict that blocked and what is kept. It may be async. What it returns (a hint for the LLM's
+            context, say) is handed to `generate`.
+        buffer_tokens: how many cleared tokens the reader lags behind; from 0.
+        max_retries: how often `callback` is called, at most; from 0.
+        text, ids: as in `guarded`. Of another tokenizer than Qwen3's pass the text, not the ids.
+        on_block, substitute, max_ahead, timeout_s, end_turn: as in `guarded`.
+
+    Returns:
+        An async generator of deltas, as in `guarded`.
+
+    Raises:
+        ConfigError: at once, for options that contradict each other or are out of range.
+        GuardEngineError: as `guarded`; and whatever `generate` and `callback` raise.
     """
     shape = Shape(text, ids)
     shape.check()
@@ -81,26 +90,15 @@ def intervene(
 
     async def run() -> AsyncGenerator[Any, None]:
         await stream.prompt()
-        draft = _Draft(stream, shape, buffer_tokens)
+        draft = _Draft(stream, shape, buffer_tokens, end_turn=end_turn, timeout_s=timeout_s)
         guidance: Any = None
         num_retries = 0
         while not is_blocked(stream):
             ahead = PullAhead(generate(draft.kept, guidance), max_ahead)
-            try:
-                ahead.start()
-                while deltas := await ahead.take():
-                    await append_delta(stream, draft.add(deltas), timeout_s)
-                    for shown in draft.take():
-                        yield shown
-                    if is_blocked(stream):
-                        break
-                else:
-                    await finish_reply(stream, end_turn, timeout_s)
-            finally:
-                await ahead.close()
+            async with aclosing(relay(ahead, draft)) as shown:
+                async for delta in shown:
+                    yield delta
             if not is_blocked(stream):
-                for shown in draft.rest():
-                    yield shown
                 return
             if num_retries == max_retries:
                 break
@@ -112,19 +110,18 @@ def intervene(
             guidance = callback(verdict, draft.kept)
             if inspect.isawaitable(guidance):
                 guidance = await guidance
-        for shown in instead(stream.verdict, on_block, substitute):
-            yield shown
+        for delta in instead(stream.verdict, on_block, substitute):
+            yield delta
 
     return run()
 
 
-class _Draft(Reply):
+class _Draft(AsyncReply):
     """A reply of which what was not shown may still be taken back. kept: all of it that stands."""
 
-    def __init__(self, stream: AsyncStream, shape: Shape, buffer_tokens: int) -> None:
-        super().__init__(stream, shape, buffer_tokens)
+    def __init__(self, stream: AsyncStream, shape: Shape, buffer_tokens: int, **options: Any) -> None:
+        super().__init__(stream, shape, buffer_tokens, **options)
         self.kept: Kept = None
-        self._own_stream = stream
         self._num_before = stream._state.num_assistant_tokens
         self._chars_before = accepted_chars(stream._state)
 
@@ -138,8 +135,8 @@ class _Draft(Reply):
 
     async def roll_back(self) -> None:
         """Drop what is not cleared, from the stream and from what is kept."""
-        state = self._stream._state
-        cleared = max(self._stream.verdict.cleared, self._num_before)
+        state = self.stream._state
+        cleared = max(self.stream.verdict.cleared, self._num_before)
         if isinstance(self.kept, str):
             cleared, num_chars = cut_before(state, cleared)
             num_chars = max(num_chars, self._chars_before)
@@ -148,4 +145,4 @@ class _Draft(Reply):
         elif self.kept is not None:
             self.kept = self.kept[: cleared - self._num_before]
             self._held.cut(cleared)
-        await self._own_stream.rollback(max(state.num_assistant_tokens - cleared, 0))
+        await self.stream.rollback(max(state.num_assistant_tokens - cleared, 0))

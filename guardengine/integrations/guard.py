@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from contextlib import AsyncExitStack, aclosing
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from guardengine.errors import Blocked, ConfigError, Overloaded, ServerError
 from guardengine.guarding.held import HeldItems, Split
 from guardengine.guarding.pull_ahead import MAX_AHEAD, PullAhead
+from guardengine.guarding.relay import relay
 from guardengine.labels import Verdict
 from guardengine.policy import OnFailure, Policy
 
@@ -128,29 +129,16 @@ class Guard:
         try:
             if check_prompt == "beside":
                 ahead.start()
-            async with await self.open(messages) as stream:
-                has_blocked = stream.is_blocked
-                if not has_blocked:
-                    ahead.start()
-                    held = HeldItems(split)
-                    while items := await ahead.take():
-                        texts = [text(item) or "" for item in items]
-                        for item, its_text in zip(items, texts, strict=True):
-                            held.add(item, len(its_text))
-                        await stream.append("".join(texts))
-                        has_blocked = stream.is_blocked
-                        for item in held.take(stream.cleared_chars):
+            async with await self.open(messages) as conversation:
+                if not conversation.is_blocked:
+                    reply = _Reply(conversation, text, split)
+                    async with aclosing(relay(ahead, reply)) as shown:
+                        async for item in shown:
                             yield item
-                        if has_blocked:
-                            break
-                    else:
-                        await stream.finish()
-                        has_blocked = stream.is_blocked
-                        for item in held.take(stream.cleared_chars) if has_blocked else held.rest():
-                            yield item
-                if has_blocked:
-                    await ahead.close()  # the LLM need not wait until somebody has heard of it
-                    raise Blocked.by(stream.verdict)
+                if conversation.is_blocked:
+                    # The LLM need not wait until somebody has heard of it.
+                    await ahead.close()
+                    raise Blocked.by(conversation.verdict)
         finally:
             await ahead.close()
 
@@ -251,6 +239,35 @@ class GuardedConversation:
                 raise
             _LOG.critical("a conversation goes on without a guard, as on_unreachable='open': %s", error)
             self._is_unguarded = True
+
+
+class _Reply(Generic[T]):
+    """A host's items on a conversation, for `relay`."""
+
+    def __init__(
+        self, conversation: GuardedConversation, text: Callable[[T], str | None], split: Split[T] | None
+    ) -> None:
+        self._conversation, self._text = conversation, text
+        self._held = HeldItems(split)
+
+    @property
+    def is_blocked(self) -> bool:
+        return self._conversation.is_blocked
+
+    async def append(self, items: list[T]) -> None:
+        texts = [self._text(item) or "" for item in items]
+        for item, text in zip(items, texts, strict=True):
+            self._held.add(item, len(text))
+        await self._conversation.append("".join(texts))
+
+    async def finish(self) -> None:
+        await self._conversation.finish()
+
+    def take(self) -> list[T]:
+        return self._held.take(self._conversation.cleared_chars)
+
+    def rest(self) -> list[T]:
+        return self._held.rest()
 
 
 class _Stream(Protocol):

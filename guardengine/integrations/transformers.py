@@ -21,8 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 from guardengine.engine.engine import Engine
 from guardengine.engine.stream import Stream
 from guardengine.errors import ConfigError
-from guardengine.guarding.deltas import Reply, Shape
-from guardengine.guarding.guarded import can_end_turn, is_blocked
+from guardengine.guarding.deltas import Shape
+from guardengine.guarding.feeding import SyncReply
 from guardengine.labels import Verdict
 
 
@@ -172,14 +172,15 @@ class _Row:
 
     def __init__(self, stream: Stream, shape: Shape, eos: frozenset[int]) -> None:
         self.stream, self._eos = stream, eos
-        self._reply = Reply(stream, shape)
+        # The engine is run for all rows at once.
+        self._reply = SyncReply(stream, shape, run=lambda: None)
         self._num_fed = 0  # of the row's new tokens
         self._ending: list[int] = []  # the token that ended it
         self._is_finished = False
 
     @property
     def is_blocked(self) -> bool:
-        return is_blocked(self.stream)
+        return self._reply.is_blocked
 
     def feed(self, ids: list[int]) -> None:
         """Append what of the row's new tokens, all of them so far, was not appended yet. What comes after its end, or
@@ -191,18 +192,14 @@ class _Row:
             if token_id in self._eos:
                 new, self._ending = new[:index], [token_id]
                 break
-        self._append(self._reply.add([new]))
+        self._reply.append([new])
 
     def finish(self) -> None:
         """Append the rest of the reply and its end."""
         if self._is_finished or self.is_blocked:
             return
         self._is_finished = True
-        self._append(self._reply.finish())
-        if can_end_turn(self.stream):
-            self.stream.finish_text()
-        elif self.stream.held_text:
-            self.stream.finish_text(end_turn=False)
+        self._reply.finish()
 
     def take(self) -> list[int]:
         """Ids of the reply that are cleared by now, and were not taken."""
@@ -212,9 +209,3 @@ class _Row:
         """All that were not taken, with the one that ended the row."""
         ending, self._ending = self._ending, []
         return [*(token_id for ids in self._reply.rest() for token_id in ids), *ending]
-
-    def _append(self, delta: str | list[int]) -> None:
-        if isinstance(delta, str):
-            self.stream.append_text(delta)
-        elif delta:
-            self.stream.append(delta)

@@ -15,7 +15,7 @@ from typing import Any
 from guardengine.engine.async_engine import AsyncEngine
 from guardengine.engine.async_stream import AsyncStream
 from guardengine.errors import GuardEngineError, Overloaded, StreamTooLong
-from guardengine.guarding.guarded import finish_reply
+from guardengine.guarding.feeding import finish_reply
 from guardengine.labels import Verdict
 from guardengine.policy import Failure, Policy
 from guardengine.proxy.errors import broken
