@@ -13,7 +13,7 @@ HOSTS := langchain litellm nemo trl
 HOST_ENVIRONMENTS := tests/hosts/environments
 
 .PHONY: help install bench check test test-hosts $(HOSTS:%=test-host-%) test-emulated test-gpu-interpreted test-gpu-compiled test-ray gpu-kernels gpu-check test-asan wheel lint types \
-  format clean
+  docs format clean
 
 help:
 	@echo "make bench    install, build, and run the throughput benchmark (random weights, under 3 minutes)"
@@ -24,10 +24,11 @@ help:
 	@echo "make test-gpu-compiled     the Triton kernels compiled for GPUs that are not here (a part of make test)"
 	@echo "make test-ray  what runs on a Ray cluster, on one of this machine (a part of make test)"
 	@echo "make test-hosts    guards in LiteLLM, NeMo Guardrails, LangChain and TRL, each in its environment (a part of make test)"
-	@echo "make gpu-kernels           record what they compile to: docs/GPU_KERNELS.md"
+	@echo "make gpu-kernels           record what they compile to: docs/reference/gpu-kernels.md"
 	@echo "make gpu-check  on a machine with a GPU: the Triton backend against the reference, and its speed (under 10 minutes)"
 	@echo "make test-asan      the native code under AddressSanitizer and UndefinedBehaviorSanitizer, its threads under TSan"
 	@echo "make wheel    dist/: a wheel for this platform, tried in an environment without a compiler"
+	@echo "make docs     build/site: the documentation, built strictly"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make clean    remove everything that make made"
 
@@ -121,6 +122,9 @@ wheel: install
 	  $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 	$(PYTHON) tests/native/check_wheel.py dist/*.whl $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+docs: install
+	$(BIN)/mkdocs build --strict
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -38,7 +38,8 @@ TEMPLATE_TOKENS = 15
 
 def conversations(count: int, tokenizer: Tokenizer, rng: random.Random) -> list[dict[str, str]]:
     """Prompts and responses of random words, a third to two thirds of the tokens in the response."""
-    words = sorted(set(re.findall(r"[a-z]{2,}", (ROOT / "DECISIONS.md").read_text())))
+    pages = (page.read_text() for page in (ROOT / "docs" / "design").glob("*.md"))
+    words = sorted(set(re.findall(r"[a-z]{2,}", "".join(pages))))
     rows = []
     for _ in range(count):
         num_tokens = rng.randint(SHORTEST, LONGEST) - TEMPLATE_TOKENS

@@ -43,10 +43,11 @@ SIZES: dict[str, Callable[[random.Random], int]] = {
 
 
 def texts() -> dict[str, str]:
+    pages = sorted((ROOT / "docs" / "design").glob("*.md"))
     return {
-        "English": (ROOT / "DECISIONS.md").read_text()[:12_000],
+        "English": "".join(page.read_text() for page in pages)[:12_000],
         "Chinese": CHINESE,
-        "code": (ROOT / "guardengine" / "core.py").read_text()[:12_000],
+        "code": (ROOT / "guardengine" / "core" / "engine_core.py").read_text()[:12_000],
     }
 
 

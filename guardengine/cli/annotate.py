@@ -75,7 +75,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="rows that are read, and sorted by length, at a time (default: %(default)s)",
     )
     running.add_argument("--quiet", action="store_true", help="no progress bar")
-    cluster = annotator.add_argument_group("on a Ray cluster (docs/RAY.md)")
+    cluster = annotator.add_argument_group("on a Ray cluster (docs/serving/ray.md)")
     cluster.add_argument(
         "--ray", action="store_true", help="judge rows there; IN and OUT stay on this machine"
     )

@@ -42,7 +42,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="moderate an LLM server's chat completions: a reverse proxy",
         description="Stand before an OpenAI-compatible server (vLLM, SGLang, llama.cpp, transformers serve, OpenAI): "
         "judge every prompt while it is at work on it, and every token of its replies before they are shown. SIGTERM "
-        "lets replies finish; a second one ends at once. See docs/PROXY.md.",
+        "lets replies finish; a second one ends at once. See docs/serving/proxy.md.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Stream: a folder, or a hub id")
     parser.add_argument("--revision", help="of a hub id")

@@ -28,7 +28,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="serve a checkpoint on a Ray cluster",
         description="What `guardengine serve` does, by replicas all over a Ray cluster, as Ray Serve runs them: more "
         "of them where engines lag, new ones where one dies. Stays until SIGTERM or SIGINT, which end the application. "
-        "See docs/RAY.md.",
+        "See docs/serving/ray.md.",
     )
     _add_options(parser)
     parser.set_defaults(run=_run)

@@ -119,7 +119,7 @@ class GuardClient:
         Args:
             messages: The conversation so far, objects with "role" and "content". A last message of the assistant is
                 the beginning of the reply. Either this or `token_ids`.
-            **options: The other fields of "open" in docs/PROTOCOL.md: token_ids, role, policy, labels, scores,
+            **options: The other fields of "open" in docs/serving/protocol.md: token_ids, role, policy, labels, scores,
                 priority, cache_salt, timeout_s.
 
         Returns:

@@ -37,7 +37,7 @@ class Guard:
     checkpoint: loads an AsyncEngine with `engine_options`, in a thread; the first call waits for it.
 
     policy: a Policy (not with a url), or its options as a dict with "preset": "strict" or "loose" beside them, as
-    docs/PROTOCOL.md has them. None: strict, or what the server was started with.
+    docs/serving/protocol.md has them. None: strict, or what the server was started with.
     timeout_s: for an answer; with an engine see Policy.on_timeout. reconnect_s: for how long a lost server is sought.
     on_unreachable: what becomes of conversations while the server cannot be reached, fails or refuses for lack of room
     (with an engine: the last). "closed" raises ServerError or Overloaded; "open" lets them pass: the verdict's rule is

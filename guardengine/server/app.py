@@ -54,7 +54,7 @@ def create_app(
         ],
         title="guardengine",
         description="Safety moderation with Qwen3Guard. The WebSocket at /v1/guard/stream is described in "
-        "docs/PROTOCOL.md.",
+        "docs/serving/protocol.md.",
     )
 
 

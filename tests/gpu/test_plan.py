@@ -143,7 +143,7 @@ def test_a_lone_item_by_hand() -> None:
 
 
 def test_planning_takes_no_time_to_speak_of() -> None:
-    """Far above what was measured (SPEED.md): catches a loop over streams or rows, not a slow machine."""
+    """Far above what was measured (docs/speed/h100.md): catches a loop over streams or rows, not a slow machine."""
     batch = Batch([[1023]] * 64, 16)
     elapsed = []
     for _ in range(50):

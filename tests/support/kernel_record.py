@@ -14,7 +14,7 @@ from guardengine.kernels.gpu import WIDE_MMA
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "gpu-kernels.json"
-PAGE = ROOT / "docs" / "GPU_KERNELS.md"
+PAGE = ROOT / "docs" / "reference" / "gpu-kernels.md"
 
 Table = dict[str, dict[str, list[Measured]]]  # gpu -> configuration -> its launches
 

@@ -30,7 +30,7 @@ _MEMORY_SHARE = 0.9  # of the GPU's, for weights and KV cache
 @dataclass(frozen=True, slots=True)
 class Assumptions:
     """What is not counted. Bandwidth, gaps and the host's times are fitted to steps of 0.6B measured on an H100 with a
-    Xeon (SPEED.md); L2 and multiplications are guesses from published measurements of other engines."""
+    Xeon (docs/speed/h100.md); L2 and multiplications are guesses from published measurements of other engines."""
 
     bandwidth_share: float = 0.85  # of the peak, while a kernel streams
     l2_speed: float = 2.5  # bandwidth of L2 over the memory's peak

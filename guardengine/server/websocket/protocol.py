@@ -1,4 +1,4 @@
-"""The messages of guardengine.v1, the WebSocket protocol: docs/PROTOCOL.md. Pure: frames in, operations out."""
+"""The messages of guardengine.v1, the WebSocket protocol: docs/serving/protocol.md. Pure: frames in, operations out."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def read_frame(frame: str) -> Operation:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         kinds = ("open", "append", "finish", "rollback", "fork", "close")
         place = ".".join(str(step) for step in first["loc"] if step not in kinds)[:200]
-        text = f"{place or 'the message'}: {first['msg']}; see docs/PROTOCOL.md"
+        text = f"{place or 'the message'}: {first['msg']}; see docs/serving/protocol.md"
         raise Refusal(400, text, "invalid_request", param=place or None) from None
 
 

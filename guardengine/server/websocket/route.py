@@ -1,4 +1,4 @@
-"""The WebSocket at /v1/guard/stream: many streams on one connection. Messages: stream_protocol.py, docs/PROTOCOL.md.
+"""The WebSocket at /v1/guard/stream: many streams on one connection. Messages: docs/serving/protocol.md.
 
 One task reads frames and hands them to their streams, waiting where a stream has enough to do; one writes events, for
 which streams wait where the client does not read. Nothing is queued without a bound.
