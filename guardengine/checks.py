@@ -28,6 +28,26 @@ def whole_number(name: str, value: Any, smallest: int, largest: int) -> int:
     return value
 
 
+def number(name: str, value: Any, low: float, below: float, *, includes_low: bool = True) -> float:
+    """Check a real number.
+
+    Args:
+        name: The option, for the error.
+        value: Anything. True and False are no numbers here, nor is NaN.
+        low: Where the allowed values begin.
+        below: Where they end; this value itself is not allowed.
+        includes_low: Whether `low` itself is allowed.
+
+    Raises:
+        ConfigError: It is not a number in that range.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value < below or (value == low and not includes_low):
+        start = "from" if includes_low else "above"
+        raise ConfigError(f"{name}={value!r}: pass a number {start} {low:g} and below {below:g}")
+    return value  # type: ignore[no-any-return]
+
+
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     """Check one of a few strings.
 

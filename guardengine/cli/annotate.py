@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from guardengine.cli.options import Commands, add_engine_options, engine_options
 from guardengine.errors import ConfigError
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add the command to the parser of `guardengine`."""
     annotator = commands.add_parser(
         "annotate",
@@ -64,9 +65,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--restart", action="store_true", help="begin anew, whatever an earlier run has left or finished"
     )
     running = annotator.add_argument_group("running")
-    running.add_argument("--backend", default="auto", help="the engine's operators (%(default)s)")
-    running.add_argument("--quantization", help="of the weights: int8 or w8a8")
-    running.add_argument("--threads", type=int, metavar="N", help="default: one a core")
+    add_engine_options(running, "backend", "quantization", "num_threads")
     running.add_argument(
         "--batch-rows",
         type=int,
@@ -107,10 +106,8 @@ def _run(arguments: argparse.Namespace) -> int:
         prefix=arguments.prefix,
         limit=arguments.limit,
         revision=arguments.revision,
-        backend=arguments.backend,
-        quantization=arguments.quantization,
-        num_threads=arguments.threads,
         window_rows=arguments.batch_rows,
+        **engine_options(arguments),
     )
     judging = None
     if arguments.ray:
@@ -119,7 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
         actors = Actors(
             address=arguments.ray_address,
             num_actors=arguments.ray_actors,
-            num_cpus=arguments.threads,
+            num_cpus=arguments.num_threads,
             num_gpus=arguments.ray_gpus,
         )
         judging = judging_on(actors, arguments.checkpoint, options)

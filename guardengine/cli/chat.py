@@ -12,13 +12,14 @@ from typing import Any
 
 from guardengine.cli import upstream_key
 from guardengine.cli.moderate import KEY_VARIABLE, add_judge, policy_of
+from guardengine.cli.options import Commands, engine_options
 from guardengine.errors import GuardEngineError
 from guardengine.terminal.printer import Printer, printable
 
 _HELP = "/reset forgets the conversation, /quit leaves, Ctrl-C stops a reply"
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add the command to the parser of `guardengine`."""
     chat = commands.add_parser(
         "chat",
@@ -83,7 +84,7 @@ async def _begin(stack: AsyncExitStack, arguments: argparse.Namespace, notes: Pr
     if arguments.url is not None:
         judge = judges.served_chat(arguments.url, os.environ.get(KEY_VARIABLE), policy)
     else:
-        options = {"revision": arguments.revision, "backend": arguments.backend}
+        options = {"revision": arguments.revision, **engine_options(arguments)}
         judge = judges.chat_in_process(arguments.checkpoint, policy, **options)
     opened = await stack.enter_async_context(judge)
     return GuardedChat(opened, upstream, Printer(sys.stdout, False, arguments.color), notes.line)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from guardengine.cli.options import Commands, add_engine_options, engine_options
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+
+def add_command(commands: Commands) -> None:
     """Add `evaluate` to the command line."""
     parser = commands.add_parser(
         "evaluate",
@@ -41,11 +43,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--max-rows", type=int, metavar="N", help="the first N rows of each file only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, curves included")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write pictures of them")
-    parser.add_argument("--backend", default="auto", help="the engine's operators (%(default)s)")
-    parser.add_argument("--device", default="auto", help="(%(default)s)")
-    parser.add_argument("--dtype", default="auto", help="(%(default)s: the checkpoint's)")
-    parser.add_argument("--quantization", metavar="SCHEME", help="int8 or w8a8")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one a core")
+    add_engine_options(parser, "device", "backend", "dtype", "quantization", "num_threads")
     parser.set_defaults(run=_run)
 
 
@@ -75,11 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
         max_rows=arguments.max_rows,
         revision=arguments.revision,
         progress=True,
-        backend=arguments.backend,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        quantization=arguments.quantization,
-        num_threads=arguments.threads,
+        **engine_options(arguments),
     )
     print(markdown(report))
     if arguments.json is not None:

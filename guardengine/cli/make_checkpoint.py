@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from guardengine.checkpoint.presets import PRESETS
+from guardengine.cli.options import Commands
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add the command to the parser of `guardengine`."""
     maker = commands.add_parser(
         "make-checkpoint",

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from guardengine.cli.options import Commands, add_engine_options, engine_options
 from guardengine.errors import ConfigError
 from guardengine.terminal.printer import JudgedText, Printer
 
 KEY_VARIABLE = "GUARDENGINE_API_KEY"
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add the command to the parser of `guardengine`."""
     moderator = commands.add_parser(
         "moderate",
@@ -39,10 +40,11 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--url", help="of `guardengine serve`; its API key is read from GUARDENGINE_API_KEY")
     where.add_argument("--checkpoint", metavar="CHECKPOINT", help="Stream: a folder or hub id, loaded here")
     parser.add_argument("--revision", help="of a hub id")
-    parser.add_argument("--backend", default="auto", help="with --checkpoint (default: %(default)s)")
     parser.add_argument("--policy", choices=("strict", "loose"), default="strict")
     parser.add_argument("--debounce", type=int, metavar="N", help="tokens in a row that decide")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    engine = parser.add_argument_group("engine, with --checkpoint")
+    add_engine_options(engine, "device", "backend", "dtype", "quantization", "num_threads")
 
 
 def policy_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def _judge(arguments: argparse.Namespace, messages: list[dict[str, str]], policy
 
     if arguments.url is not None:
         return judges.served(arguments.url, os.environ.get(KEY_VARIABLE), messages, policy)
-    options = {"revision": arguments.revision, "backend": arguments.backend}
+    options = {"revision": arguments.revision, **engine_options(arguments)}
     return judges.in_process(arguments.checkpoint, messages, policy, **options)
 
 

@@ -5,27 +5,35 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from guardengine.cli.serve import ENGINE, add_access, add_logs, add_options, given
+from guardengine.cli.options import (
+    Commands,
+    add_access,
+    add_engine_options,
+    add_logs,
+    add_options,
+    engine_options,
+    given,
+)
 
 _TIMES = (
-    ("prompt-timeout-s", float, "until the prompt's label is there"),
-    ("append-timeout-s", float, "until the labels of a piece of the reply are"),
-    ("connect-timeout-s", float, "until the upstream takes a connection"),
-    ("upstream-timeout-s", float, "of the upstream's silence"),
+    ("prompt_timeout_s", float, "until the prompt's label is there"),
+    ("append_timeout_s", float, "until the labels of a piece of the reply are"),
+    ("connect_timeout_s", float, "until the upstream takes a connection"),
+    ("upstream_timeout_s", float, "of the upstream's silence"),
 )
 _SIZES = (
-    ("max-choices", int, "n of a request"),
-    ("max-event-bytes", int, "of one event of the upstream's"),
-    ("max-reply-bytes", int, "of one reply that is not streamed"),
+    ("max_choices", int, "n of a request"),
+    ("max_event_bytes", int, "of one event of the upstream's"),
+    ("max_reply_bytes", int, "of one reply that is not streamed"),
 )
 _LIMITS = (
-    ("max-body-bytes", int, "of a request"),
-    ("max-requests", int, "at a time"),
-    ("max-connections", int, "at a time"),
-    ("header-timeout-s", float, "until a request's headers are there"),
-    ("body-timeout-s", float, "until its body is"),
-    ("request-timeout-s", float, "until the end of its answer (default: 600)"),
-    ("drain-timeout-s", float, "that replies have to finish after SIGTERM"),
+    ("max_body_bytes", int, "of a request"),
+    ("max_requests", int, "at a time"),
+    ("max_connections", int, "at a time"),
+    ("header_timeout_s", float, "until a request's headers are there"),
+    ("body_timeout_s", float, "until its body is"),
+    ("request_timeout_s", float, "until the end of its answer (default: 600)"),
+    ("drain_timeout_s", float, "that replies have to finish after SIGTERM"),
 )
 MAX_STEP_MS = 50.0  # readers wait for a step, which may have others' prompts
 _FAILURES = (
@@ -35,7 +43,7 @@ _FAILURES = (
 )
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add the command to the parser of `guardengine`."""
     parser = commands.add_parser(
         "proxy",
@@ -93,10 +101,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="the same where the prompt is blocked; error: HTTP 400 (default: %(default)s)",
     )
     judging.add_argument("--refusal", metavar="TEXT", help="what to say instead")
-    add_options(parser.add_argument_group("engine"), ENGINE)
+    add_engine_options(parser.add_argument_group("engine"), defaults={"max_step_ms": MAX_STEP_MS})
     add_options(parser.add_argument_group("limits"), _TIMES + _SIZES + _LIMITS)
     add_logs(parser)
-    parser.set_defaults(run=_run, max_step_ms=MAX_STEP_MS)
+    parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -111,7 +119,7 @@ def _run(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         host=arguments.host,
         port=arguments.port,
-        options=given(arguments, ENGINE),
+        options=engine_options(arguments),
         log_level=arguments.log_level,
         ssl_certfile=arguments.ssl_certfile,
         ssl_keyfile=arguments.ssl_keyfile,
@@ -135,7 +143,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         cors_origins=tuple(arguments.cors_origin),
         policy=Policy.of(arguments.policy, **options),
         log_text=arguments.log_text,
-        **{"request_timeout_s": 600.0, **given(arguments, _LIMITS)},
+        **{"request_timeout_s": 600.0, **given(arguments, (name for name, _, _ in _LIMITS))},
     )
     more = {} if arguments.refusal is None else {"refusal": arguments.refusal}
     return ProxySettings(
@@ -148,5 +156,5 @@ def _settings(arguments: argparse.Namespace) -> Any:
         pass_headers=(*PASS_HEADERS, *(name.lower() for name in arguments.pass_header)),
         pass_unread=tuple(arguments.pass_unread),
         **more,
-        **given(arguments, _TIMES + _SIZES),
+        **given(arguments, (name for name, _, _ in _TIMES + _SIZES)),
     )

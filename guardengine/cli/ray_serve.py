@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from guardengine.cli.serve import add_serving, engine_options_of, settings_of
+from guardengine.cli.options import Commands, engine_options
+from guardengine.cli.serve import add_serving, settings_of
 from guardengine.errors import ConfigError
 from guardengine.on_ray.cluster import check_fits, connected, library, named
 from guardengine.on_ray.scale import Scale, read_range
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from guardengine.on_ray.serving import Served
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add the command to the parser of `guardengine`."""
     parser = commands.add_parser(
         "ray-serve",
@@ -148,7 +149,7 @@ def _served(arguments: argparse.Namespace) -> Served:
         revision=arguments.revision,
         gen=arguments.gen,
         gen_revision=arguments.gen_revision,
-        options=engine_options_of(arguments),
+        options=engine_options(arguments),
         settings=settings_of(arguments),
         log_level=arguments.log_level,
     )

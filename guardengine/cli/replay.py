@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guardengine.cli.options import Commands, add_engine_options, engine_options
 from guardengine.errors import ConfigError
 
 if TYPE_CHECKING:
     from guardengine.verify.replay import Report
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add the command to the parser of `guardengine`."""
     replayer = commands.add_parser(
         "replay",
@@ -34,7 +35,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     replayer.add_argument("--revision", help="of a hub id")
     replayer.add_argument("--backend", help="the engine's operators (default: the log's)")
-    replayer.add_argument("--threads", type=int, metavar="N", help="default: one a core")
+    add_engine_options(replayer, "num_threads")
     replayer.add_argument(
         "--tolerance",
         type=float,
@@ -55,12 +56,11 @@ def _run(arguments: argparse.Namespace) -> int:
     report = replay(
         arguments.logs,
         arguments.checkpoint,
-        backend=arguments.backend,
         revision=arguments.revision,
-        num_threads=arguments.threads,
         tolerance=arguments.tolerance,
         max_differences=max(0, arguments.max_differences),
         progress=True,
+        **engine_options(arguments),
     )
     _print(report)
     return 1 if report.num_differences else 0

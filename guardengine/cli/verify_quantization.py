@@ -6,11 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from guardengine.cli.options import Commands, add_engine_options, engine_options
 from guardengine.errors import ConfigError
 from guardengine.verify.schemes import SCHEMES
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Add the command to the parser of `guardengine`."""
     verifier = commands.add_parser(
         "verify-quantization",
@@ -36,8 +37,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="N",
         help="leave out conversations that take the total past N tokens",
     )
-    verifier.add_argument("--backend", default="auto", help="the engine's operators (%(default)s)")
-    verifier.add_argument("--threads", type=int, metavar="N", help="default: one a core")
+    add_engine_options(verifier, "backend", "num_threads")
     verifier.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     verifier.add_argument(
         "--fail-below",
@@ -63,10 +63,9 @@ def _run(arguments: argparse.Namespace) -> int:
         schemes=arguments.schemes.split(","),
         file=arguments.input,
         max_tokens=arguments.max_tokens,
-        backend=arguments.backend,
         revision=arguments.revision,
-        num_threads=arguments.threads,
         progress=True,
+        **engine_options(arguments),
     )
     print(markdown(report))
     if arguments.json is not None:
