@@ -8,7 +8,15 @@ from typing import Any
 from guardengine.core.engine_core import EngineCore
 from guardengine.core.feeds import feed_more
 from guardengine.core.state import StreamState
-from guardengine.core.text_feeding import accept_text, check_nothing_held, cleared_chars, held_text, span_of
+from guardengine.core.text_feeding import (
+    accept_text,
+    accepted_chars,
+    check_nothing_held,
+    cleared_chars,
+    cut_before,
+    held_text,
+    span_of,
+)
 from guardengine.errors import InvalidText
 from guardengine.labels import Label, Role, Verdict
 from guardengine.records.snapshot import take_snapshot
@@ -60,6 +68,20 @@ class StreamView:
         return self._state.labels[:]
 
     @property
+    def num_labels(self) -> int:
+        """How many `labels` there are so far."""
+        return len(self._state.labels)
+
+    def labels_from(self, start: int) -> list[Label]:
+        """`labels[start:]`, without a copy of those before."""
+        return self._state.labels[start:]
+
+    @property
+    def num_assistant_tokens(self) -> int:
+        """How many tokens have a label in `labels`, or will have one. `verdict.cleared` counts these."""
+        return self._state.num_assistant_tokens
+
+    @property
     def verdict(self) -> Verdict:
         """What the stream's policy makes of the labels so far."""
         return self._state.verdict
@@ -75,10 +97,35 @@ class StreamView:
         `verdict.cleared` counts."""
         return cleared_chars(self._state, self.verdict.cleared)
 
+    def chars_within(self, num_tokens: int) -> int:
+        """How many characters of the latest reply's text are wholly in the stream's first `num_tokens` assistant
+        tokens."""
+        return cleared_chars(self._state, num_tokens)
+
+    def cut_before(self, num_tokens: int) -> tuple[int, int]:
+        """Where to cut the latest reply's text so that at most `num_tokens` assistant tokens of the stream stay.
+
+        Returns:
+            How many assistant tokens stay, the last of which ends with a character, and how many characters of the
+            reply they have.
+        """
+        return cut_before(self._state, num_tokens)
+
+    @property
+    def accepted_chars(self) -> int:
+        """How many characters the latest reply has so far, those that are held back included."""
+        return accepted_chars(self._state)
+
     @property
     def held_text(self) -> str:
         """What `append_text` was given and holds back."""
         return held_text(self._state)
+
+    @property
+    def can_end_turn(self) -> bool:
+        """Whether there is an <|im_end|> to feed: on a stream opened from messages, unless its reply has ended."""
+        turns = self._state.turns
+        return turns is not None and not (turns[-1].role == "assistant" and turns[-1].is_closed)
 
     def __repr__(self) -> str:
         state = self._state

@@ -159,7 +159,7 @@ class ChoiceGuard:
 
     @property
     def num_labels(self) -> int:
-        return 0 if self._stream is None else len(self._stream.labels)
+        return 0 if self._stream is None else self._stream.num_labels
 
     def close(self) -> None:
         """Without waiting: the engine may hang."""

@@ -168,7 +168,7 @@ class Load:
         stream = conversation.stream
         stream.append(self._ids(size))
         conversation.reply_left -= size
-        end = len(stream.token_ids)
+        end = stream.num_tokens
         conversation.owed.append(range(end - size, end))
         conversation.arrivals.append((end, due))
         draw = self._rng.random()

@@ -127,7 +127,7 @@ async def _finish(
             whose.policy.judge(labels) if has_reply else None,
             stream.verdict,
             is_complete,
-            len(stream.token_ids),
+            stream.num_tokens,
         )
     except BaseException:
         stream.abandon()

@@ -192,7 +192,7 @@ class StreamSession:
             await self._emit(
                 "prompt", label=wire.prompt_json(label), verdict=wire.verdict_json(stream.verdict)
             )
-            self._told.num_labels = min(opening.num_labels, len(stream.labels))
+            self._told.num_labels = min(opening.num_labels, stream.num_labels)
             await self._tell("finished" if self._told.is_finished else "labels")
         except BaseException:
             stream.abandon()
@@ -248,11 +248,11 @@ class StreamSession:
         return waiting
 
     async def _feed_and_tell(self, append: Append, count: int) -> None:
-        began, before = time.perf_counter(), len(self._stream.labels)
+        began, before = time.perf_counter(), self._stream.num_labels
         await self._feed(append, append.timeout_s)
         took, metrics = time.perf_counter() - began, self._link.service.metrics
         metrics.chunk_latency.observe(took)
-        if num_labels := len(self._stream.labels) - before:
+        if num_labels := self._stream.num_labels - before:
             metrics.inter_token.observe(took / num_labels)
         self._told.appends += count
         self._told.is_finished = False
@@ -307,7 +307,7 @@ class StreamSession:
 
     def _after_rollback(self) -> None:
         self._is_refusing = False
-        self._told.num_labels = min(self._told.num_labels, len(self._stream.labels))
+        self._told.num_labels = min(self._told.num_labels, self._stream.num_labels)
         self._told.is_finished = False
 
     # -- what is told --------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ class StreamSession:
     async def _tell(self, kind: str) -> None:
         """Labels that the client does not have, and what the verdict is by now."""
         stream, told, wishes = self._stream, self._told, self._wishes
-        labels = stream.labels[told.num_labels :]
+        labels = stream.labels_from(told.num_labels)
         told.num_labels += len(labels)
         self._link.service.metrics.generation_tokens.inc(len(labels))
         shown = [
