@@ -184,7 +184,7 @@ def test_no_transformers_or_pickle_at_run_time() -> None:
 # What extras bring, and who may know it: the packages named, but for the modules that work without.
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "httpx", "websockets"}
 WEB_FREE = {
-    "server": "settings statuses drain requirements wire long_texts routes/taxonomy routes/moderation",
+    "server": "settings statuses drain requirements wire routes/taxonomy routes/moderation",
     "proxy": "settings strict_json errors events chat_request choice parts answers reply_stream",
     "client": "",
     "terminal": "chat printer judges",

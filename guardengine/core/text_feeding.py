@@ -9,11 +9,13 @@ from __future__ import annotations
 from guardengine.core.engine_core import EngineCore
 from guardengine.core.feeds import check_reply_open, feed_more
 from guardengine.core.state import StreamState
-from guardengine.errors import ConfigError, InvalidTokens
+from guardengine.errors import ConfigError, InvalidTokens, StreamTooLong
 from guardengine.labels import Label
 from guardengine.text.chat_template import ChatTemplate
 from guardengine.text.foreign_ids import ForeignIds
 from guardengine.text.spans import HeldText, Offsets, Piece, Span, TextState, TokenizedPiece
+
+LONG_CHARS = 16_384  # which take 10 to 30 ms to encode
 
 
 def accept_text(
@@ -71,6 +73,25 @@ def hold_text(core: EngineCore, chat: ChatTemplate | None, state: StreamState, p
         held = chat.retokenizer.hold(held, part)
     books.held, books.foreign = held, foreign
     state.text = books
+
+
+def is_long(piece: Piece) -> bool:
+    """Whether a piece's text should be measured beside the engine's thread before it is tokenized there."""
+    return isinstance(piece.text, str | bytes) and len(piece.text) > LONG_CHARS
+
+
+def check_length(chat: ChatTemplate, piece: Piece, max_tokens: int) -> None:
+    """Raise StreamTooLong where a piece's text has more tokens than a stream may have. For any thread.
+
+    Says nothing of how the text joins what is held back before it, so that its ids are found again in the stream's
+    turn; but text that cannot fit is not tokenized there, which takes seconds for a few megabytes.
+    """
+    text = piece.text if isinstance(piece.text, str) else bytes(piece.text).decode("utf-8", "replace")
+    num_tokens = len(chat.tokenizer.encode_text(text, max_tokens=max_tokens))
+    if num_tokens > max_tokens:
+        raise StreamTooLong(
+            f"a text of {num_tokens} tokens, max_model_len={max_tokens}; shorten it, or split the conversation"
+        )
 
 
 def check_nothing_held(state: StreamState) -> None:

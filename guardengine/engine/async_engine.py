@@ -17,8 +17,9 @@ from guardengine.core.state import StreamState
 from guardengine.core.whole_streams import moderation, open_feed
 from guardengine.engine.async_stream import AsyncStream
 from guardengine.engine.calls import Append, Call, Calls, Future
-from guardengine.engine.engine import Engine, Messages
+from guardengine.engine.engine import Engine
 from guardengine.engine.engine_thread import EngineThread
+from guardengine.engine.opening import Messages, Opening
 from guardengine.errors import ConfigError, Overloaded, StreamClosed
 from guardengine.gen.answering import Answering, Job
 from guardengine.gen.answers import Mode
@@ -108,30 +109,27 @@ class AsyncEngine:
 
         Raises InvalidText or InvalidTokens, StreamTooLong, ConfigError or StreamClosed, and Overloaded at once when
         there is no room, or none beside the tenant's appends that wait for it.
+
+        Long messages are rendered beside the engine's thread, while other streams go on.
         """
         deadline = None if timeout_s is None else time.monotonic() + check_timeout(timeout_s)
+        # The deadline is kept here: the thread's would begin when it comes round to this.
+        opening = Opening(messages, token_ids, role, policy, stream_id, tenant, cache_salt, priority, None)
         turn, unrecorded = self.calls.new_future(), list[Append]()
 
-        def run() -> tuple[AsyncStream, Append]:
+        def run(feed: Feed | None) -> tuple[AsyncStream, Append]:
             if self.thread.is_full(tenant):
                 raise Overloaded(
                     f"appends of tenant {tenant!r} wait for room, which a new stream would take from them; close "
                     "streams, or retry when they are done"
                 )
-            stream = self.engine.open(
-                messages,
-                token_ids=token_ids,
-                role=role,
-                policy=policy,
-                stream_id=stream_id,
-                tenant=tenant,
-                cache_salt=cache_salt,
-                priority=priority,
-            )
-            return self._opened(stream._state, turn, unrecorded)
+            return self._opened(self.engine.open_state(opening, feed), turn, unrecorded)
 
         try:
-            stream, append = await self.calls.call(run, is_skippable=True)
+            feed = None
+            if opening.is_long:
+                feed = await asyncio.to_thread((await self._loaded()).engine.prepare_opening, opening)
+            stream, append = await self.calls.call(lambda: run(feed), is_skippable=True)
         except BaseException:
             self.calls.forget(turn)
             raise

@@ -10,10 +10,11 @@ from typing import Any
 from guardengine.core.admission import check_timeout
 from guardengine.core.feeds import check_role
 from guardengine.core.state import StreamState
-from guardengine.engine.calls import Append, Future
+from guardengine.core.text_feeding import check_length, is_long
+from guardengine.engine.calls import Append, Future, Measured
 from guardengine.engine.engine_thread import EngineThread
 from guardengine.engine.stream import StreamView, snapshot_of
-from guardengine.errors import GuardEngineError
+from guardengine.errors import GuardEngineError, StreamTooLong
 from guardengine.labels import Label, Role, Verdict
 from guardengine.text.spans import Piece
 
@@ -77,9 +78,9 @@ class AsyncStream(StreamView):
 
         Text is never lost: cancelled, or out of time while there is no room, it stays in the reply, held back, and is
         fed with what comes next. `is_final` has not happened then: call `finish_text`. For the rest this waits, fails
-        and is cancelled as `append`. Text is tokenized in the engine's thread. Raises as `Stream.append_text`, but
-        Overloaded only as `append` does, and StreamTooLong also when what has been held back is too much to be fed
-        at once (`rollback(0)` drops it).
+        and is cancelled as `append`. Text is tokenized in the engine's thread; whether a long one can fit is first
+        found out beside it, while other streams go on. Raises as `Stream.append_text`, but Overloaded only as `append`
+        does, and StreamTooLong also when what is held back is too much to be fed at once (`rollback(0)` drops it).
         """
         text = (
             bytes(delta) if isinstance(delta, bytearray | memoryview) else delta
@@ -114,7 +115,25 @@ class AsyncStream(StreamView):
         append = Append(self._state, calls.new_future(), self._unrecorded, list(token_ids), role, piece)
         if role == "user":
             self._turn = append.future
+        if piece is not None and is_long(piece):
+            self._measure(append, piece)
         return await calls.append(append, timeout_s)
+
+    def _measure(self, append: Append, piece: Piece) -> None:
+        """Find out beside the engine's thread whether a long text can fit; what follows on the stream waits for it."""
+        chat, max_tokens = self._thread.chat, self._thread.core.max_model_len
+        if chat is None:
+            return
+
+        def done(measuring: asyncio.Future[None]) -> None:
+            error = None if measuring.cancelled() else measuring.exception()
+            # What else is wrong with it is found, and raised, in its turn.
+            append.too_long = error if isinstance(error, StreamTooLong) else None
+            self._calls.send(Measured(append))
+
+        append.is_measuring = True
+        measuring = self._calls.bind().run_in_executor(None, check_length, chat, piece, max_tokens)
+        measuring.add_done_callback(done)
 
     async def prompt(self) -> Label | None:
         """Wait until the latest user turn is read, or given up, and return its label.

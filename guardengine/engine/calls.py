@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from guardengine.core.state import StreamState
-from guardengine.errors import Overloaded, StreamClosed, WrongLoop
+from guardengine.errors import Overloaded, StreamClosed, StreamTooLong, WrongLoop
 from guardengine.labels import Label, Role
 from guardengine.policy import Failure
 from guardengine.text.spans import Piece, TokenizedPiece
@@ -37,6 +37,8 @@ class Append:
     role: Role = "assistant"
     piece: Piece | None = None  # text, instead of token_ids
     settled: TokenizedPiece | None = None  # what it comes to, once it was this append's turn
+    is_measuring: bool = False  # its text is long: the thread waits for `Measured`
+    too_long: StreamTooLong | None = None  # what that came to
     start: int = 0
     end: int | None = None  # None: not accepted
     is_refused: bool = False  # for lack of room, so far
@@ -82,7 +84,13 @@ class Missed(NamedTuple):
     append: Append
 
 
-Message = Append | Call | Close | Missed
+class Measured(NamedTuple):
+    """An append whose long text was measured beside the thread."""
+
+    append: Append
+
+
+Message = Append | Call | Close | Measured | Missed
 Result = tuple[Future, Any, BaseException | None]
 
 

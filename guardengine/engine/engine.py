@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from guardengine._version import __version__
 from guardengine.checkpoint.hub import resolve_checkpoint
 from guardengine.checkpoint.model_config import RISKS, GuardHeadsConfig
 from guardengine.config import EngineConfig
@@ -15,8 +14,11 @@ from guardengine.core.admission import Ticket, check_timeout
 from guardengine.core.engine_core import EngineCore
 from guardengine.core.feeds import Feed, feed_ids, feed_messages
 from guardengine.core.health import Canary, check_health
+from guardengine.core.state import StreamState
 from guardengine.core.whole_streams import moderation, run_feeds
 from guardengine.engine.loading import choose_backend, load_engine
+from guardengine.engine.opening import Messages, Opening
+from guardengine.engine.stats import stats_of
 from guardengine.engine.stream import Stream
 from guardengine.errors import ConfigError, InvalidText
 from guardengine.gen.answering import Answering, Job, run_prompts
@@ -24,7 +26,6 @@ from guardengine.gen.answers import Mode
 from guardengine.gen.moderation import gen_moderation
 from guardengine.gen.parse import CATEGORIES
 from guardengine.gen.prompts import Prompt, render_prompt
-from guardengine.kernels import backend_of
 from guardengine.labels import GenModeration, Label, Moderation, Role
 from guardengine.policy import Policy
 from guardengine.records.snapshot import read_snapshot
@@ -39,7 +40,6 @@ _NO_TOKENIZER = (
     "add Qwen3's tokenizer.json to it, or pass token ids"
 )
 
-Messages = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
 
 
@@ -93,7 +93,7 @@ class Engine:
             progress=progress,
         )
         engine = Engine(*loaded)
-        logger.info("loaded %s: %s", path_or_id, engine._stats())  # not a first use: no owner yet
+        logger.info("loaded %s: %s", path_or_id, stats_of(engine.core))  # not a first use: no owner yet
         return engine
 
     # -- streams -------------------------------------------------------------------------------------------
@@ -127,18 +127,35 @@ class Engine:
         `policy` is Policy.strict() by default. Raises InvalidText or InvalidTokens, StreamTooLong, Overloaded,
         ConfigError or StreamClosed; nothing is opened then.
         """
+        opening = Opening(
+            messages, token_ids, role, policy, stream_id, tenant, cache_salt, priority, timeout_s
+        )
+        return Stream(self.core, self.chat, self.open_state(opening))
+
+    def open_state(self, opening: Opening, feed: Feed | None = None) -> StreamState:
+        """The books of a new stream. feed: what `prepare_opening` came to, where it was called before."""
         core = self.core
         with core.gate:
             core.check_engine_open()
-            self._check_kind("stream", "open() and streams are of Stream checkpoints; use moderate()")
-            if (messages is None) == (token_ids is None):
-                raise ConfigError("open() needs either messages or token_ids")
-            if token_ids is not None:
-                feed = feed_ids(core.check_token_ids(token_ids), role)
-            else:
-                feed = self._feed_messages(messages, is_complete=False)
-            ticket = Ticket(self._checked(policy), stream_id, tenant, cache_salt, priority)
-            return Stream(core, self.chat, core.open(feed, ticket, timeout_s))
+            if feed is None:
+                feed = self.prepare_opening(opening)
+            ticket = Ticket(
+                self._checked(opening.policy),
+                opening.stream_id,
+                opening.tenant,
+                opening.cache_salt,
+                opening.priority,
+            )
+            return core.open(feed, ticket, opening.timeout_s)
+
+    def prepare_opening(self, opening: Opening) -> Feed:
+        """What is fed first. For any thread; raises as `open` does, before anything is computed."""
+        self._check_kind("stream", "open() and streams are of Stream checkpoints; use moderate()")
+        if (opening.messages is None) == (opening.token_ids is None):
+            raise ConfigError("open() needs either messages or token_ids")
+        if opening.token_ids is not None:
+            return feed_ids(self.core.check_token_ids(opening.token_ids), opening.role)
+        return self._feed_messages(opening.messages, is_complete=False)
 
     def restore(self, snapshot: Mapping[str, Any], stream_id: str | None = None) -> Stream:
         """Go on with a stream of which `Stream.snapshot` was taken, by another engine or this one.
@@ -259,7 +276,7 @@ class Engine:
         with self.core.gate:
             self.core.check_engine_open()
             self.core.sweep()
-            return self._stats()
+            return stats_of(self.core)
 
     def health(self, timeout_s: float | None = None) -> dict[str, Any]:
         """Run one token through the model, beside all streams, and report as a plain dict.
@@ -276,37 +293,6 @@ class Engine:
             if timeout_s is not None:
                 check_timeout(timeout_s)
             return check_health(self.core, self.canary, timeout_s)
-
-    def _stats(self) -> dict[str, Any]:
-        core, runner = self.core, self.core.runner
-        pool, cache = core.pool, core.pool.cache
-        return {
-            **core.counters,
-            "failures": dict(core.failures),
-            "preemptions": core.residency.num_preempted,
-            "streams_open": len(core.states),
-            "streams_idle": len(core.residency.idle),
-            "tokens_pending": core.admission.total.num_pending_tokens,
-            "prefix_tokens_queried": cache.num_queried_tokens if cache else 0,
-            "prefix_tokens_hit": cache.num_hit_tokens if cache else 0,
-            "kv_blocks_total": pool.num_blocks,
-            "kv_blocks_free": pool.num_free,
-            "kv_blocks_cached": pool.num_cached,
-            "kv_blocks_evicted": pool.num_evicted,
-            "kv_cache_bytes": runner.kv_cache.nbytes
-            + (0 if runner.kv_scales is None else runner.kv_scales.nbytes),
-            "block_size": pool.block_size,
-            "max_model_len": core.max_model_len,
-            "max_num_streams": core.options.max_num_streams,
-            "backend": backend_of(runner.ops),
-            "device": str(runner.device),
-            "isa": runner.isa,
-            "dtype": str(runner.dtype).removeprefix("torch."),
-            "quantization": runner.quantization,
-            "kv_dtype": str(runner.kv_cache.dtype).removeprefix("torch."),
-            "num_threads": runner.num_threads,
-            "version": __version__,
-        }
 
     def weights_digest(self) -> str:
         """sha256 over the checkpoint's config.json and safetensors files, as `sha256sum config.json

@@ -3,7 +3,7 @@
     take messages -> run calls, accept appends -> hand over -> one step -> hand over -> ...
 
 Appends that find no room wait here, in order of arrival within a tenant, and what follows them on their streams waits
-behind them.
+behind them. So does what follows a long text on its stream, until that was measured beside this thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from guardengine.core.feeds import feed_more
 from guardengine.core.isolation import step_apart
 from guardengine.core.state import StreamState
 from guardengine.core.text_feeding import check_nothing_held, feed_settled, hold_text, settle
-from guardengine.engine.calls import Append, Call, Calls, Close, Future, Message, Missed, Result
+from guardengine.engine.calls import Append, Call, Calls, Close, Future, Measured, Message, Missed, Result
 from guardengine.engine.engine import Engine
 from guardengine.errors import AuditError, GuardEngineError, Overloaded, StreamClosed
 from guardengine.gen.answering import Answering, Job
@@ -48,9 +48,10 @@ class EngineThread:
         self._results: list[Result] = []
         self._accepted: dict[StreamState, list[Append]] = {}  # whose labels are to come
         self._answered: dict[Job, Future] = {}  # conversations that a Gen checkpoint is to answer
-        self._room: dict[
-            str, deque[Append | Call]
-        ] = {}  # by tenant: what waits for room, and what follows it
+        # By tenant: what waits for room, and what follows it.
+        self._room: dict[str, deque[Append | Call]] = {}
+        # A text that is being measured, and what follows it on its stream.
+        self._unmeasured: dict[StreamState, deque[Append | Call]] = {}
         self._thread = threading.Thread(target=self._run, name="guardengine", daemon=True)
         self._thread.start()
 
@@ -80,7 +81,8 @@ class EngineThread:
     def lag_s(self) -> float:
         """For how long what waits longest has waited: an append for its labels, or a conversation for its answer."""
         appends = [appends[0] for appends in self._accepted.values()]
-        appends += [first for waiting in self._room.values() if isinstance(first := waiting[0], Append)]
+        queues = (*self._room.values(), *self._unmeasured.values())
+        appends += [first for waiting in queues if isinstance(first := waiting[0], Append)]
         began = [append.began for append in appends] + [job.began for job in self._answered]
         return time.monotonic() - min(began) if began else 0.0
 
@@ -123,7 +125,7 @@ class EngineThread:
         reason: Exception = StreamClosed("the engine has been closed; make a new one")
         try:
             engine = self._load()
-            self.core, self._chat = engine.core, engine.chat
+            self.core, self.chat = engine.core, engine.chat
             with engine.core.gate:  # from now on no other thread gets in
                 self.engine = engine
                 self.has_engine.set()
@@ -163,7 +165,7 @@ class EngineThread:
                 self._hand_over()
                 if core.recorder.is_failing and self._is_stopping:
                     return
-            elif self._is_stopping and calls.is_quiet:
+            elif self._is_stopping and calls.is_quiet and not self._unmeasured:
                 return
 
     def _step(self, engine: Engine) -> None:
@@ -221,7 +223,7 @@ class EngineThread:
         time."""
         if self.core.recorder.is_failing:
             return _AUDIT_NAP_S
-        if self.core.has_work or self._is_stopping:
+        if self.core.has_work or (self._is_stopping and not self._unmeasured):
             return 0
         ttl = self.core.options.idle_ttl_s
         if ttl is None or not len(self.core.residency.idle):
@@ -232,6 +234,10 @@ class EngineThread:
 
     def _receive(self, message: Message) -> None:
         match message:
+            case Append(state=state) | Call(state=StreamState() as state) if state in self._unmeasured:
+                self._unmeasured[state].append(message)
+            case Append(is_measuring=True):
+                self._unmeasured[message.state] = deque([message])
             case Append():
                 waiting = self._room.get(message.state.tenant)
                 if waiting:
@@ -246,8 +252,19 @@ class EngineThread:
                     self._call(message)
             case Close():
                 self._close(message)
+            case Measured():
+                self._measured(message.append)
             case Missed():
                 self._record(message.append)
+
+    def _measured(self, append: Append) -> None:
+        """Go on with a text that was measured, where it is its turn, and with what waits behind it."""
+        append.is_measuring = False
+        waiting = self._unmeasured.get(append.state)
+        if waiting and waiting[0] is append:
+            del self._unmeasured[append.state]
+            for message in waiting:
+                self._receive(message)
 
     def _retry(self) -> None:
         """Accept what waits for room, as far as there is some by now."""
@@ -297,19 +314,21 @@ class EngineThread:
         its first append waits for room."""
         core, state = self.core, append.state
         core.check_open(state)
+        if append.too_long is not None:
+            raise append.too_long
         if append.piece is None:
             check_nothing_held(state)
-            core.accept(state, feed_more(self._chat, state, append.token_ids, append.role))
+            core.accept(state, feed_more(self.chat, state, append.token_ids, append.role))
             return
         if append.settled is None:
-            append.settled = settle(core, self._chat, state, append.piece)
-        feed_settled(core, self._chat, state, append.settled)
+            append.settled = settle(core, self.chat, state, append.piece)
+        feed_settled(core, self.chat, state, append.settled)
 
     def _keep(self, append: Append) -> None:
         """Hold the text of an append that was withdrawn, in its turn: a reply has no holes."""
         if append.piece is not None and not append.state.is_closed:
             with contextlib.suppress(GuardEngineError):  # what cannot be fed at all; nobody waits to be told
-                hold_text(self.core, self._chat, append.state, append.piece)
+                hold_text(self.core, self.chat, append.state, append.piece)
 
     def _call(self, call: Call) -> None:
         if call.is_skippable and call.future is not None and call.future.done():
@@ -330,6 +349,7 @@ class EngineThread:
         if left:
             self._room[state.tenant] = left
         dropped: list[Append | Call] = [call for call in waiting if call.state is state]
+        dropped += self._unmeasured.pop(state, ())
         for call in dropped + self._accepted.pop(state, []):
             if isinstance(call, Append):
                 self.calls.claim(call)

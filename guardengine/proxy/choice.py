@@ -12,14 +12,12 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
-from guardengine.engine.async_engine import AsyncEngine
 from guardengine.engine.async_stream import AsyncStream
 from guardengine.errors import GuardEngineError, Overloaded, StreamTooLong
 from guardengine.guarding.feeding import finish_reply
 from guardengine.labels import Verdict
 from guardengine.policy import Failure, Policy
 from guardengine.proxy.errors import broken
-from guardengine.server.long_texts import check_long
 
 _TAIL = 200  # characters of a field that are given again
 _MOST_APPENDS = 2  # under way: one in the engine's step, one for the next
@@ -33,15 +31,13 @@ class ChoiceGuard:
     is_cut: it is blocked. is_over: it is blocked, or all of it was given, judged and may be shown.
     """
 
-    def __init__(
-        self, engine: AsyncEngine, stream: AsyncStream | None, policy: Policy, timeout_s: float
-    ) -> None:
-        self._engine, self._stream, self._policy, self._timeout_s = engine, stream, policy, timeout_s
+    def __init__(self, stream: AsyncStream | None, policy: Policy, timeout_s: float) -> None:
+        self._stream, self._policy, self._timeout_s = stream, policy, timeout_s
         self.num_given = 0  # characters, those given again included
         self.is_ending = self.is_over = self.is_cut = False
         self._waiting = ""  # given, not appended
         self._has_ended = False  # finish_reply was called
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[Any]] = []
         self._fields: tuple[Any, ...] = ()
         self._tails: dict[Any, str] = {}
         self._passes = stream is None  # unjudged
@@ -88,13 +84,13 @@ class ChoiceGuard:
             return
         if self._waiting and len(self._tasks) < _MOST_APPENDS:
             text, self._waiting = self._waiting, ""
-            self._start(self._append(self._stream, text))
+            self._start(self._stream.append_text(text, timeout_s=self._timeout_s))
         if self.is_ending and not self._waiting and not self._has_ended:
             self._has_ended = True
             self._start(finish_reply(self._stream, True, self._timeout_s))
 
     @property
-    def tasks(self) -> list[asyncio.Task[None]]:
+    def tasks(self) -> list[asyncio.Task[Any]]:
         """What is under way."""
         return self._tasks
 
@@ -111,12 +107,8 @@ class ChoiceGuard:
         elif self._has_ended and not self._tasks:
             self.is_over = True
 
-    def _start(self, judging: Coroutine[Any, Any, None]) -> None:
+    def _start(self, judging: Coroutine[Any, Any, Any]) -> None:
         self._tasks.append(asyncio.create_task(judging))
-
-    async def _append(self, stream: AsyncStream, text: str) -> None:
-        await check_long(self._engine, (text,))
-        await stream.append_text(text, timeout_s=self._timeout_s)
 
     def _fail(self, error: BaseException) -> None:
         """What an append raised: text that nobody judged, which the policy lets pass or not."""

@@ -24,7 +24,6 @@ from guardengine.proxy.parts import read_object, read_parts
 from guardengine.proxy.reply_stream import ModeratedStream
 from guardengine.proxy.settings import ProxySettings
 from guardengine.proxy.upstream import Upstream, media_type, returned
-from guardengine.server.long_texts import check_long
 from guardengine.server.replies import AsciiJson, reply_of
 from guardengine.server.service import Service
 
@@ -149,7 +148,6 @@ class Exchange:
             messages = [*messages, {"role": "assistant", "content": ""}]
         try:
             async with asyncio.timeout(settings.prompt_timeout_s + _SLACK_S):
-                await check_long(self._engine, (message["content"] for message in messages))
                 stream = await self._engine.open(
                     messages, policy=policy, tenant=self._tenant, timeout_s=settings.prompt_timeout_s
                 )
@@ -180,13 +178,11 @@ class Exchange:
                 raise
             streams += [None] * (self._call.num_choices - len(streams))
         finally:
-            self._guards = [
-                ChoiceGuard(self._engine, each, policy, settings.append_timeout_s) for each in streams
-            ]
+            self._guards = [ChoiceGuard(each, policy, settings.append_timeout_s) for each in streams]
         return verdict
 
     def _pass_unjudged(self, failure: Failure) -> Verdict:
-        guards = [ChoiceGuard(self._engine, None, self._policy, 1.0) for _ in range(self._call.num_choices)]
+        guards = [ChoiceGuard(None, self._policy, 1.0) for _ in range(self._call.num_choices)]
         self._guards = guards
         return Verdict("allow", "Safe", None, None, f"{failure}-open", 0)
 

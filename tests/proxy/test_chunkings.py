@@ -139,7 +139,7 @@ async def run(engine: AsyncEngine, seed: int) -> bool:
     stream = await engine.open([USER], policy=policy)
     await stream.prompt()
     streams = [stream, *[await stream.fork() for _ in bad[1:]]]
-    guards = [ChoiceGuard(engine, each, policy, 60.0) for each in streams]
+    guards = [ChoiceGuard(each, policy, 60.0) for each in streams]
     pieces = as_bytes(rng, said)
 
     async def events() -> AsyncIterator[Event]:

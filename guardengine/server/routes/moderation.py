@@ -15,7 +15,6 @@ from guardengine.engine.async_stream import AsyncStream
 from guardengine.errors import GuardEngineError, Overloaded
 from guardengine.labels import Label, Verdict
 from guardengine.policy import Policy
-from guardengine.server.long_texts import check_long
 from guardengine.text.spans import Span
 
 Message = Mapping[str, Any]
@@ -96,7 +95,6 @@ async def judge_many(
 
 async def _begin(engine: AsyncEngine, messages: Sequence[Message], whose: Whose) -> asyncio.Task[Judged]:
     """A task for a conversation that has found room."""
-    await check_long(engine, (message.get("content") for message in messages))
     reply, shift = _plain_reply(messages)
     stream = await engine.open(
         messages if reply is None else messages[:-1],

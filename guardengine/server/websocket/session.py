@@ -18,7 +18,6 @@ from guardengine.errors import ConfigError, GuardEngineError, StreamClosed
 from guardengine.labels import Label, Verdict
 from guardengine.policy import Policy
 from guardengine.server import wire
-from guardengine.server.long_texts import check_long
 from guardengine.server.schemas import plain_messages
 from guardengine.server.service import Service
 from guardengine.server.statuses import Refusal, refusal_of
@@ -170,7 +169,6 @@ class StreamSession:
     async def _open(self, opening: Open) -> None:
         engine, began = self._link.engine, time.perf_counter()
         messages = None if opening.messages is None else plain_messages(opening.messages)
-        await check_long(engine, (message["content"] for message in messages or ()))
         salt = None if opening.cache_salt is None else f"{self._link.tenant}\0{opening.cache_salt}"
         self._stream = stream = await engine.open(
             messages,
@@ -263,7 +261,6 @@ class StreamSession:
         await self._tell("labels")
 
     async def _feed(self, append: Append | PastAppend, timeout_s: float | None) -> None:
-        await check_long(self._link.engine, (append.text,))
         if append.text is None:
             await self._stream.append(append.token_ids or [], append.role, timeout_s=timeout_s)
         elif append.role == "assistant":
