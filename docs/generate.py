@@ -55,7 +55,7 @@ def options() -> str:
 
     lines = ["| option | type | default | what it is |", "|---|---|---|---|"]
     for field in dataclasses.fields(EngineConfig):
-        kind = _cell(str(field.type).replace(" | PathLike[str]", ""))
+        kind = str(field.type).replace(" | PathLike[str]", "").replace(" | ", " or ")
         lines.append(
             f"| `{field.name}` | `{kind}` | `{field.default!r}` | {_cell(field.metadata.get('help', ''))} |"
         )
@@ -71,7 +71,7 @@ def commands() -> str:
     for name, command in _subparsers(parser):
         lines += [f"## guardengine {name}\n", _prose(command.description or ""), ""]
         lines += [f"```\n{_usage(command)}\n```\n", "| option | default | what it is |", "|---|---|---|"]
-        lines += [_option(command, action) for action in command._actions if action.help != argparse.SUPPRESS]
+        lines += [_option(command, action) for action in command._actions if _is_shown(action)]
         lines += ["", _prose(command.epilog or ""), ""]
     return "\n".join(lines)
 
@@ -155,19 +155,25 @@ def _subparsers(
                 yield from inner or [(f"{prefix}{name}", command)]
 
 
+def _is_shown(action: argparse.Action) -> bool:
+    return action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)
+
+
 def _usage(command: argparse.ArgumentParser) -> str:
     return re.sub(r"\s+", " ", command.format_usage().removeprefix("usage: ")).strip()
 
 
 def _option(command: argparse.ArgumentParser, action: argparse.Action) -> str:
-    """A row of a command's table."""
-    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
+    """A row of a command's table: its names and what follows them, its default, its help."""
+    value = action.metavar if isinstance(action.metavar, str) else ""
+    if action.choices and not value:
+        value = ", ".join(map(str, action.choices))
+    names = [f"{name} {value}".strip() for name in action.option_strings] or [value or action.dest]
+    shown = ", ".join(f"`{_cell(name)}`" for name in names)
     default = action.default
-    has_default = (
-        default is not None and default != argparse.SUPPRESS and default is not False and default != []
-    )
+    has_default = default is not None and default is not False and default not in ([], argparse.SUPPRESS)
     help_text = (action.help or "") % {**vars(action), "prog": command.prog}
-    return f"| {names} | {f'`{default}`' if has_default else ''} | {_cell(help_text)} |"
+    return f"| {shown} | {f'`{default}`' if has_default else ''} | {_cell(help_text)} |"
 
 
 def _cell(text: str) -> str:

@@ -6,7 +6,8 @@ import ast
 import asyncio
 import inspect
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from pages import PAGES, ROOT, block, blocks, printed_by
 
 from guardengine import Engine
+from guardengine.cli import build_parser
 
 GUIDES = ROOT / "docs" / "guides"
 MARKS = r"run|not run: \w.{10,}|examples/\w+\.py"
@@ -75,3 +77,32 @@ def test_the_loop_is_the_file_and_runs(checkpoints: Callable[..., Path]) -> None
     for lines in (printed, block(page, "guarded output").splitlines()):
         assert sum(line.startswith("Verdict(") for line in lines) == 2
         assert all(re.match(r"['\"]|   \[|Verdict\(action=", line) for line in lines)
+
+
+def commands() -> Iterator[tuple[Path, list[str]]]:
+    """The `guardengine` command lines in the fenced blocks: (page, arguments)."""
+    for page in PAGES:
+        for each in blocks(page):
+            for line in re.sub(r"\\\n", " ", each.body).splitlines():
+                for part in re.findall(r"(?:^|[|] *|[$] )guardengine (.+?)(?= [|] |$)", line.strip()):
+                    if part.split()[0] in COMMANDS:
+                        yield page, shlex.split(part, comments=True)
+
+
+COMMANDS = next(action.choices for action in build_parser()._actions if action.dest == "command")
+
+
+@pytest.mark.parametrize(
+    ("page", "arguments"), [pytest.param(*each, id=" ".join(each[1])) for each in commands()]
+)
+def test_commands_in_blocks_are_accepted(page: Path, arguments: list[str]) -> None:
+    build_parser().parse_args(arguments)
+
+
+def test_options_in_the_text_exist() -> None:
+    for page in PAGES:
+        for span in re.findall(r"`guardengine ([^`\n]+)`", page.read_text()):
+            command, *rest = span.split()
+            if command in COMMANDS:
+                known = COMMANDS[command]._option_string_actions
+                assert {word for word in rest if word.startswith("--")} <= set(known), (page, span)

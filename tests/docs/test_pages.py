@@ -15,6 +15,7 @@ from pages import PAGES, ROOT
 
 import guardengine
 from guardengine import EngineConfig, errors
+from guardengine.cli import build_parser
 
 DOCUMENTS = (*PAGES, *sorted(ROOT.glob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md")))
 SOURCES = [
@@ -100,6 +101,14 @@ def test_the_reference_has_every_option(generate: ModuleType) -> None:
         each.name for each in fields(EngineConfig)
     ]
     assert all(len(re.split(r"(?<!\\)\|", row)) == 6 for row in rows)
+
+
+def test_the_reference_has_every_command(generate: ModuleType) -> None:
+    (commands,) = (each for each in build_parser()._actions if each.dest == "command")
+    text = generate.commands()
+    assert re.findall(r"^## guardengine ([\w-]+)", text, re.MULTILINE) == list(commands.choices)
+    for option in ("--kv-cache-bytes", "--upstream", "--allow-bad-rows"):
+        assert f"| `{option} " in text
 
 
 def test_the_reference_has_every_error(generate: ModuleType) -> None:
