@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from guardengine.cli import upstream_key
-from guardengine.cli.moderate import KEY_VARIABLE, add_judge, policy_of
-from guardengine.cli.options import Commands, engine_options
+from guardengine.cli.moderate import add_judge, judge_of
+from guardengine.cli.options import Commands
 from guardengine.errors import GuardEngineError
 from guardengine.terminal.printer import Printer, printable
 
@@ -74,20 +73,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 async def _begin(stack: AsyncExitStack, arguments: argparse.Namespace, notes: Printer) -> Any:
-    from guardengine.terminal import judges
     from guardengine.terminal.chat import GuardedChat
     from guardengine.terminal.llm import Upstream
 
     key = upstream_key.read_upstream_key(arguments.upstream_key_file)
     upstream = await stack.enter_async_context(Upstream(arguments.upstream, arguments.model, key))
-    policy = policy_of(arguments)
-    if arguments.url is not None:
-        judge = judges.served_chat(arguments.url, os.environ.get(KEY_VARIABLE), policy)
-    else:
-        options = {"revision": arguments.revision, **engine_options(arguments)}
-        judge = judges.chat_in_process(arguments.checkpoint, policy, **options)
-    opened = await stack.enter_async_context(judge)
-    return GuardedChat(opened, upstream, Printer(sys.stdout, False, arguments.color), notes.line)
+    judge = judge_of(arguments, has_scores=False, reconnect_s=5.0)
+    stack.push_async_callback(judge.close)
+    await judge.ready()
+    return GuardedChat(judge, upstream, Printer(sys.stdout, False, arguments.color), notes.line)
 
 
 def _typed(notes: Printer) -> Iterator[str]:

@@ -7,12 +7,16 @@ import codecs
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guardengine.cli.options import Commands, add_engine_options, engine_options
 from guardengine.errors import ConfigError
 from guardengine.terminal.printer import JudgedText, Printer
+
+if TYPE_CHECKING:
+    from guardengine.integrations.judges import Judge
 
 KEY_VARIABLE = "GUARDENGINE_API_KEY"
 
@@ -47,41 +51,51 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     add_engine_options(engine, "device", "backend", "dtype", "quantization", "num_threads")
 
 
-def policy_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The policy that `add_judge`'s options say, as the protocol has it."""
+def judge_of(arguments: argparse.Namespace, *, has_scores: bool, reconnect_s: float) -> Judge:
+    """Who judges, as `add_judge`'s options say. reconnect_s: for how long a lost server is sought."""
+    from guardengine.integrations.judges import EngineJudge, ServerJudge
+
     policy: dict[str, Any] = {"preset": arguments.policy}
     if arguments.debounce is not None:
         policy["debounce"] = arguments.debounce
-    return policy
+    if arguments.url is not None:
+        key = os.environ.get(KEY_VARIABLE)
+        return ServerJudge(
+            arguments.url, api_key=key, policy=policy, has_scores=has_scores, reconnect_s=reconnect_s
+        )
+    options = {"revision": arguments.revision, **engine_options(arguments)}
+    return EngineJudge.load(arguments.checkpoint, options, policy=policy, has_scores=has_scores)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from guardengine.integrations.own_loop import in_loop
+
     if arguments.text is not None and arguments.file is not None:
         raise ConfigError("TEXT and --file were both given; use one of them")
-    policy = policy_of(arguments)
     pieces = _pieces(arguments)
     is_reply = arguments.prompt is not None
     prompt = arguments.prompt if is_reply else "".join(pieces)
-    with _judge(arguments, [{"role": "user", "content": prompt}], policy) as stream:
+    with ExitStack() as stack:
+        judge = judge_of(arguments, has_scores=True, reconnect_s=30.0)
+        stack.callback(lambda: in_loop(judge.close()))
+        stream = in_loop(judge.open([{"role": "user", "content": prompt}]))
+        stack.callback(lambda: in_loop(stream.close()))
         printer = Printer(sys.stdout, arguments.json, arguments.color)
         printer.prompt(stream.prompt)
         if is_reply:
-            shown = JudgedText(printer)
+            reply = JudgedText(printer)
             for piece in pieces:
-                shown.add(piece, stream.append(piece))
-            shown.add("", stream.finish())
+                _show(reply, piece, in_loop(stream.append(piece)))
+            _show(reply, "", in_loop(stream.finish()))
             printer.end()
         printer.verdict(stream.verdict)
-        return 0 if stream.verdict["action"] == "allow" else 1
+        return 0 if stream.verdict.action == "allow" else 1
 
 
-def _judge(arguments: argparse.Namespace, messages: list[dict[str, str]], policy: dict[str, Any]) -> Any:
-    from guardengine.terminal import judges
-
-    if arguments.url is not None:
-        return judges.served(arguments.url, os.environ.get(KEY_VARIABLE), messages, policy)
-    options = {"revision": arguments.revision, **engine_options(arguments)}
-    return judges.in_process(arguments.checkpoint, messages, policy, **options)
+def _show(reply: JudgedText, piece: str, labels: list[dict[str, Any]]) -> None:
+    reply.add(piece, labels)
+    for token in reply.rest():
+        reply.show(token)
 
 
 def _pieces(arguments: argparse.Namespace) -> Iterator[str]:

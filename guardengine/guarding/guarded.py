@@ -125,7 +125,12 @@ def guarded_sync(
         source: an iterator; its items are as in `guarded`.
         stream: of `engine`. Nobody else may append to it meanwhile.
         engine: is run after every item, in this thread.
-        text, ids, tokenizer, on_block, substitute, end_turn: as in `guarded`.
+        text: takes a str, or None, from an item.
+        ids: takes a list of ids, or None, from an item.
+        tokenizer: the LLM's, where ids are of another vocabulary than Qwen3's.
+        on_block: "stop" ends the reply on a block, "raise" raises Blocked.
+        substitute: what comes out last on a block, as it is given.
+        end_turn: False leaves the reply open at its end.
 
     Returns:
         A generator of deltas, as in `guarded`.

@@ -62,8 +62,13 @@ def intervene(
             context, say) is handed to `generate`.
         buffer_tokens: how many cleared tokens the reader lags behind; from 0.
         max_retries: how often `callback` is called, at most; from 0.
-        text, ids: as in `guarded`. Of another tokenizer than Qwen3's pass the text, not the ids.
-        on_block, substitute, max_ahead, timeout_s, end_turn: as in `guarded`.
+        text: takes a str, or None, from a delta. Of another tokenizer than Qwen3's pass the text, not the ids.
+        ids: takes a list of Qwen3 ids, or None, from a delta.
+        on_block: what follows when it is given up: "stop" ends the reply, "raise" raises Blocked.
+        substitute: what comes out last when it is given up, as it is given.
+        max_ahead: how many deltas are pulled before they are fed, at most; from 1.
+        timeout_s: seconds, for each append, as in `AsyncStream.append`.
+        end_turn: False leaves the reply open at its end.
 
     Returns:
         An async generator of deltas, as in `guarded`.

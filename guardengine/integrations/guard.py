@@ -7,44 +7,49 @@ either of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from guardengine.errors import Blocked, ConfigError, Overloaded, ServerError
 from guardengine.guarding.held import HeldItems, Split
 from guardengine.guarding.pull_ahead import MAX_AHEAD, PullAhead
 from guardengine.guarding.relay import relay
+from guardengine.integrations.judges import EngineJudge, Judge, JudgedStream, Messages, ServerJudge
 from guardengine.labels import Verdict
 from guardengine.policy import OnFailure, Policy
 
-if TYPE_CHECKING:  # which bring torch: who asks a server does not need it
+if TYPE_CHECKING:  # which brings torch: who asks a server does not need it
     from guardengine.engine.async_engine import AsyncEngine
-    from guardengine.engine.async_stream import AsyncStream
 
-Messages = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
 
 class Guard:
-    """Judges a host's conversations. Give one of:
+    """Judges a host's conversations. Give one of `url`, `engine` and `checkpoint`.
 
-    url: of a `guardengine serve`, with its `api_key`. Needs the extra `client`, and no torch. Every conversation has a
-        connection of its own, so calls may come from any event loop.
-    engine: an AsyncEngine, for one event loop, as ever. The guard does not close it.
-    checkpoint: loads an AsyncEngine with `engine_options`, in a thread; the first call waits for it.
+    All calls raise InvalidText or StreamTooLong for conversations that cannot be judged, whatever `on_unreachable`
+    says.
 
-    policy: a Policy (not with a url), or its options as a dict with "preset": "strict" or "loose" beside them, as
-    docs/serving/protocol.md has them. None: strict, or what the server was started with.
-    timeout_s: for an answer; with an engine see Policy.on_timeout. reconnect_s: for how long a lost server is sought.
-    on_unreachable: what becomes of conversations while the server cannot be reached, fails or refuses for lack of room
-    (with an engine: the last). "closed" raises ServerError or Overloaded; "open" lets them pass: the verdict's rule is
-    then "unreachable-open", and every one is logged as critical.
+    Args:
+        url: of a `guardengine serve`. Needs the extra `client`, and no torch. Every conversation has a connection of
+            its own, so calls may come from any event loop.
+        api_key: one of the server's keys, where it has some.
+        engine: an AsyncEngine, for one event loop, as ever. The guard does not close it.
+        checkpoint: a folder or hub id: loads an AsyncEngine in a thread; the first call waits for it.
+        engine_options: of `AsyncEngine.from_pretrained`, with a checkpoint.
+        policy: a Policy (not with a url), or its options as a dict with "preset": "strict" or "loose" beside them, as
+            docs/serving/protocol.md has them. None: strict, or what the server was started with.
+        timeout_s: seconds, for an answer; with an engine see Policy.on_timeout.
+        reconnect_s: seconds for which a lost server is sought.
+        on_unreachable: what becomes of conversations while the server cannot be reached, fails or refuses for lack of
+            room (with an engine: the last). "closed" raises ServerError or Overloaded; "open" lets them pass: the
+            verdict's rule is then "unreachable-open", and every one is logged as critical.
 
-    Raises ConfigError for options. All calls raise InvalidText or StreamTooLong for conversations that cannot be
-    judged, whatever `on_unreachable` says.
+    Raises:
+        ConfigError: for options that contradict each other or are out of range.
     """
 
     def __init__(
@@ -65,28 +70,31 @@ class Guard:
         if on_unreachable not in ("closed", "open"):
             raise ConfigError(f"on_unreachable={on_unreachable!r}: choose 'closed' or 'open'")
         self.timeout_s, self.on_unreachable = timeout_s, on_unreachable
-        self._client: Any = None
-        self._engine = engine
-        self._owns_engine = checkpoint is not None
-        if url is None:
-            from guardengine.engine.async_engine import AsyncEngine
-
-            if engine is not None and not isinstance(engine, AsyncEngine):
-                raise ConfigError(f"engine is {type(engine).__name__}, not an AsyncEngine")
-            self._policy: Any = policy if isinstance(policy, Policy) else Policy.of(**(policy or {}))
-            if checkpoint is not None:
-                self._engine = AsyncEngine.from_pretrained(checkpoint, **(engine_options or {}))
-            return
-        if policy is not None and not isinstance(policy, Mapping):
-            raise ConfigError(f"policy is {type(policy).__name__}; a server takes a dict of its options")
-        from guardengine.client import AsyncGuardClient
-
-        self._policy = policy
-        self._client = AsyncGuardClient(url, api_key=api_key, timeout_s=timeout_s, reconnect_s=reconnect_s)
+        self._judge: Judge
+        if url is not None:
+            self._judge = ServerJudge(
+                url, api_key=api_key, policy=policy, timeout_s=timeout_s, reconnect_s=reconnect_s
+            )
+        elif checkpoint is not None:
+            self._judge = EngineJudge.load(checkpoint, engine_options, policy=policy, timeout_s=timeout_s)
+        else:
+            self._judge = EngineJudge(cast("AsyncEngine", engine), policy=policy, timeout_s=timeout_s)
 
     async def judge(self, messages: Messages, reply: str | None = None) -> Verdict:
-        """The verdict on a conversation and, where there is one, the reply to it (or its end, where the conversation
-        ends with the assistant). Raises as above."""
+        """Judge a whole conversation.
+
+        Args:
+            messages: with text as content.
+            reply: to the conversation; or the end of one, where the conversation ends with the assistant. None: there
+                is none, and the prompt alone is judged.
+
+        Returns:
+            The verdict on all of it.
+
+        Raises:
+            InvalidText, StreamTooLong: the conversation cannot be judged.
+            ServerError, Overloaded: with on_unreachable="closed".
+        """
         async with await self.open(messages) as stream:
             if reply is not None and not stream.is_blocked:
                 await stream.append(reply)
@@ -94,12 +102,21 @@ class Guard:
             return stream.verdict
 
     async def open(self, messages: Messages) -> GuardedConversation:
-        """A conversation whose prompt is judged, to append a reply to. Also an async context manager that closes it.
+        """Judge a prompt, and keep its conversation open for the reply.
 
-        messages: with text as content. What the assistant has begun to say in the last one is judged with the reply.
+        Args:
+            messages: with text as content. What the assistant has begun to say in the last one is judged with the
+                reply.
+
+        Returns:
+            A conversation to append to, which is also an async context manager that closes it.
+
+        Raises:
+            InvalidText, StreamTooLong: the conversation cannot be judged.
+            ServerError, Overloaded: with on_unreachable="closed".
         """
         messages, begun = _without_beginning(messages)
-        conversation = GuardedConversation(self._open(messages), self.on_unreachable, len(begun))
+        conversation = GuardedConversation(self._judge, messages, self.on_unreachable, len(begun))
         try:
             await conversation.start()
             if begun and not conversation.is_blocked:
@@ -118,12 +135,24 @@ class Guard:
         split: Split[T] | None = None,
         check_prompt: Literal["first", "beside"] = "first",
     ) -> AsyncGenerator[T, None]:
-        """Feed a host's items to the guard and yield those whose text is cleared, as they came and in their order;
-        raise Blocked where the prompt or the reply is blocked, after what was cleared before.
+        """Feed a host's items to the guard and yield those whose text is cleared, as they came and in their order.
 
-        text: an item's text, None or "" where it has none; such an item comes out after the text before it. split: cuts
-        an item after so many characters of its text into two, or returns None where it cannot be cut, and it waits then
-        until it is cleared as a whole. check_prompt, and when the source is closed: as in `guarded`.
+        Args:
+            source: the items. It is closed at the end, on a block, on an error, and when this generator is closed.
+            messages: as in `open`.
+            text: an item's text, None or "" where it has none; such an item comes out after the text before it.
+            split: cuts an item after so many characters of its text into two, or returns None where it cannot be cut;
+                it waits then until it is cleared as a whole. None: no item is cut.
+            check_prompt: "first": nothing is pulled from the source before the prompt is judged. "beside": pulling
+                begins at once, showing does not.
+
+        Yields:
+            Items, and parts of items.
+
+        Raises:
+            Blocked: the prompt or the reply is blocked; after what was cleared before.
+            InvalidText, StreamTooLong: the conversation cannot be judged.
+            ServerError, Overloaded: with on_unreachable="closed".
         """
         ahead = PullAhead(source, MAX_AHEAD)
         try:
@@ -144,47 +173,23 @@ class Guard:
 
     async def close(self) -> None:
         """Close the client, or the engine that was loaded for a `checkpoint`. Others stay open."""
-        if self._client is not None:
-            await self._client.close()
-        if self._owns_engine and self._engine is not None:
-            await self._engine.close()
-
-    def _open(self, messages: Messages) -> Callable[[], Awaitable[_Stream]]:
-        async def served() -> _Stream:
-            return _Served(await self._client.stream(messages, policy=self._policy))
-
-        async def own() -> _Stream:
-            engine = self._engine
-            if engine is None:
-                raise ConfigError("the guard has no engine")
-            await engine
-            stream = await engine.open(messages, policy=self._policy, timeout_s=self.timeout_s)
-            try:
-                await stream.prompt()
-            except BaseException:
-                await stream.close()
-                raise
-            return _Own(stream, self.timeout_s)
-
-        return own if self._client is None else served
+        await self._judge.close()
 
 
 class GuardedConversation:
     """A conversation under a Guard. Made by `Guard.open`."""
 
-    def __init__(
-        self, open_stream: Callable[[], Awaitable[_Stream]], on_unreachable: OnFailure, num_begun: int
-    ) -> None:
-        self._open_stream, self._on_unreachable = open_stream, on_unreachable
+    def __init__(self, judge: Judge, messages: Messages, on_unreachable: OnFailure, num_begun: int) -> None:
+        self._judge, self._messages, self._on_unreachable = judge, messages, on_unreachable
         self._num_begun = num_begun  # characters of the reply that are not the appender's
         self._num_chars = 0  # appended, those included
-        self._stream: _Stream | None = None
+        self._stream: JudgedStream | None = None
         self._is_unguarded = False
         self._resources = AsyncExitStack()
 
     async def start(self) -> None:
         async def begin() -> None:
-            self._stream = await self._open_stream()
+            self._stream = await self._judge.open(self._messages)
             self._resources.push_async_callback(self._stream.close)
 
         await self._do(begin)
@@ -231,7 +236,7 @@ class GuardedConversation:
     async def __aexit__(self, *_: Any) -> None:
         await self.close()
 
-    async def _do(self, operation: Callable[[], Awaitable[None]]) -> None:
+    async def _do(self, operation: Callable[[], Awaitable[Any]]) -> None:
         try:
             await operation()
         except (ServerError, Overloaded) as error:
@@ -268,66 +273,6 @@ class _Reply(Generic[T]):
 
     def rest(self) -> list[T]:
         return self._held.rest()
-
-
-class _Stream(Protocol):
-    """A stream of either kind."""
-
-    @property
-    def verdict(self) -> Verdict: ...
-
-    @property
-    def cleared_chars(self) -> int: ...
-
-    async def append(self, text: str) -> None: ...
-
-    async def finish(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-
-class _Served:
-    """A stream of an AsyncGuardClient."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self.close = stream.close
-
-    @property
-    def verdict(self) -> Verdict:
-        return Verdict(**self._stream.verdict)
-
-    @property
-    def cleared_chars(self) -> int:
-        return int(self._stream.cleared_chars)
-
-    async def append(self, text: str) -> None:
-        await self._stream.append(text)
-
-    async def finish(self) -> None:
-        await self._stream.finish()
-
-
-class _Own:
-    """A stream of an AsyncEngine."""
-
-    def __init__(self, stream: AsyncStream, timeout_s: float) -> None:
-        self._stream, self._timeout_s = stream, timeout_s
-        self.close = stream.close
-
-    @property
-    def verdict(self) -> Verdict:
-        return self._stream.verdict
-
-    @property
-    def cleared_chars(self) -> int:
-        return self._stream.cleared_chars
-
-    async def append(self, text: str) -> None:
-        await self._stream.append_text(text, timeout_s=self._timeout_s)
-
-    async def finish(self) -> None:
-        await self._stream.finish_text(timeout_s=self._timeout_s)
 
 
 def _without_beginning(messages: Messages) -> tuple[Messages, str]:

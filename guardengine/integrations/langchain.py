@@ -11,12 +11,9 @@ has their tokens. Needs langchain-core.
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import json
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from typing import Any, Literal
 
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, convert_to_openai_messages
@@ -26,8 +23,7 @@ from langchain_core.runnables import Runnable, RunnableBinding
 from guardengine.errors import Blocked, ConfigError
 from guardengine.integrations.guard import Guard
 from guardengine.integrations.openai import text_messages
-
-T = TypeVar("T")
+from guardengine.integrations.own_loop import in_loop
 
 
 class GuardedChatModel(BaseChatModel):
@@ -133,7 +129,7 @@ class GuardedChatModel(BaseChatModel):
         run_manager: Any = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _in_loop(self._agenerate(messages, stop, **kwargs))
+        return in_loop(self._agenerate(messages, stop, **kwargs))
 
     def _stream(
         self,
@@ -144,10 +140,10 @@ class GuardedChatModel(BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         chunks = self._astream(messages, stop, **kwargs)
         try:
-            while (chunk := _in_loop(_next(chunks))) is not None:
+            while (chunk := in_loop(_next(chunks))) is not None:
                 yield chunk
         finally:
-            _in_loop(chunks.aclose())
+            in_loop(chunks.aclose())
 
     async def _source(
         self, messages: list[BaseMessage], stop: list[str] | None, **kwargs: Any
@@ -223,17 +219,3 @@ def _as_chunk(generation: ChatGeneration) -> ChatGenerationChunk:
 
 async def _next(chunks: AsyncGenerator[ChatGenerationChunk, None]) -> ChatGenerationChunk | None:
     return await anext(chunks, None)
-
-
-def _in_loop(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in the event loop for synchronous calls. May be called from any thread, also one with a running
-    loop."""
-    return asyncio.run_coroutine_threadsafe(coroutine, _loop()).result()
-
-
-@functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    run: Callable[[], None] = loop.run_forever
-    threading.Thread(target=run, name="guardengine-langchain", daemon=True).start()
-    return loop

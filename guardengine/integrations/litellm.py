@@ -24,7 +24,8 @@ from litellm.integrations.custom_guardrail import CustomGuardrail, log_guardrail
 from litellm.types.utils import Delta, ModelResponseStream, StreamingChoices
 
 from guardengine.errors import Blocked, ConfigError, GuardEngineError, InvalidText, Overloaded, ServerError
-from guardengine.integrations.guard import Guard, Messages
+from guardengine.integrations.guard import Guard
+from guardengine.integrations.judges import Messages
 from guardengine.integrations.openai import chunk_text, message_text, split_chunk, text_messages
 from guardengine.labels import Verdict
 from guardengine.policy import Policy

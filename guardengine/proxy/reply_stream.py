@@ -3,6 +3,11 @@
 An event goes out as it came, byte for byte, when all text in it is cleared; of one that is cleared in part a rewritten
 one goes out first and the rest later. Events of one choice stay in order; choices do not wait for each other; what has
 no choice (usage) waits for all that came before it, comments for nothing. No web framework.
+
+What is held is no HeldItems (guarding/held.py), which is one reply in one order: here an event has parts of several
+choices, goes out unchanged only where all of them may, and a choice's last part waits for the choice's end, not for a
+number of characters. The loop is not `relay` either: choices are judged side by side, and a choice's next piece is
+appended while the one before is computed.
 """
 
 from __future__ import annotations

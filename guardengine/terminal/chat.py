@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from contextlib import aclosing
 
-from guardengine.guarding.pull_ahead import PullAhead
-from guardengine.terminal.judges import AsyncReply, Open
+from guardengine.guarding.pull_ahead import MAX_AHEAD, PullAhead
+from guardengine.guarding.relay import relay
+from guardengine.integrations.judges import Judge, JudgedStream
+from guardengine.labels import Verdict
 from guardengine.terminal.llm import Upstream
-from guardengine.terminal.printer import JudgedText, Printer
-
-_MAX_AHEAD = 16  # deltas
+from guardengine.terminal.printer import JudgedText, Printer, Token
 
 
 class GuardedChat:
@@ -19,10 +19,10 @@ class GuardedChat:
     before them; of a reply that was cancelled it has what was shown."""
 
     def __init__(
-        self, opened: Open, upstream: Upstream, printer: Printer, tell: Callable[[str], None]
+        self, judge: Judge, upstream: Upstream, printer: Printer, tell: Callable[[str], None]
     ) -> None:
         """tell: called with what is to be said besides the reply."""
-        self._opened, self._upstream, self._printer, self._tell = opened, upstream, printer, tell
+        self._judge, self._upstream, self._printer, self._tell = judge, upstream, printer, tell
         self.messages: list[dict[str, str]] = []
 
     def reset(self) -> None:
@@ -32,16 +32,19 @@ class GuardedChat:
         """Judge the user's text, have the LLM reply, and show what is cleared of that. Raises what the guard raises,
         and ServerError for the LLM's server; the turn has not happened then."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        stream = await self._opened(asked)
+        stream = await self._judge.open(asked)
         try:
-            if stream.verdict["action"] == "block":
+            if stream.verdict.action == "block":
                 self._tell(
                     f"blocked: the prompt is {_why(stream.verdict)}; it was not sent to {self._upstream.model}"
                 )
                 return
-            reply = JudgedText(self._printer, is_guarded=True)
+            reply = JudgedText(self._printer)
             try:
-                await self._relay(asked, stream, reply)
+                ahead = PullAhead(self._upstream.deltas(asked), MAX_AHEAD)
+                async with aclosing(relay(ahead, _Reply(stream, reply))) as tokens:
+                    async for token in tokens:
+                        reply.show(token)
             except asyncio.CancelledError:
                 self._keep(asked, reply.shown)
                 raise
@@ -49,7 +52,7 @@ class GuardedChat:
                 if reply.shown:
                     self._printer.end()
             verdict = stream.verdict
-            if verdict["action"] == "block":
+            if verdict.action == "block":
                 self._tell(
                     f"blocked: the reply is {_why(verdict)}; it was stopped, and the turn is forgotten"
                 )
@@ -60,24 +63,35 @@ class GuardedChat:
         finally:
             await stream.close()
 
-    async def _relay(self, asked: list[dict[str, str]], stream: AsyncReply, reply: JudgedText) -> None:
-        ahead = PullAhead(self._upstream.deltas(asked), _MAX_AHEAD)
-        ahead.start()
-        try:
-            while deltas := await ahead.take():
-                text = "".join(deltas)
-                reply.add(text, await stream.append(text))
-                if stream.verdict["action"] == "block":
-                    return
-            reply.add("", await stream.finish(), is_over=True)
-        finally:
-            await ahead.close()
-
     def _keep(self, asked: list[dict[str, str]], text: str) -> None:
         if text:
             self.messages = [*asked, {"role": "assistant", "content": text}]
 
 
-def _why(verdict: dict[str, Any]) -> str:
-    category = "" if verdict["category"] is None else f", {verdict['category']}"
-    return f"{verdict['risk']}{category} (rule {verdict['rule']})"
+class _Reply:
+    """The LLM's deltas on a judged stream, for `relay`; what comes out are tokens of the text."""
+
+    def __init__(self, stream: JudgedStream, text: JudgedText) -> None:
+        self._stream, self._text = stream, text
+
+    @property
+    def is_blocked(self) -> bool:
+        return self._stream.verdict.action == "block"
+
+    async def append(self, items: list[str]) -> None:
+        text = "".join(items)
+        self._text.add(text, await self._stream.append(text))
+
+    async def finish(self) -> None:
+        self._text.add("", await self._stream.finish())
+
+    def take(self) -> list[Token]:
+        return self._text.take(self._stream.cleared_chars)
+
+    def rest(self) -> list[Token]:
+        return self._text.rest()
+
+
+def _why(verdict: Verdict) -> str:
+    category = "" if verdict.category is None else f", {verdict.category}"
+    return f"{verdict.risk}{category} (rule {verdict.rule})"

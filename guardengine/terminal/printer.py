@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, TextIO
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from guardengine.guarding.held import HeldItems
+
+if TYPE_CHECKING:  # which brings numpy: a parser of a command line does without
+    from guardengine.labels import Verdict
 
 _RISKS = {"Safe": "32", "Controversial": "33", "Unsafe": "31"}  # ANSI colours
 _ACTIONS = {"allow": "32", "flag": "33", "block": "31"}
@@ -30,14 +35,14 @@ class Printer:
             category = "" if label["risk"] == "Safe" else f", {label['category']}"
             self.line(f"prompt: {self.colored(label['risk'], _RISKS)}{category} ({_percent(probability)})")
 
-    def verdict(self, verdict: dict[str, Any]) -> None:
+    def verdict(self, verdict: Verdict) -> None:
         if self.as_json:
-            self.line({"type": "verdict", "verdict": verdict})
+            self.line({"type": "verdict", "verdict": asdict(verdict)})
             return
-        why = "" if verdict["action"] == "allow" else f" {verdict['risk']}"
-        if verdict["category"] is not None:
-            why += f", {verdict['category']}"
-        self.line(f"verdict: {self.colored(verdict['action'], _ACTIONS)}{why} (rule {verdict['rule']})")
+        why = "" if verdict.action == "allow" else f" {verdict.risk}"
+        if verdict.category is not None:
+            why += f", {verdict.category}"
+        self.line(f"verdict: {self.colored(verdict.action, _ACTIONS)}{why} (rule {verdict.rule})")
 
     def colored(self, text: str, colors: dict[str, str], name: str | None = None) -> str:
         color = colors.get(name or text)
@@ -55,36 +60,52 @@ class Printer:
             self.write("\n")
 
 
+class Token(NamedTuple):
+    """A token of a reply: how many characters of the reply there are up to its end, and its risk."""
+
+    end: int
+    risk: str
+
+
 class JudgedText:
     """A reply as it is judged: tokens in the colours of their risks; without colours, risks other than Safe beside.
 
-    is_guarded: only what is cleared is shown. `shown` is what was shown, `text` all that came.
+    `text` is all that came, `shown` what was shown of it.
     """
 
-    def __init__(self, printer: Printer, *, is_guarded: bool = False) -> None:
-        self._printer, self._is_guarded = printer, is_guarded
+    def __init__(self, printer: Printer) -> None:
+        self._printer = printer
         self.text, self._num_shown, self._num_labelled = "", 0, 0  # characters
-        self._held = HeldItems[tuple[int, str]]()  # where a token ends in the text, and its risk
+        self._held = HeldItems[Token]()
 
     @property
     def shown(self) -> str:
         return self.text[: self._num_shown]
 
-    def add(self, piece: str, update: Any, *, is_over: bool = False) -> None:
-        """Take in more of the reply, and what came of it. is_over: there is nothing left to wait for."""
+    def add(self, piece: str, labels: Sequence[dict[str, Any]]) -> None:
+        """Hold more of the reply, and the labels that came of it. As JSON, labels are printed at once."""
         self.text += piece
-        for label in update.labels:
+        for label in labels:
             if self._printer.as_json:
                 self._printer.line({"type": "label", "label": label})
                 continue
             end = max(self._num_labelled, label["span"]["end_char"])
-            self._held.add((end, label["risk"]), end - self._num_labelled)
+            self._held.add(Token(end, label["risk"]), end - self._num_labelled)
             self._num_labelled = end
-        is_held = self._is_guarded and (not is_over or update.verdict["action"] == "block")
-        for end, risk in self._held.take(update.cleared_chars) if is_held else self._held.rest():
-            text = printable(self.text[self._num_shown : end])
-            self._num_shown = end
-            self._printer.write(self._mark(text, risk))
+
+    def take(self, end: int) -> list[Token]:
+        """The tokens that lie within the first `end` characters and were not taken."""
+        return self._held.take(end)
+
+    def rest(self) -> list[Token]:
+        """All that were not taken."""
+        return self._held.rest()
+
+    def show(self, token: Token) -> None:
+        """Print the text up to a token's end."""
+        text = printable(self.text[self._num_shown : token.end])
+        self._num_shown = token.end
+        self._printer.write(self._mark(text, token.risk))
 
     def _mark(self, text: str, risk: str) -> str:
         if not self._printer.is_colored:
