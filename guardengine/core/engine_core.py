@@ -266,9 +266,8 @@ class EngineCore:
         if state.is_closed:
             return
         self._check_own(state)
-        with contextlib.suppress(
-            AuditError
-        ):  # closing frees memory and must work; what has landed stays recorded
+        # Closing frees memory and must work; what has landed is in the recorder's hands.
+        with contextlib.suppress(AuditError):
             self.land()
         state.is_closed = True
         self.scheduler.discard(state)

@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from guardengine.core.text_feeding import accepted_chars, cleared_chars
 from guardengine.engine.stream import StreamView
 from guardengine.errors import ConfigError, InvalidText, InvalidTokens
 from guardengine.guarding.held import HeldItems, cut_sequence
@@ -97,7 +96,7 @@ class Reply:
         """What may be shown by now of what was not taken yet: deltas, mostly one or none."""
         num_tokens = max(self._stream.verdict.cleared - self._num_behind, 0)
         is_by_token = self._is_text is False and self._foreign is None
-        end = num_tokens if is_by_token else cleared_chars(self._stream._state, num_tokens)
+        end = num_tokens if is_by_token else self._stream.chars_within(num_tokens)
         return self._shaped(self._held.take(end))
 
     def rest(self) -> Sequence[Any]:
@@ -106,14 +105,14 @@ class Reply:
 
     def _begin(self, is_text: bool) -> None:
         self._is_text = is_text
-        state, tokenizer = self._stream._state, self._shape.tokenizer
+        stream, tokenizer = self._stream, self._shape.tokenizer
         if is_text:
-            self._held = HeldItems(cut_sequence, accepted_chars(state))
+            self._held = HeldItems(cut_sequence, stream.accepted_chars)
         elif tokenizer is None:
-            self._held = HeldItems(cut_sequence, state.num_assistant_tokens)
+            self._held = HeldItems(cut_sequence, stream.num_assistant_tokens)
         else:
             self._foreign = ForeignIds.begin(tokenizer)
-            self._held = HeldItems(start=accepted_chars(state))
+            self._held = HeldItems(start=stream.accepted_chars)
 
     def _add_foreign(self, foreign: ForeignIds, token_ids: Sequence[int]) -> str:
         pieces = list[tuple[str, bool]]()

@@ -77,7 +77,7 @@ class SyncReply(Reply):
 
     def finish(self) -> None:
         self._append(self.end())
-        if self._end_turn and can_end_turn(self.stream):
+        if self._end_turn and self.stream.can_end_turn:
             self.stream.finish_text()
         elif self.stream.held_text:
             self.stream.finish_text(end_turn=False)
@@ -92,7 +92,7 @@ class SyncReply(Reply):
 
 async def finish_reply(stream: AsyncStream, end_turn: bool, timeout_s: float | None) -> None:
     """Feed what is held back, and the reply's <|im_end|> where there is one to feed."""
-    if end_turn and can_end_turn(stream):
+    if end_turn and stream.can_end_turn:
         await stream.finish_text(timeout_s=timeout_s)
     elif stream.held_text:
         await stream.finish_text(end_turn=False, timeout_s=timeout_s)
@@ -101,9 +101,3 @@ async def finish_reply(stream: AsyncStream, end_turn: bool, timeout_s: float | N
 def is_blocked(stream: StreamView) -> bool:
     """Whether the stream's policy blocks it by now."""
     return stream.verdict.action == "block"
-
-
-def can_end_turn(stream: StreamView) -> bool:
-    """Whether there is an <|im_end|> to feed: on a stream opened from messages, unless the LLM's ids had it."""
-    turns = stream._state.turns
-    return turns is not None and not (turns[-1].role == "assistant" and turns[-1].is_closed)

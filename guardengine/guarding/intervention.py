@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, 
 from contextlib import aclosing
 from typing import Any
 
-from guardengine.core.text_feeding import accepted_chars, cut_before
 from guardengine.engine.async_stream import AsyncStream
 from guardengine.errors import ConfigError
 from guardengine.guarding.deltas import Extractor, Shape
@@ -127,8 +126,8 @@ class _Draft(AsyncReply):
     def __init__(self, stream: AsyncStream, shape: Shape, buffer_tokens: int, **options: Any) -> None:
         super().__init__(stream, shape, buffer_tokens, **options)
         self.kept: Kept = None
-        self._num_before = stream._state.num_assistant_tokens
-        self._chars_before = accepted_chars(stream._state)
+        self._num_before = stream.num_assistant_tokens
+        self._chars_before = stream.accepted_chars
 
     def add(self, deltas: Iterable[Any]) -> str | list[int]:
         delta = super().add(deltas)
@@ -140,14 +139,13 @@ class _Draft(AsyncReply):
 
     async def roll_back(self) -> None:
         """Drop what is not cleared, from the stream and from what is kept."""
-        state = self.stream._state
         cleared = max(self.stream.verdict.cleared, self._num_before)
         if isinstance(self.kept, str):
-            cleared, num_chars = cut_before(state, cleared)
+            cleared, num_chars = self.stream.cut_before(cleared)
             num_chars = max(num_chars, self._chars_before)
             self.kept = self.kept[: num_chars - self._chars_before]
             self._held.cut(num_chars)
         elif self.kept is not None:
             self.kept = self.kept[: cleared - self._num_before]
             self._held.cut(cleared)
-        await self.stream.rollback(max(state.num_assistant_tokens - cleared, 0))
+        await self.stream.rollback(max(self.stream.num_assistant_tokens - cleared, 0))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import guardengine
 from guardengine import Engine, Policy
 
 USER = {"role": "user", "content": "What is the capital of France?"}
@@ -64,3 +66,9 @@ def test_a_reply_can_be_ended_once(engine: Engine) -> None:
         assert stream.can_end_turn
     with engine.open(token_ids=[1, 2, 3]) as stream:
         assert not stream.can_end_turn
+
+
+def test_a_streams_books_are_read_through_its_handle() -> None:
+    root = Path(guardengine.__file__).parent
+    outside = [path for path in root.rglob("*.py") if path.parent != root / "engine"]
+    assert [path for path in outside if re.search(r"(?<!self)\._state\b", path.read_text())] == []
