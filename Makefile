@@ -64,7 +64,8 @@ HAS_AVX512 := $(shell for flag in avx512_bf16 avx512_vnni avx512vbmi; do grep -q
 
 # The kernels that this CPU may lack the instructions for, compiled to others: same tests.
 NATIVE := $(MAKE) --no-print-directory -j2 -f tests/native/Makefile PYTHON=$(BIN)/python
-NATIVE_TESTS := tests/kernels/test_cpu_ops.py tests/runners/test_cpu_engine.py tests/kernels/test_quantized_ops.py tests/runners/test_int8_cache.py
+NATIVE_TESTS := tests/kernels/test_cpu_ops.py tests/kernels/test_quantized_ops.py tests/kernels/test_int8_cache.py \
+  tests/runners/test_cpu_engine.py tests/runners/test_invariance.py
 
 # avx512 shares with avx512bf16 all that is not an operator.
 OPERATOR_TESTS := tests/kernels/test_cpu_ops.py tests/kernels/test_quantized_ops.py

@@ -14,6 +14,7 @@ import torch
 from feeding import VOCAB, bits, ids, poison
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairwise import grid
 from torch import Tensor
 
 from guardengine import Engine, Stream
@@ -84,9 +85,12 @@ CASES: dict[str, tuple[list[list[int]], list[list[int]]]] = {  # block tables an
 }
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("shape", [(4, 2, 32), (16, 1, 64), (80, 1, 32), (3, 3, 128)], ids=str)
-@pytest.mark.parametrize("case", CASES)
+# Pairs of case, shape and cache, for every instruction set.
+@grid(
+    case=list(CASES),
+    shape=[(4, 2, 32), (16, 1, 64), (80, 1, 32), (3, 3, 128)],
+    kv_dtype=[torch.float32, torch.bfloat16, torch.int8],
+)
 def test_attention_over_shared_blocks(case: str, shape: tuple[int, int, int], kv_dtype: torch.dtype) -> None:
     num_heads, num_kv_heads, head_dim = shape
     tables, rows = CASES[case]
@@ -181,11 +185,17 @@ def decode(engine: Engine, streams: list[Stream], num_tokens: list[int], seed: i
     engine.run()
 
 
-@pytest.mark.parametrize(
-    ("shared", "branches", "heads"),
-    [(64, 2, (4, 2)), (77, 40, (4, 2)), (128, 5, (16, 1)), (200, 20, (4, 2)), (130, 9, (16, 1))],
+# Pairs of family, mode and instruction set.
+@grid(
+    family=[(64, 2, (4, 2)), (77, 40, (4, 2)), (128, 5, (16, 1)), (200, 20, (4, 2)), (130, 9, (16, 1))],
+    mode=list(MODES),
+    isa=native.usable_isas(),
+    indirect=["isa"],
 )
-def test_branches_of_one_prompt(engines, mode: str, isa: str, shared: int, branches: int, heads) -> None:
+def test_branches_of_one_prompt(
+    engines, family: tuple[int, int, tuple[int, int]], mode: str, isa: str
+) -> None:
+    shared, branches, heads = family
     engine = engines(mode, isa, heads=heads)
     prompt = engine.open(token_ids=ids(shared, 1), role="assistant")
     engine.run()
@@ -222,8 +232,13 @@ def test_families_forks_of_forks_and_strangers(engines, mode: str, isa: str, blo
     assert_as_alone(engine, streams)
 
 
-@pytest.mark.parametrize("mode", ["bfloat16", "int8-kv", "w8a8-int8-kv"])
-@pytest.mark.parametrize("kept", [129, 128, 127, 3])
+# Pairs of mode, what is kept and instruction set.
+@grid(
+    mode=["bfloat16", "int8-kv", "w8a8-int8-kv"],
+    kept=[129, 128, 127, 3],
+    isa=native.usable_isas(),
+    indirect=["isa"],
+)
 def test_rollback_of_one_branch(engines, mode: str, isa: str, kept: int) -> None:
     """Into what is shared: the others read on, the branch writes its own."""
     engine = engines(mode, isa)

@@ -100,30 +100,6 @@ def test_labels_are_the_references(engine: Engine, reference: Engine) -> None:
     near(fed(engine, ids, [70, 1, 4, 5]), fed(reference, ids, [70, 1, 4, 5]))
 
 
-def test_one_piece_or_many_are_the_same_bits(engine: Engine, reference: Engine) -> None:
-    ids = ids_of(21, seed=1)
-    whole = fed(engine, ids, [21])
-    near(whole, fed(reference, ids, [21]))
-    same_bits(fed(engine, ids, [13, 1, 5, 2]), whole)
-
-
-def test_company_changes_no_bit(engine: Engine) -> None:
-    """Alone, and in steps with others that are longer, shorter and of other lengths: other tiles, other graphs."""
-    ids = ids_of(9, seed=2)
-    alone = fed(engine, ids, [5, 1, 3])
-    others = [engine.open(token_ids=ids_of(count, seed=9 + count), role="assistant") for count in (40, 3)]
-    engine.run()
-    stream = engine.open(token_ids=ids[:5], role="assistant")
-    others[0].append(ids_of(20))
-    labels = engine.run()
-    for piece in ([5, 6], [6, 9]):
-        for other in others:
-            other.append(ids_of(2))
-        stream.append(ids[piece[0] : piece[1]])
-        labels += engine.run()
-    same_bits([label for label in labels if label.stream_id == stream.stream_id], alone)
-
-
 def test_past_a_segment_the_bits_stay(engine: Engine, reference: Engine) -> None:
     """More keys than one segment of attention: split over programs, and merged by whoever comes last."""
     ids = ids_of(262, seed=3)
@@ -138,24 +114,6 @@ def test_past_a_segment_the_bits_stay(engine: Engine, reference: Engine) -> None
         branch.append(ids[start:end])
         again += engine.run()
     same_bits(again, labels)
-
-
-def test_fork_and_rollback(engine: Engine, reference: Engine) -> None:
-    def scenario(engine: Engine) -> list[Label]:
-        stream = engine.open(token_ids=ids_of(18, seed=4), role="assistant", stream_id="a")
-        found = engine.run()
-        branch = stream.fork(stream_id="b")  # shares a block that is half full
-        branch.append(ids_of(2, seed=5))
-        stream.append(ids_of(3, seed=6))
-        found += engine.run()
-        stream.rollback(4)
-        stream.append(ids_of(2, seed=7))
-        found += engine.run()
-        branch.close()
-        stream.close()
-        return sorted(found, key=lambda label: (label.stream_id, label.position))
-
-    near(scenario(engine), scenario(reference))
 
 
 def test_a_prompt_that_wants_one_label(engine: Engine, reference: Engine) -> None:

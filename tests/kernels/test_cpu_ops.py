@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from native_ops import assert_close_as_torch, rand
+from pairwise import grid
 from torch import Tensor
 
 from guardengine.kernels import cpu, native, reference
@@ -144,10 +145,12 @@ def test_bf16_rounding_is_torchs() -> None:
 # -- keys and values -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 32), (8, 1, 64), (3, 3, 128)])
-def test_qk_norm_rope_store_kv(num_heads, num_kv_heads, head_dim, dtype, kv_dtype) -> None:
+# Pairs of shape and dtypes, for every instruction set.
+@grid(shape=[(4, 2, 32), (8, 1, 64), (3, 3, 128)], dtype=DTYPES, kv_dtype=DTYPES)
+def test_qk_norm_rope_store_kv(
+    shape: tuple[int, int, int], dtype: torch.dtype, kv_dtype: torch.dtype
+) -> None:
+    num_heads, num_kv_heads, head_dim = shape
     num_rows = 5
     qkv = rand(num_rows, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
     q_norm = 1 + rand(head_dim, dtype=dtype, scale=0.1)
@@ -216,12 +219,10 @@ BATCHES: list[tuple[list[int], list[list[int]]]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "block_size"), [(4, 2, 32, 4), (8, 1, 96, 3), (2, 2, 128, 16)]
-)
-@pytest.mark.parametrize(("lengths", "rows"), BATCHES)
-def test_paged_attention(lengths, rows, num_heads, num_kv_heads, head_dim, block_size, dtype) -> None:
+# Pairs of batch, shape and dtype, for every instruction set.
+@grid(batch=BATCHES, shape=[(4, 2, 32, 4), (8, 1, 96, 3), (2, 2, 128, 16)], dtype=DTYPES)
+def test_paged_attention(batch, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    (lengths, rows), (num_heads, num_kv_heads, head_dim, block_size) = batch, shape
     dense, k_cache, v_cache, tables = paged(lengths, block_size, num_kv_heads, head_dim, dtype)
     positions = torch.tensor([p for row in rows for p in row])
     cu_seqlens = torch.tensor([0, *torch.tensor([len(row) for row in rows]).cumsum(0)], dtype=torch.int32)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from native_ops import assert_close_as_torch, rand
+from pairwise import grid
 from torch import Tensor
 
 from guardengine.kernels import cpu, native, reference
@@ -78,15 +79,22 @@ def assert_right(actual: Tensor, plain: Tensor, exact: Tensor, scheme: str) -> N
 # -- the numbers -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("out", "inner"), SIZES)
-def test_linear(out: int, inner: int, scheme: str, dtype: torch.dtype) -> None:
+# Pairs of size, scheme and dtype, for every instruction set.
+@grid(size=SIZES, scheme=SCHEMES, dtype=DTYPES)
+def test_linear(size: tuple[int, int], scheme: str, dtype: torch.dtype) -> None:
+    out, inner = size
     weight = rand(out, inner, dtype=dtype, scale=inner**-0.5)
     for num_rows in (1, 5, 13, 70):
         x = rand(num_rows, inner, dtype=dtype)
         assert_right(*both(x, weight, scheme), scheme)
 
 
-@pytest.mark.parametrize("num_rows", [*range(2, 13), 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65])
+# Pairs of number, scheme and dtype, for every instruction set: around each number that a kernel takes at a time.
+@grid(
+    num_rows=[*range(2, 13), 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65],
+    scheme=SCHEMES,
+    dtype=DTYPES,
+)
 def test_linear_of_any_number_of_rows(num_rows: int, scheme: str, dtype: torch.dtype) -> None:
     x, weight = rand(num_rows, 390, dtype=dtype, seed=1), rand(75, 390, dtype=dtype, scale=0.05)
     assert_right(*both(x, weight, scheme), scheme)
@@ -116,7 +124,8 @@ def test_integers_and_scales_are_the_references(scheme: str) -> None:
     torch.testing.assert_close(found, expected.dequantized(), rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("num_values", [7, 64, 390])
+# Pairs of length, scheme and dtype, for every instruction set.
+@grid(num_values=[7, 64, 390], scheme=SCHEMES, dtype=DTYPES)
 def test_values_of_few_bits_are_rounded_to_the_references_integers(num_values, scheme, dtype) -> None:
     """bf16 values over their row's maximum are often halfway, or a rounding away from it."""
     values = rand(400, num_values, dtype=torch.bfloat16)
@@ -152,7 +161,8 @@ def with_scales_of_one(halves: Tensor) -> Tensor:
     return torch.cat((*parts, torch.tensor([-1.5, 0.5])))
 
 
-@pytest.mark.parametrize("inner", [4, 50, 128, 1000, 65536])
+# Pairs of length, scheme and dtype, for every instruction set; the patterns of signs are rows of each.
+@grid(inner=[4, 50, 128, 1000, 65536], scheme=SCHEMES, dtype=DTYPES)
 def test_sums_of_extremes_are_exact(inner: int, scheme: str, dtype: torch.dtype) -> None:
     """Products of +-127 by +-127 in every pattern of signs: a sum that saturates or wraps around shows."""
     signs = torch.ones(6, inner)
@@ -215,8 +225,9 @@ def test_rows_of_another_dtype_than_the_weight_are_refused(scheme: str) -> None:
 BROKEN = [math.nan, math.inf, -math.inf]
 
 
-@pytest.mark.parametrize("value", BROKEN)
-@pytest.mark.parametrize("place", [0, 1, 64, 127, 128, 257])
+# Pairs of place, value, scheme and dtype, for every instruction set: the ends of a row, of a group and of what a kernel
+# takes at a time.
+@grid(place=[0, 1, 64, 127, 128, 257], value=BROKEN, scheme=SCHEMES, dtype=DTYPES)
 def test_broken_rows_reach_the_output(place: int, value: float, scheme: str, dtype: torch.dtype) -> None:
     """Alone in their row, whatever else is computed; w8a8 cannot say which way an infinity went: NaN."""
     x, weight = rand(14, 258, dtype=dtype), rand(67, 258, dtype=dtype)
@@ -234,8 +245,8 @@ def test_broken_rows_reach_the_output(place: int, value: float, scheme: str, dty
         assert not ops.linear(broken[4:5], packed).isfinite().any()
 
 
-@pytest.mark.parametrize("value", BROKEN)
-@pytest.mark.parametrize("place", [0, 127, 128, 257])
+# Pairs of place, value, scheme and dtype, for every instruction set.
+@grid(place=[0, 127, 128, 257], value=BROKEN, scheme=SCHEMES, dtype=DTYPES)
 def test_broken_weights_reach_the_output(place: int, value: float, scheme: str, dtype: torch.dtype) -> None:
     """Every output of that row of weights, even where what it is multiplied with is zero."""
     x, weight = rand(14, 258, dtype=dtype), rand(67, 258, dtype=dtype)
@@ -258,8 +269,10 @@ def test_a_result_too_large_for_the_dtype_is_not_finite(scheme: str, dtype: torc
 # -- the same bits ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("out", "inner"), [(96, 66), (33, 1030), (40, 16384)])
-def test_rows_do_not_depend_on_their_number(out: int, inner: int, scheme: str, dtype: torch.dtype) -> None:
+# Pairs of size, scheme and dtype, for every instruction set.
+@grid(size=[(96, 66), (33, 1030), (40, 16384)], scheme=SCHEMES, dtype=DTYPES)
+def test_rows_do_not_depend_on_their_number(size: tuple[int, int], scheme: str, dtype: torch.dtype) -> None:
+    out, inner = size
     x, weight = rand(70, inner, dtype=dtype), rand(out, inner, dtype=dtype)
     packed = cpu.quantize(weight, scheme)
     whole = cpu.linear(x, packed)

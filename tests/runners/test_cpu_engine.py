@@ -1,10 +1,9 @@
-"""The engine on the cpu backend: the same bits however a conversation is fed, and transformers' numbers."""
+"""The engine on the cpu backend: transformers' numbers, threads, memory, instruction sets. Bits: test_invariance.py."""
 
 from __future__ import annotations
 
 import gc
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feeding import VOCAB, bits, feed, feed_at_once, ids, poison
+from feeding import VOCAB, feed, feed_at_once, ids, poison
 
-from guardengine import AutoGuard, Engine, Stream
+from guardengine import AutoGuard, Engine
 from guardengine.bench.hf import HFGuard
 from guardengine.errors import ConfigError
 from guardengine.kernels import native
@@ -54,35 +53,6 @@ def expected(engine: Engine) -> np.ndarray:
     return feed_at_once(engine, PROMPT, RESPONSE)
 
 
-@pytest.mark.parametrize("k", [1, 4, 16])
-def test_appends_of_any_size_have_the_same_bits(engine: Engine, expected: np.ndarray, k: int) -> None:
-    assert np.array_equal(feed(engine, PROMPT, RESPONSE, k), expected)
-
-
-@pytest.mark.parametrize("isa", native.usable_isas())
-def test_every_instruction_set_has_its_own_bits(
-    make_engine: MakeEngine, dtype: str, isa: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GUARDENGINE_ISA", isa)
-    with make_engine(dtype=dtype) as engine:
-        assert engine.stats()["isa"] == isa
-        whole = feed(engine, PROMPT, RESPONSE, 150)
-        assert np.array_equal(feed(engine, PROMPT, RESPONSE, 1), whole)
-        assert np.array_equal(feed(engine, PROMPT, RESPONSE, 7), whole)
-
-
-@pytest.mark.parametrize("budget", [1, 13, 64, 100])
-def test_any_token_budget_has_the_same_bits(make_engine, dtype, expected, budget: int) -> None:
-    with make_engine(dtype=dtype, max_num_batched_tokens=budget) as chunked:
-        assert np.array_equal(feed(chunked, PROMPT, RESPONSE, 150), expected)
-
-
-@pytest.mark.parametrize("block_size", [1, 3, 16, 64])
-def test_any_block_size_has_the_same_bits(make_engine, dtype, expected, block_size: int) -> None:
-    with make_engine(dtype=dtype, block_size=block_size) as other:
-        assert np.array_equal(feed(other, PROMPT, RESPONSE, 9), expected)
-
-
 def test_a_slow_block_size_is_said(make_engine: MakeEngine, caplog: pytest.LogCaptureFixture) -> None:
     for block_size, said in ((16, 0), (24, 1)):
         caplog.clear()
@@ -90,54 +60,10 @@ def test_a_slow_block_size_is_said(make_engine: MakeEngine, caplog: pytest.LogCa
         assert len([r for r in caplog.records if "not a multiple of 16" in r.getMessage()]) == said
 
 
-@pytest.mark.parametrize("num_threads", range(1, 9))
-def test_any_number_of_threads_has_the_same_bits(make_engine, dtype, expected, num_threads: int) -> None:
-    with make_engine(dtype=dtype, num_threads=num_threads) as other:
-        assert other.stats()["num_threads"] == num_threads
-        assert np.array_equal(feed(other, PROMPT, RESPONSE, 50), expected)
-
-
-def test_a_crowd_has_the_bits_of_each_alone(engine: Engine) -> None:
-    rng = random.Random(5)
-    texts = [(ids(rng.randint(1, 90), 10 + i), ids(rng.randint(1, 60), 50 + i)) for i in range(17)]
-    alone = [feed(engine, prompt, response, 1000) for prompt, response in texts]
-    streams = [engine.open(token_ids=prompt) for prompt, _ in texts]
-    left = [response for _, response in texts]
-    while any(left):
-        for index, stream in enumerate(streams):
-            if left[index] and rng.random() < 0.7:
-                k = rng.randint(1, 20)
-                stream.append(left[index][:k])
-                left[index] = left[index][k:]
-        engine.step()
-    engine.run()
-    for stream, own in zip(streams, alone, strict=True):
-        assert np.array_equal(bits(stream.labels), own)
-        stream.close()
-
-
-def test_fork_and_rollback_have_the_bits_of_a_fresh_run(engine: Engine) -> None:
-    with engine.open(token_ids=PROMPT) as stream:
-        stream.append(RESPONSE[:63])
-        engine.run()
-        with stream.fork() as branch:
-            stream.rollback(31)
-            branch.append(ids(40, 7))
-            stream.append(ids(50, 8))
-            engine.run()
-            check: list[tuple[Stream, list[int]]] = [
-                (branch, RESPONSE[:63] + ids(40, 7)),
-                (stream, RESPONSE[:32] + ids(50, 8)),
-            ]
-            for kept, response in check:
-                assert np.array_equal(bits(kept.labels), feed(engine, PROMPT, response, 1000))
-
-
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_a_cache_of_another_dtype(make_engine, engine: Engine, expected, dtype: str, kv_dtype: str) -> None:
     with make_engine(dtype=dtype, kv_dtype=kv_dtype) as mixed:
         whole = feed(mixed, PROMPT, RESPONSE, 1000)
-        assert np.array_equal(feed(mixed, PROMPT, RESPONSE, 3), whole)
         difference = np.abs(whole.view(np.float32) - expected.view(np.float32)).max()
         assert 0 < difference < 0.2
 

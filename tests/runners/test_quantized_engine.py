@@ -1,5 +1,5 @@
-"""Engines with int8 weights, int8 activations and int8 KV caches: the same bits however a conversation is fed, close
-to plain PyTorch over the same integers, and honest about what they are."""
+"""Engines with int8 weights, int8 activations and int8 KV caches: close to plain PyTorch over the same integers, and
+honest about what they are. test_invariance.py has their bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import gc
 import itertools
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from feeding import VOCAB, bits, feed, feed_at_once, ids, logits, poison
+from feeding import VOCAB, bits, feed, ids, logits, poison
+from pairwise import grid
 from safetensors.torch import load as parse
 from safetensors.torch import save_file
 
@@ -68,78 +68,6 @@ def engine(make_engine: MakeEngine, mode: dict[str, Any]) -> Iterator[Engine]:
 
 
 PROMPT, RESPONSE = ids(70, 1), ids(100, 2)
-
-
-@pytest.fixture
-def expected(engine: Engine) -> np.ndarray:
-    return feed_at_once(engine, PROMPT, RESPONSE)
-
-
-# -- the same bits ---------------------------------------------------------------------------------------------
-
-
-def test_appends_of_any_size(isa: str, engine: Engine, expected: np.ndarray) -> None:
-    assert engine.stats()["isa"] == isa
-    for k in (1, 4, 16):
-        assert np.array_equal(feed(engine, PROMPT, RESPONSE, k), expected), k
-
-
-@pytest.mark.parametrize("budget", [1, 13, 64])
-def test_any_token_budget(make_engine: MakeEngine, mode, expected: np.ndarray, budget: int) -> None:
-    with make_engine(**mode, max_num_batched_tokens=budget) as other:
-        assert np.array_equal(feed(other, PROMPT, RESPONSE, 100), expected)
-
-
-def test_any_block_size(isa: str, make_engine: MakeEngine, mode, expected: np.ndarray) -> None:
-    for block_size in (1, 3, 16, 64):  # of 16 on, keys lie in the cache as they are multiplied
-        with make_engine(**mode, block_size=block_size) as other:
-            assert np.array_equal(feed(other, PROMPT, RESPONSE, 9), expected), block_size
-
-
-def test_any_number_of_threads(make_engine: MakeEngine, mode, expected: np.ndarray) -> None:
-    for num_threads in range(1, 9):
-        with make_engine(**mode, num_threads=num_threads) as other:
-            assert np.array_equal(feed(other, PROMPT, RESPONSE, 50), expected), num_threads
-
-
-@pytest.mark.parametrize("block_size", [4, 16])
-def test_a_crowd_and_each_alone(isa: str, make_engine: MakeEngine, mode, block_size: int) -> None:
-    rng = random.Random(5)
-    texts = [(ids(rng.randint(1, 70), 10 + i), ids(rng.randint(1, 40), 50 + i)) for i in range(13)]
-    # Without the prefix cache: what it knows is poisoned in between.
-    with make_engine(**mode, block_size=block_size, prefix_caching=False) as engine:
-        alone = [feed(engine, prompt, response, 1000) for prompt, response in texts]
-        poison(engine)
-        streams = [engine.open(token_ids=prompt) for prompt, _ in texts]
-        left = [response for _, response in texts]
-        while any(left):
-            for index, stream in enumerate(streams):
-                if left[index] and rng.random() < 0.7:
-                    k = rng.randint(1, 20)
-                    stream.append(left[index][:k])
-                    left[index] = left[index][k:]
-            engine.step()
-        engine.run()
-        for stream, own in zip(streams, alone, strict=True):
-            assert np.array_equal(bits(stream.labels), own)
-
-
-@pytest.mark.parametrize("block_size", [4, 16])
-def test_fork_and_rollback(isa: str, make_engine: MakeEngine, mode, block_size: int) -> None:
-    """Both in the middle of a block: what is copied and what is overwritten has its own scales."""
-    with make_engine(**mode, block_size=block_size) as engine, engine.open(token_ids=PROMPT) as stream:
-        stream.append(RESPONSE[:63])
-        engine.run()
-        with stream.fork() as branch:
-            stream.rollback(31)
-            branch.append(ids(40, 7))
-            stream.append(ids(50, 8))
-            engine.run()
-            for kept, response in (
-                (branch, RESPONSE[:63] + ids(40, 7)),
-                (stream, RESPONSE[:32] + ids(50, 8)),
-            ):
-                assert np.array_equal(bits(kept.labels), feed(engine, PROMPT, response, 1000))
 
 
 def test_stored_dtype_does_not_matter(folder: Path, make_engine: MakeEngine, mode, tmp_path: Path) -> None:
@@ -194,7 +122,8 @@ def plain(checkpoints: Callable[..., Path]) -> Callable[..., np.ndarray]:
     return get
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+# Pairs of mode, shape and instruction set.
+@grid(mode=MODES, shape=list(SHAPES), isa=native.usable_isas(), indirect=["isa"])
 def test_the_references_numbers(checkpoints, plain, mode: dict[str, Any], shape: str, isa: str) -> None:
     """bf16: at most twice plain PyTorch's error. float32: as close as without int8, until an activation or key that
     the last bit decides is rounded the other way; from there on less far off than rounding itself."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import torch
 
 from guardengine import Engine, Label
 
@@ -49,9 +50,10 @@ def feed_at_once(engine: Engine, prompt: list[int], response: list[int]) -> np.n
 def poison(engine: Engine) -> Engine:
     """NaN in every slot of the cache, or with int8 NaN scales and extreme integers."""
     runner = engine.core.runner
-    if runner.kv_scales is None:
-        runner.kv_cache.fill_(float("nan"))
-    else:
-        runner.kv_cache.fill_(-128)
-        runner.kv_scales.fill_(float("nan"))
+    with torch.inference_mode():  # that in which some runners make them
+        if runner.kv_scales is None:
+            runner.kv_cache.fill_(float("nan"))
+        else:
+            runner.kv_cache.fill_(-128)
+            runner.kv_scales.fill_(float("nan"))
     return engine

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from native_ops import assert_close_as_torch, rand
+from pairwise import grid
 from torch import Tensor
 
 from guardengine.kernels import cpu, native, reference
@@ -80,8 +81,8 @@ def rows_for(shape: tuple[int, int, int], num_rows: int, dtype: torch.dtype) -> 
     return qkv, tuple(norms), slots
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("num_rows", [1, 5, 70])
+# Pairs of number, shape and dtype, for every instruction set.
+@grid(num_rows=[1, 5, 70], shape=SHAPES, dtype=DTYPES)
 def test_stored_integers_and_scales(num_rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     num_heads, num_kv_heads, head_dim = shape
     qkv, norms, slots = rows_for(shape, num_rows, dtype)
@@ -138,8 +139,8 @@ def test_rows_are_stored_alike_alone_and_together(dtype: torch.dtype) -> None:
             assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [0, 17, 31])
+# Pairs of place, value and dtype, for every instruction set.
+@grid(place=[0, 17, 31], value=[math.nan, math.inf, -math.inf], dtype=DTYPES)
 def test_broken_numbers_are_stored_as_broken_scales(place: int, value: float, dtype: torch.dtype) -> None:
     """In the heads they are in, and in no other."""
     shape = (4, 2, 32)
@@ -213,11 +214,15 @@ BATCHES: list[tuple[list[int], list[list[int]]]] = [
 ]
 
 
-@pytest.mark.parametrize("block_size", [3, 16, 48])
-@pytest.mark.parametrize("shape", [(4, 2, 32), (8, 1, 96), (2, 2, 128), (40, 1, 64)], ids=str)
-@pytest.mark.parametrize(("lengths", "rows"), BATCHES)
-def test_attention(lengths, rows, shape: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> None:
-    num_heads, num_kv_heads, head_dim = shape
+# Pairs of batch, shape, size of a block and dtype, for every instruction set.
+@grid(
+    batch=BATCHES,
+    shape=[(4, 2, 32), (8, 1, 96), (2, 2, 128), (40, 1, 64)],
+    block_size=[3, 16, 48],
+    dtype=DTYPES,
+)
+def test_attention(batch, shape: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> None:
+    (lengths, rows), (num_heads, num_kv_heads, head_dim) = batch, shape
     cache, tables, dense = paged(lengths, block_size, num_kv_heads, head_dim)
     q = rand(sum(map(len, rows)), num_heads, head_dim, dtype=dtype, seed=5)
     wanted = [(dense[i], p) for i, row in enumerate(rows) for p in row]
@@ -228,8 +233,8 @@ def test_attention(lengths, rows, shape: tuple[int, int, int], block_size: int, 
         assert_close_as_torch(actual, torch.stack(plain).to(dtype), exact)
 
 
-@pytest.mark.parametrize("block_size", [5, 16])
-@pytest.mark.parametrize("num_heads", [2, 6, 80])  # one, several, and too many query heads a tile of rows
+# Pairs of heads, size of a block and dtype, for every instruction set.
+@grid(num_heads=[2, 6, 80], block_size=[5, 16], dtype=DTYPES)  # one, several, too many heads a tile of rows
 def test_rows_do_not_depend_on_their_neighbours(num_heads: int, block_size: int, dtype: torch.dtype) -> None:
     length, head_dim = 150, 64
     cache, tables, _ = paged([length], block_size, 2, head_dim)
@@ -262,8 +267,8 @@ def test_unused_slots_do_not_matter(block_size: int, dtype: torch.dtype) -> None
         assert torch.equal(attend(cpu, q, other, tables, rows), expected)
 
 
-@pytest.mark.parametrize("block_size", [5, 16])
-@pytest.mark.parametrize("which", [0, 1], ids=["keys", "values"])
+# Pairs of keys (0) or values (1), size of a block and dtype, for every instruction set.
+@grid(which=[0, 1], block_size=[5, 16], dtype=DTYPES)
 def test_a_row_never_reads_later_tokens(which: int, block_size: int, dtype: torch.dtype) -> None:
     """A broken token makes every later row NaN and no earlier one other than it was."""
     length = 90
