@@ -50,15 +50,16 @@ def api() -> str:
 
 
 def options() -> str:
-    """Every field of EngineConfig: its type, default and help."""
+    """Every field of EngineConfig: its default, what is allowed, and its help."""
     from guardengine import EngineConfig
 
-    lines = ["| option | type | default | what it is |", "|---|---|---|---|"]
+    lines = ["| option | default | allowed | what it is |", "|---|---|---|---|"]
     for field in dataclasses.fields(EngineConfig):
-        kind = str(field.type).replace(" | PathLike[str]", "").replace(" | ", " or ")
-        lines.append(
-            f"| `{field.name}` | `{kind}` | `{field.default!r}` | {_cell(field.metadata.get('help', ''))} |"
+        about = field.metadata
+        text = _cell(about.get("help", "")) + (
+            f"; None: {_cell(about['if_none'])}" if "if_none" in about else ""
         )
+        lines.append(f"| `{field.name}` | `{field.default!r}` | {_allowed(field)} | {text} |")
     return "\n".join(lines)
 
 
@@ -153,6 +154,17 @@ def _subparsers(
             for name, command in action.choices.items():
                 inner = list(_subparsers(command, f"{prefix}{name} "))
                 yield from inner or [(f"{prefix}{name}", command)]
+
+
+def _allowed(field: dataclasses.Field[Any]) -> str:
+    """Which values an option may have, from its field's metadata."""
+    about = field.metadata
+    if "choices" in about:
+        return ", ".join(f"`{choice}`" for choice in about["choices"])
+    words = (("least", "from"), ("above", "above"), ("largest", "to"), ("below", "below"))
+    bounds = [f"{word} {about[key]:,.16g}" for key, word in words if key in about]
+    kind = str(field.type).replace(" | PathLike[str]", "").replace(" | ", " or ")
+    return " ".join([f"`{kind}`", *bounds, about.get("unit", "")]).replace(" below", ", below").strip()
 
 
 def _is_shown(action: argparse.Action) -> bool:
