@@ -6,6 +6,56 @@ A full block is known by a digest of everything up to its end, the tenant's salt
 
 Labels that were computed in a block are kept with it: a hit hands them out instead of losing them, and a stream
 that wants a label which no stream has computed yet is not given the block. No torch; owns no blocks.
+
+An example with blocks of 4 tokens. The first stream has 10 tokens: two full blocks, and 2 tokens in a third.
+
+    >>> from guardengine.core.block_pool import BlockPool
+    >>> from guardengine.policy import Policy
+    >>> def stream(name, token_ids, salt="tenant a"):
+    ...     return StreamState(name, Policy(), [], token_ids=array("i", token_ids), salt=salt_digest(salt))
+    >>> def copy_block(source, destination):
+    ...     print(f"block {source} is copied to block {destination}")
+    >>> cache = PrefixCache(block_size=4)
+    >>> pool = BlockPool(num_blocks=8, block_size=4, cache=cache)
+    >>> first = stream("first", range(10))
+    >>> pool.grow(first, 10, copy_block)
+    >>> first.block_table.tolist()
+    [0, 1, 2]
+
+When its tokens are computed, its full blocks become known, each by the digest of all tokens up to its end. So a change
+in the first block changes the digests of all, and a change in the second leaves the first as it was:
+
+    >>> first.advance(10, [])
+    >>> cache.publish(first, first_block=0, end_block=2)
+    >>> [digest.hex()[:4] for digest in first.block_digests]
+    ['6cd4', '01a6']
+    >>> for token_ids in ([9, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 9, 5, 6, 7]):
+    ...     other = stream("other", token_ids)
+    ...     extend_digests(other.block_digests, other.salt, other.token_ids, block_size=4)
+    ...     print([digest.hex()[:4] for digest in other.block_digests])
+    ['039e', '56ae']
+    ['6cd4', '9184']
+
+A hit: another stream begins with the same 8 tokens, so it is given their blocks, and only what follows is computed. A
+stream of another tenant has another salt, so it is given none:
+
+    >>> cache.match(stream("second", [0, 1, 2, 3, 4, 5, 6, 7, 20, 21]))
+    Hit(blocks=[0, 1], labels=[])
+    >>> cache.match(stream("third", [0, 1, 2, 3, 4, 5, 6, 7, 20, 21], salt="tenant b"))
+    Hit(blocks=[], labels=[])
+
+Copy on write: a fork shares its parent's third block too, which is not full. Who goes on first gets a copy to write
+into, and the other keeps the block:
+
+    >>> fork = first.copy("fork")
+    >>> fork.advance(10, [])
+    >>> fork.block_table = first.block_table[:]
+    >>> pool.share(fork.block_table)
+    >>> fork.token_ids.append(30)
+    >>> pool.grow(fork, 11, copy_block)
+    block 2 is copied to block 3
+    >>> fork.block_table.tolist(), first.block_table.tolist()
+    ([0, 1, 3], [0, 1, 2])
 """
 
 from __future__ import annotations

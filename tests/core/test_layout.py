@@ -1,10 +1,12 @@
 """build_batch(): exact tensors of hand-made chunks."""
 
+import doctest
 from array import array
 
 import torch
 
 from guardengine import Policy
+from guardengine.core import layout
 from guardengine.core.layout import build_batch
 from guardengine.core.scheduler import Chunk
 from guardengine.core.state import StreamState, Wanted
@@ -15,6 +17,11 @@ def stream(name: str, ids: range, num_computed: int, table: list[int], wanted: l
     state.token_ids.extend(ids)
     state.num_computed_tokens = num_computed
     return state
+
+
+def test_the_worked_example_runs() -> None:
+    result = doctest.testmod(layout)
+    assert (result.failed, result.attempted >= 15) == (0, True)
 
 
 def test_ragged_layout() -> None:

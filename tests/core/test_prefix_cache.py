@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guardengine import Engine, Overloaded, Stream
+from guardengine.core import prefix_cache
 
 BLOCK = 4
 
@@ -73,6 +75,11 @@ STEPS = st.one_of(
     st.tuples(st.just("rollback"), st.integers(0, 9), st.integers(0, 12)),
     st.tuples(st.just("step")),
 )
+
+
+def test_the_worked_example_runs() -> None:
+    result = doctest.testmod(prefix_cache)
+    assert (result.failed, result.attempted >= 20) == (0, True)
 
 
 def play(engine: Engine, script: list[Any]) -> tuple[dict[str, Any], list[Any]]:
