@@ -71,7 +71,7 @@ def instant_engine(num_blocks: int) -> Engine:
     loaded = Engine.from_pretrained(folder, kv_cache_bytes=2**20)
     options = EngineConfig.from_options({"max_num_streams": 2 * NUM_OPEN})
     core = EngineCore(
-        loaded.core.runner.config,
+        loaded.core.runner.info.config,
         InstantRunner(loaded),
         Readout(loaded._heads),
         BlockPool(num_blocks, BLOCK_SIZE, PrefixCache(BLOCK_SIZE)),

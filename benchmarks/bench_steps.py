@@ -96,10 +96,10 @@ def open_engine(folder: Path, scheme: str, point: ComparePoint, threads: int | N
         kv_cache_bytes=num_bytes + num_bytes // 16 + 2**21,
         **SCHEMES[scheme],
     )
-    runner = engine.core.runner
-    runner.kv_cache.view(-1).fill_(37 if "kv8" in scheme else 0.3)
-    if runner.kv_scales is not None:
-        runner.kv_scales.fill_(0.01)
+    cache = engine.core.runner.kv_cache
+    cache.values.view(-1).fill_(37 if "kv8" in scheme else 0.3)
+    if cache.scales is not None:
+        cache.scales.fill_(0.01)
     return engine
 
 

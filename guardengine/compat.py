@@ -117,7 +117,7 @@ class AutoGuard:
         dtype_name = str(dtype if torch_dtype is None else torch_dtype).removeprefix("torch.")
         device = options.pop("device", device_map) or "auto"
         engine = Engine.from_pretrained(path_or_id, dtype=dtype_name, device=str(device), **options)
-        return AutoGuard(engine, engine.core.runner.config)
+        return AutoGuard(engine, engine.core.runner.info.config)
 
     # -- streaming -----------------------------------------------------------------------------------------
 
@@ -265,12 +265,12 @@ class AutoGuard:
     @property
     def device(self) -> torch.device:
         """The device that holds the weights."""
-        return self.core.runner.device
+        return self.core.runner.info.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.core.runner.dtype
+        return self.core.runner.info.dtype
 
 
 def _feed_all(token_ids: list[int], start: int) -> Feed:

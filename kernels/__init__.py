@@ -20,6 +20,7 @@ from types import ModuleType
 # Names of backends and their modules here. A folder called `triton` could be taken for the package.
 _MODULES = {"reference": "reference", "cpu": "cpu", "triton": "gpu"}
 BACKENDS = tuple(_MODULES)
+SMALL_ROWS = 64  # of a step, up to which a backend's fused operators take it
 OPERATORS = (
     "fused_add_rms_norm",
     "guard_heads",

@@ -33,7 +33,7 @@ from guardengine.kernels.quantization import SCHEMES
 from guardengine.measuring.files import check_writable, write_json
 from guardengine.measuring.plots import import_pyplot
 from guardengine.runners.cores import memory_bytes
-from guardengine.runners.runner import CacheShape
+from guardengine.runners.kv_cache import CacheShape
 
 _MODEL_STATS = ("dtype", "quantization", "kv_dtype", "backend", "isa", "device", "num_threads")
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}

@@ -58,7 +58,7 @@ class Canary:
     def _problem(self, logits: np.ndarray[Any, np.dtype[np.float32]]) -> str | None:
         if not np.isfinite(logits).all():
             return "the canary's logits are not finite: the weights or the memory they are in are broken"
-        if self._core.runner.isa is None:  # plain PyTorch: the same bits are not promised
+        if self._core.runner.info.isa is None:  # plain PyTorch: the same bits are not promised
             return None
         found = logits.tobytes()
         if self._first is None:

@@ -34,7 +34,8 @@ from guardengine.runners.cores import memory_bytes
 from guardengine.runners.cpu_runner import CpuRunner
 from guardengine.runners.gpu_limits import DeviceMemory, check_bfloat16, check_shapes
 from guardengine.runners.gpu_runner import GpuRunner
-from guardengine.runners.runner import CacheShape, Runner
+from guardengine.runners.kv_cache import CacheShape
+from guardengine.runners.runner import Runner
 from guardengine.runners.torch_runner import TorchRunner
 from guardengine.text.chat_template import ChatTemplate
 from guardengine.text.tokenizer import Tokenizer

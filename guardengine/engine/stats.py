@@ -6,12 +6,11 @@ from typing import Any
 
 from guardengine._version import __version__
 from guardengine.core.engine_core import EngineCore
-from guardengine.kernels import backend_of
 
 
 def stats_of(core: EngineCore) -> dict[str, Any]:
     """Counters since the start and gauges of now, as a plain dict."""
-    runner = core.runner
+    runner, about = core.runner, core.runner.info
     pool, cache = core.pool, core.pool.cache
     return {
         **core.counters,
@@ -26,17 +25,16 @@ def stats_of(core: EngineCore) -> dict[str, Any]:
         "kv_blocks_free": pool.num_free,
         "kv_blocks_cached": pool.num_cached,
         "kv_blocks_evicted": pool.num_evicted,
-        "kv_cache_bytes": runner.kv_cache.nbytes
-        + (0 if runner.kv_scales is None else runner.kv_scales.nbytes),
+        "kv_cache_bytes": runner.kv_cache.num_bytes,
         "block_size": pool.block_size,
         "max_model_len": core.max_model_len,
         "max_num_streams": core.options.max_num_streams,
-        "backend": backend_of(runner.ops),
-        "device": str(runner.device),
-        "isa": runner.isa,
-        "dtype": str(runner.dtype).removeprefix("torch."),
-        "quantization": runner.quantization,
+        "backend": about.backend,
+        "device": str(about.device),
+        "isa": about.isa,
+        "dtype": str(about.dtype).removeprefix("torch."),
+        "quantization": about.quantization,
         "kv_dtype": str(runner.kv_cache.dtype).removeprefix("torch."),
-        "num_threads": runner.num_threads,
+        "num_threads": about.num_threads,
         "version": __version__,
     }

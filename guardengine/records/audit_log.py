@@ -41,7 +41,6 @@ from guardengine.core.readout import Readout
 from guardengine.core.recorder import Recorder
 from guardengine.core.state import StreamState, Wanted
 from guardengine.errors import AuditError, ConfigError
-from guardengine.kernels import backend_of
 from guardengine.labels import Label
 from guardengine.policy import Failure
 from guardengine.records.codec import logits_record, policy_record, verdict_record, wanted_record
@@ -138,8 +137,8 @@ class AuditRecorder(Recorder):
             version=VERSION,
             guardengine=__version__,
             weights=weights,
-            backend=backend_of(runner.ops),
-            isa=runner.isa,
+            backend=runner.info.backend,
+            isa=runner.info.isa,
             numerics=fingerprint.numerics._asdict(),
             block_size=block_size,
             token_ids=keeps_token_ids,

@@ -11,18 +11,18 @@ import functools
 import logging
 import time
 from bisect import bisect_left
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from guardengine.checkpoint.model_config import ModelConfig
-from guardengine.checkpoint.weights import HeadWeights, Weights
 from guardengine.errors import ConfigError
+from guardengine.kernels import SMALL_ROWS
 from guardengine.runners.accelerator import Accelerator, Graph
 from guardengine.runners.batch import Batch
-from guardengine.runners.model import StepScratch, fused_forward, scored_forward
-from guardengine.runners.step_inputs import NO_SLOT, SMALL_ROWS, StepInputs, Words, buckets, places
+from guardengine.runners.model import FusedModel, StepBuffers, fused_forward, scored_forward
+from guardengine.runners.operators import FusedOperators
+from guardengine.runners.step_inputs import NO_SLOT, StepInputs, Words, buckets, places
 from guardengine.runners.tuned import matrix_configs
 
 _CLASSES = 4  # columns after logits and probabilities: what the classifiers chose
@@ -31,51 +31,56 @@ logger = logging.getLogger("guardengine")
 
 
 class CapturedSteps:
-    """Owns the buffers that captured steps read and write. Raises ConfigError where capturing fails."""
+    """Owns the buffers that captured steps read and write.
 
-    def __init__(
-        self,
-        ops: ModuleType,
-        config: ModelConfig,
-        weights: Weights,
-        heads: HeadWeights,
-        cos_sin: Tensor,
-        kv_cache: Tensor,
-        kv_scales: Tensor | None,
-        accelerator: Accelerator,
-        max_rows: int,
-        max_length: int,
-    ) -> None:
+    Args:
+        model: On the accelerator's device.
+        accelerator: Captures and replays.
+        max_rows: Rows of a step at most.
+        max_length: Tokens of a stream at most.
+
+    Raises:
+        ConfigError: A step cannot be captured.
+    """
+
+    def __init__(self, model: FusedModel, accelerator: Accelerator, max_rows: int, max_length: int) -> None:
+        ops, config = model.ops, model.config
         self._ops = ops
         self._tile_rows = ops.attention_tile_rows(
-            config.num_heads, config.num_kv_heads, config.head_dim, weights.embed.dtype,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            model.weights.embed.dtype,
             wide_mma=ops.has_wide_mma(accelerator.device),
-        )  # fmt: skip
-        self._block_size = kv_cache.shape[3]
+        )
+        self._block_size = model.kv_cache.block_size
         self.buckets = buckets(max_rows)
         self.num_words = num_words(ops, self.buckets, max_length, self._block_size)
         self.words = accelerator.empty((self.num_words,), torch.int32)
-        self._sizes = ops.ClassifierSizes(*class_sizes(config))
-        self.scores = accelerator.empty((self.buckets[-1], 2 * sum(self._sizes) + _CLASSES), torch.float32)
-        self._scratch = self._allocate_scratch(config, weights, heads, accelerator, max_length)
+        sizes = ops.ClassifierSizes(*class_sizes(config))
+        self.scores = accelerator.empty((self.buckets[-1], 2 * sum(sizes) + _CLASSES), torch.float32)
+        self._buffers = StepBuffers(
+            ops.allocate_workspace(
+                matrix_configs(ops, model.weights, accelerator),
+                accelerator.device,
+                max_rows=SMALL_ROWS,
+                others=[ops.guard_scores_scratch(self.buckets[-1], model.heads.norm.shape[1], sizes)],
+            ),
+            ops.attention_scratch(
+                ops.max_scratch_rows(SMALL_ROWS, max_length),
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                accelerator.device,
+            ),
+            sizes,
+            self.scores,
+        )
         self._graphs: dict[int, Graph] = {}
         started = time.perf_counter()
         for rows in reversed(self.buckets):  # the largest first: the others find its memory
-            inputs = self._empty_step(rows)
-            step = functools.partial(
-                fused_forward if rows <= SMALL_ROWS else scored_forward,
-                ops,
-                config,
-                weights,
-                heads,
-                cos_sin,
-                kv_cache,
-                kv_scales,
-                inputs,
-                self._scratch,
-                self._sizes,
-                self.scores,
-            )
+            run = fused_forward if rows <= SMALL_ROWS else scored_forward
+            step = functools.partial(run, model, self._empty_step(rows), self._buffers)
             try:
                 self._graphs[rows] = accelerator.capture(step)
             except Exception as error:
@@ -93,7 +98,7 @@ class CapturedSteps:
     def plan(self, batch: Batch) -> Words:
         """Attention's plan of a batch: split over segments of keys in small steps, where rows are few."""
         split = len(batch.input_ids) <= SMALL_ROWS
-        plan: Words = self._ops.plan_attention(
+        return self._ops.plan_attention(
             batch.rows.cu_seqlens_q.numpy(),
             batch.rows.positions.numpy(),
             batch.block_tables.numpy(),
@@ -101,37 +106,11 @@ class CapturedSteps:
             split=split,
             **self._tile_rows._asdict(),
         )
-        return plan
 
     def replay(self, num_rows: int) -> Tensor:
         """Queue the step of `num_rows` rows, a bucket, whose words were uploaded; returns where its scores will be."""
         self._graphs[num_rows].replay()
         return self.scores
-
-    def _allocate_scratch(
-        self,
-        config: ModelConfig,
-        weights: Weights,
-        heads: HeadWeights,
-        accelerator: Accelerator,
-        max_length: int,
-    ) -> StepScratch:
-        ops = self._ops
-        return StepScratch(
-            ops.allocate_workspace(
-                matrix_configs(ops, weights, accelerator),
-                accelerator.device,
-                max_rows=SMALL_ROWS,
-                others=[ops.guard_scores_scratch(self.buckets[-1], heads.norm.shape[1], self._sizes)],
-            ),
-            ops.attention_scratch(
-                ops.max_scratch_rows(SMALL_ROWS, max_length),
-                config.num_heads,
-                config.num_kv_heads,
-                config.head_dim,
-                accelerator.device,
-            ),
-        )
 
     def _empty_step(self, num_rows: int) -> StepInputs:
         """A bucket's places, holding a step for what runs as it is captured: no item, no label, nothing stored."""
@@ -141,14 +120,14 @@ class CapturedSteps:
         return inputs
 
 
-def num_words(ops: ModuleType, all_buckets: tuple[int, ...], max_length: int, block_size: int) -> int:
+def num_words(ops: FusedOperators, all_buckets: tuple[int, ...], max_length: int, block_size: int) -> int:
     """Words that a step of any of these buckets can need."""
     sizes = [
         places(rows)[-1]
         + ops.max_plan_size(rows, max_length, rows * -(-max_length // block_size), split=rows <= SMALL_ROWS)
         for rows in all_buckets
     ]
-    return int(max(sizes))
+    return max(sizes)
 
 
 def class_sizes(config: ModelConfig) -> list[int]:

@@ -23,12 +23,14 @@ from guardengine.checkpoint.files import Checkpoint
 from guardengine.checkpoint.model_config import GuardHeadsConfig, ModelConfig
 from guardengine.checkpoint.weights import check_tensors, tensor_shapes
 from guardengine.errors import ConfigError
-from guardengine.kernels import abi, load, native
+from guardengine.kernels import abi, native
 from guardengine.kernels.abi import Matrix
+from guardengine.kernels.rope import rope_table
 from guardengine.runners.batch import Batch
 from guardengine.runners.cores import load_library, physical_cores
+from guardengine.runners.kv_cache import CacheShape, KVCache
 from guardengine.runners.lm_head import LmHead
-from guardengine.runners.runner import CacheShape, Computed, Scores
+from guardengine.runners.runner import Computed, RunnerInfo, Scores
 
 _SIDES = ("", "query_")
 
@@ -66,18 +68,21 @@ class CpuRunner:
         pin_threads: bool = False,
         progress: bool = False,
     ) -> None:
-        self.config = config = checkpoint.config
-        heads = config.heads
+        config, heads = checkpoint.config, checkpoint.config.heads
         _check_shape(config)
         check_tensors(checkpoint)
-        self.ops = load("cpu")
-        self.device = torch.device("cpu")
-        self.dtype = dtype
         self._workers = _start_workers(num_threads, pin_threads)
-        self.isa, self.num_threads = self._workers.isa, self._workers.num_threads
-        self.kv_cache, self.kv_scales = _allocate_cache(cache, config)
-        self.quantization = quantization
-        self.cos_sin = self.ops.rope_table(config.head_dim, config.rope_theta, max_model_len)
+        self.info = RunnerInfo(
+            backend="cpu",
+            config=config,
+            device=torch.device("cpu"),
+            dtype=dtype,
+            quantization=quantization,
+            isa=self._workers.isa,
+            num_threads=self._workers.num_threads,
+        )
+        self.kv_cache = _allocate_cache(cache, config)
+        self._cos_sin = rope_table(config.head_dim, config.rope_theta, max_model_len)
         stored = _StoredTensors(checkpoint)
         self.weights = weights = _vector_weights(stored, dtype)
         self.lm_head: LmHead | None = None
@@ -111,12 +116,12 @@ class CpuRunner:
         was computed then.
         """
         self._workers.check_process()
-        heads, num_rows = self.config.heads, len(batch.label_index)
-        if heads is None:
-            out = torch.empty((num_rows, self.config.hidden_size), dtype=self.dtype)
+        config, num_rows = self.info.config, len(batch.label_index)
+        if config.heads is None:
+            out = torch.empty((num_rows, config.hidden_size), dtype=self.info.dtype)
         else:
-            out = torch.empty((num_rows, heads.num_logits))
-        rows, label_rows = batch.rows, batch.label_rows
+            out = torch.empty((num_rows, config.heads.num_logits))
+        rows, label_rows, cache = batch.rows, batch.label_rows, self.kv_cache
         num_streams, blocks_per_table = batch.block_tables.shape
         call = abi.BatchStruct(
             num_tokens=len(batch.input_ids),
@@ -131,8 +136,8 @@ class CpuRunner:
             label_index=batch.label_index.data_ptr(),
             label_positions=label_rows.positions.data_ptr(),
             label_cu_seqlens=label_rows.cu_seqlens_q.data_ptr(),
-            kv_cache=self.kv_cache.data_ptr(),
-            kv_scales=None if self.kv_scales is None else self.kv_scales.data_ptr(),
+            kv_cache=cache.values.data_ptr(),
+            kv_scales=None if cache.scales is None else cache.scales.data_ptr(),
             out=out.data_ptr(),
         )
         native.check(native.library().ge_step(self._model, ctypes.byref(call)))
@@ -140,19 +145,17 @@ class CpuRunner:
 
     def copy_block(self, source: int, destination: int) -> None:
         """Copy one block's keys and values in every layer."""
-        self.kv_cache[destination] = self.kv_cache[source]
-        if self.kv_scales is not None:
-            self.kv_scales[destination] = self.kv_scales[source]
+        self.kv_cache.copy_block(source, destination)
 
     def close(self) -> None:
         """Free weights, KV cache and threads; nothing can run afterwards."""
         self._free_model()
         self._workers.close()
         self.lm_head = None
-        del self.weights, self.kv_cache, self.kv_scales
+        del self.weights, self.kv_cache
 
     def _create_model(self, heads: GuardHeadsConfig | None, block_size: int) -> int:
-        config, weights = self.config, self.weights
+        config, weights = self.info.config, self.weights
         struct = abi.ModelStruct(
             num_layers=config.num_layers,
             hidden=config.hidden_size,
@@ -160,16 +163,16 @@ class CpuRunner:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             intermediate=config.intermediate_size,
-            dtype=native.DTYPES[self.dtype],
+            dtype=native.DTYPES[self.info.dtype],
             kv_dtype=native.DTYPES[self.kv_cache.dtype],
             block_size=block_size,
-            format=native.FORMATS[self.quantization],
+            format=native.FORMATS[self.info.quantization],
             eps=config.rms_norm_eps,
             embed=weights.embed.data_ptr(),
             layer_norms=weights.layer_norms.data_ptr(),
             final_norm=weights.norm.data_ptr(),
             guard_norms=weights.guard_norms.data_ptr(),
-            cos_sin=self.cos_sin.data_ptr(),
+            cos_sin=self._cos_sin.data_ptr(),
         )
         if heads is not None:  # else they are 0
             struct.guard_inner = heads.inner_size
@@ -243,8 +246,8 @@ def _vector_weights(stored: _StoredTensors, dtype: torch.dtype) -> VectorWeights
     )
 
 
-def _allocate_cache(cache: CacheShape, config: ModelConfig) -> tuple[Tensor, Tensor | None]:
-    """Keys and values [N, layers, 2, Hkv, S, D], and an int8 cache's scales [N, layers, 2, Hkv, S].
+def _allocate_cache(cache: CacheShape, config: ModelConfig) -> KVCache:
+    """A cache with its blocks first.
 
     Pages of blocks that are never used cost no memory. A block is contiguous over all layers, so that huge pages do
     not change that; with small ones a quarter of attention's time over long contexts goes into finding pages.
@@ -256,7 +259,8 @@ def _allocate_cache(cache: CacheShape, config: ModelConfig) -> tuple[Tensor, Ten
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     values = torch.frombuffer(memory, dtype=cache.dtype, count=count).view(*shape, config.head_dim)
-    return values, torch.empty(shape, dtype=torch.float32) if cache.dtype == torch.int8 else None
+    scales = torch.empty(shape, dtype=torch.float32) if cache.dtype == torch.int8 else None
+    return KVCache(values, scales, block_axis=0)
 
 
 def _check_shape(config: ModelConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
@@ -11,9 +10,11 @@ from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.weights import num_weights
 from guardengine.config import EngineConfig
 from guardengine.errors import ConfigError
+from guardengine.kernels import SMALL_ROWS
 from guardengine.runners import accelerator
 from guardengine.runners.accelerator import Accelerator
-from guardengine.runners.step_inputs import MAX_ROWS, SMALL_ROWS
+from guardengine.runners.operators import Operators
+from guardengine.runners.step_inputs import MAX_ROWS
 
 _HEAD_DIMS = (16, 32, 64, 128, 256)
 _MAX_WIDTH = 16384  # of a row that one program norms
@@ -85,7 +86,7 @@ def check_shapes(config: ModelConfig, options: EngineConfig) -> None:
         )
 
 
-def check_bfloat16(ops: ModuleType, dtype: torch.dtype, target: Accelerator) -> None:
+def check_bfloat16(ops: Operators, dtype: torch.dtype, target: Accelerator) -> None:
     """Raise ConfigError where bfloat16 is asked of Triton's interpreter as it is released, which gets it wrong."""
     if dtype != torch.bfloat16 or target.device.type != "cpu":
         return
@@ -106,8 +107,8 @@ def working_bytes(
     row = 4 * width + qkv + 2 * heads * dim + 3 * config.intermediate_size
     large = 2 * row * max_num_batched_tokens * dtype.itemsize  # twice: the allocator keeps freed pieces
     segments = -(-max_model_len // 256)
-    attention = SMALL_ROWS * segments * heads * (dim + 3) * 4
-    linear = SMALL_ROWS * 16 * max(qkv, width, 2 * config.intermediate_size) * 4
+    attention: int = SMALL_ROWS * segments * heads * (dim + 3) * 4
+    linear: int = SMALL_ROWS * 16 * max(qkv, width, 2 * config.intermediate_size) * 4
     table = max_model_len * dim * 4
     return large + attention + linear + table
 

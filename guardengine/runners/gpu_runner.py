@@ -7,7 +7,6 @@ waits on the way: `launch` returns when all is queued, so the host can prepare t
 from __future__ import annotations
 
 import contextlib
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,8 +17,11 @@ from guardengine.errors import CheckpointError
 from guardengine.runners.accelerator import Accelerator, Event
 from guardengine.runners.batch import Batch
 from guardengine.runners.captured_steps import CapturedSteps
+from guardengine.runners.kv_cache import CacheShape, KVCache
 from guardengine.runners.lm_head import LmHead
-from guardengine.runners.runner import CacheShape, Scores
+from guardengine.runners.model import FusedModel
+from guardengine.runners.operators import FusedOperators
+from guardengine.runners.runner import RunnerInfo, Scores
 from guardengine.runners.step_inputs import Words, places, write_step
 
 _MIN_HOST_WORDS = 4096
@@ -28,17 +30,27 @@ _MIN_HOST_WORDS = 4096
 class GpuRunner:
     """Executes the model over a paged KV cache on one queue of a device.
 
-    A label's numbers are the same bits whatever else runs in its step, for steps of up to 64 rows. Raises
-    ConfigError where a step cannot be captured.
+    A label's numbers are the same bits whatever else runs in its step, for steps of up to 64 rows.
+
+    Args:
+        ops: The backend's operators.
+        config: The model's sizes.
+        weights: Of a Stream checkpoint, on the accelerator's device.
+        cache: Size and dtype of the KV cache to allocate there.
+        max_model_len: Tokens of a stream at most.
+        max_rows: Rows of a step at most.
+        accelerator: The device.
+
+    Raises:
+        CheckpointError: The checkpoint has no guard heads.
+        ConfigError: A step cannot be captured.
     """
 
     max_in_flight = 2
-    quantization: str | None = None
-    num_threads = 1
 
     def __init__(
         self,
-        ops: ModuleType,
+        ops: FusedOperators,
         config: ModelConfig,
         weights: Weights,
         cache: CacheShape,
@@ -49,39 +61,27 @@ class GpuRunner:
         if weights.heads is None or config.heads is None:
             raise CheckpointError("the checkpoint has no guard heads; use a Qwen3Guard-Stream checkpoint")
         self.lm_head: LmHead | None = None  # it runs Stream checkpoints
-        self.ops, self.config, self.weights, self.heads = ops, config, weights, weights.heads
-        self.accelerator, self.device, self.dtype = accelerator, accelerator.device, weights.embed.dtype
+        self.info = RunnerInfo(
+            backend="triton",
+            config=config,
+            device=accelerator.device,
+            dtype=weights.embed.dtype,
+            quantization=None,
+            isa=accelerator.name,
+            num_threads=1,
+        )
+        self._accelerator = accelerator
         self._num_logits = config.heads.num_logits
         self._slots = (_HostSlot(accelerator), _HostSlot(accelerator))
         self._next = 0
-        shape = (config.num_layers, 2, cache.num_blocks, cache.block_size)
         accelerator.join()  # the weights were copied on another queue
         with torch.inference_mode(), accelerator.activate():
-            self.kv_cache = accelerator.empty((*shape, config.num_kv_heads, config.head_dim), cache.dtype)
-            self.kv_scales = (
-                accelerator.empty((*shape[:3], config.num_kv_heads, cache.block_size), torch.float32)
-                if cache.dtype == torch.int8
-                else None
-            )
-            self.cos_sin = ops.rope_table(config.head_dim, config.rope_theta, max_model_len).to(self.device)
+            self.kv_cache = KVCache.layers_first(cache, config, accelerator.empty)
+            cos_sin = ops.rope_table(config.head_dim, config.rope_theta, max_model_len).to(accelerator.device)
+            model = FusedModel(ops, config, weights, cos_sin, self.kv_cache)
             # A stream is never longer than the cache, whatever the model takes.
             max_length = min(max_model_len, cache.num_blocks * cache.block_size)
-            self._steps = CapturedSteps(
-                ops,
-                config,
-                weights,
-                self.heads,
-                self.cos_sin,
-                self.kv_cache,
-                self.kv_scales,
-                accelerator,
-                max_rows,
-                max_length,
-            )
-
-    @property
-    def isa(self) -> str | None:
-        return self.accelerator.name
+            self._steps = CapturedSteps(model, accelerator, max_rows, max_length)
 
     def launch(self, batch: Batch) -> LaunchedStep:
         """Queue one batch and return without waiting. When this raises, nothing counts as computed: what was queued
@@ -89,14 +89,14 @@ class GpuRunner:
         slot = self._slots[self._next]
         slot.settle()  # the step before the last: its scores leave the memory that this one gets
         try:
-            with torch.inference_mode(), self.accelerator.activate():
+            with torch.inference_mode(), self._accelerator.activate():
                 scores = self._queue(slot, batch)
                 host = slot.download(scores[: len(batch.label_index)])
-                step = LaunchedStep(self.accelerator.record(), host, self._num_logits)
+                step = LaunchedStep(self._accelerator.record(), host, self._num_logits)
         except BaseException:
             # Copies may be under way from memory that the next step would write to.
             with contextlib.suppress(Exception):
-                self.accelerator.synchronize()
+                self._accelerator.synchronize()
             raise
         slot.step = step
         self._next = 1 - self._next
@@ -105,27 +105,25 @@ class GpuRunner:
     @torch.inference_mode()
     def copy_block(self, source: int, destination: int) -> None:
         """Copy one block's keys and values in every layer, after the steps that were launched before."""
-        with self.accelerator.activate():
-            self.kv_cache[:, :, destination].copy_(self.kv_cache[:, :, source])
-            if self.kv_scales is not None:
-                self.kv_scales[:, :, destination].copy_(self.kv_scales[:, :, source])
+        with self._accelerator.activate():
+            self.kv_cache.copy_block(source, destination)
 
     def close(self) -> None:
         """Free the weights, the KV cache and the graphs; nothing can run afterwards."""
         with contextlib.suppress(Exception):  # of a device that failed: memory goes all the same
-            self.accelerator.synchronize()
+            self._accelerator.synchronize()
         for slot in self._slots:
             slot.settle()
-        del self.weights, self.heads, self.kv_cache, self.kv_scales, self.cos_sin, self._steps, self._slots
+        del self.kv_cache, self._steps, self._slots
         with contextlib.suppress(Exception):
-            self.accelerator.close()
+            self._accelerator.close()
 
     def _queue(self, slot: _HostSlot, batch: Batch) -> Tensor:
         steps = self._steps
         num_rows, plan = steps.bucket(len(batch.input_ids)), steps.plan(batch)
         words = slot.words_for(places(num_rows)[-1] + len(plan))
         used = write_step(words, num_rows, batch, plan)
-        self.accelerator.upload(slot.words[:used], steps.words[:used])
+        self._accelerator.upload(slot.words[:used], steps.words[:used])
         return steps.replay(num_rows)
 
 

@@ -1,12 +1,11 @@
-"""The Qwen3 decoder and the guard heads, as functions over weights, a batch and a KV cache.
+"""The Qwen3 decoder and the guard heads, as functions over a model on a device and a batch.
 
-Sees tensors only: no stream, schedule or label. `ops` is a backend module of guardengine.kernels; shapes
-follow the dimension key there.
+Sees tensors only: no stream, schedule or label. Shapes follow the dimension key of guardengine.kernels.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,194 +13,190 @@ from torch import Tensor
 
 from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.weights import HeadWeights, LayerWeights, Weights
-from guardengine.runners.batch import Batch, Rows
+from guardengine.errors import CheckpointError
+from guardengine.runners.batch import Batch
+from guardengine.runners.kv_cache import KVCache
+from guardengine.runners.operators import FusedOperators, Operators
 from guardengine.runners.step_inputs import StepInputs
 
 
-class StepScratch(NamedTuple):
-    """Memory that fused operators share between launches, in the backend's own form."""
+@dataclass(frozen=True, slots=True)
+class DeviceModel:
+    """A model on a device: everything that is the same in each of its steps."""
+
+    ops: Operators
+    config: ModelConfig
+    weights: Weights
+    cos_sin: Tensor  # [positions, D] float32, `rope_table`
+    kv_cache: KVCache  # with its layers first; steps write to it
+
+    @property
+    def heads(self) -> HeadWeights:
+        """The guard heads. Raises CheckpointError for a checkpoint that has none."""
+        if self.weights.heads is None:
+            raise CheckpointError("the checkpoint has no guard heads; use a Qwen3Guard-Stream checkpoint")
+        return self.weights.heads
+
+
+@dataclass(frozen=True, slots=True)
+class FusedModel(DeviceModel):
+    """One whose backend has fused operators."""
+
+    ops: FusedOperators
+
+
+class StepBuffers(NamedTuple):
+    """Memory that all steps of a device share, one after another; what is `Any` is in the backend's own form."""
 
     workspace: Any  # of matrix products
     attention: Any
+    sizes: Any  # classes of each classifier
+    scores: Tensor  # [R, 2C + 4] float32: logits, each classifier's softmax, the four classes chosen
 
 
-def forward(
-    ops: ModuleType,
-    config: ModelConfig,
-    weights: Weights,
-    cos_sin: Tensor,
-    kv_cache: Tensor,
-    kv_scales: Tensor | None,
-    batch: Batch,
-    plan: Tensor | None = None,
-) -> Tensor:
-    """Run one ragged batch: store its keys and values, return the last layer's output where a label is wanted.
+def forward(model: DeviceModel, batch: Batch) -> Tensor:
+    """Run one ragged batch: store its keys and values, compute the last layer's output where a label is wanted.
 
-    Shapes: kv_cache [layers, 2, N, S, Hkv, D] and, where it is int8, kv_scales [layers, 2, N, Hkv, S], written in
-            place; cos_sin [positions, D] -> [W, E], not normed.
+    Args:
+        model: Its KV cache is written to.
+        batch: On the model's device.
 
-    Past the last layer's KV store only the W wanted rows are computed: a prompt chunk that wants none ends there.
-    With `plan`, attention's of all rows, made before, all rows are: the output is [T, E].
+    Returns:
+        [W, E] in the model's dtype, not normed. Past the last layer's keys and values only the W wanted rows are
+        computed: a prompt chunk that wants none ends there.
     """
-    eps = config.rms_norm_eps
-    softmax_scale = config.head_dim**-0.5
+    x, residual = _first_norm(model, batch.input_ids)
     rows = batch.rows
-    residual = weights.embed[batch.input_ids]
-    x = ops.rms_norm(residual, weights.layers[0].input_norm, eps)
-    for index, layer in enumerate(weights.layers):
-        k_cache, v_cache = kv_cache[index]
-        k_scales, v_scales = (None, None) if kv_scales is None else kv_scales[index]
+    for index, layer in enumerate(model.weights.layers):
         if index:
-            x, residual = ops.fused_add_rms_norm(x, residual, layer.input_norm, eps)
-        q = ops.qk_norm_rope_store_kv(
-            ops.linear(x, layer.qkv),
-            layer.q_norm,
-            layer.k_norm,
-            cos_sin,
-            rows.positions,
-            batch.slot_mapping,
-            k_cache,
-            v_cache,
-            eps,
-            k_scales,
-            v_scales,
-        )
-        if index == config.num_layers - 1 and plan is None:
+            x, residual = _add_norm(model, x, residual, layer.input_norm)
+        q = _store(model, index, model.ops.linear(x, layer.qkv), rows.positions, batch.slot_mapping)
+        if index == model.config.num_layers - 1:
             rows = batch.label_rows
             q, residual = q[batch.label_index], residual[batch.label_index]
-        attention = (softmax_scale, k_scales, v_scales)
-        if plan is None:
-            attended = ops.paged_attention(
-                q, k_cache, v_cache, batch.block_tables, rows.cu_seqlens_q, rows.positions, *attention
-            )
-        else:
-            attended = ops.planned_attention(
-                q, k_cache, v_cache, plan, rows.positions, *attention, scratch=None
-            )
-        x = ops.linear(attended.flatten(1), layer.o)
-        x, residual = ops.fused_add_rms_norm(x, residual, layer.post_norm, eps)
-        x = _mlp(ops, layer, x)
-    return x + residual  # type: ignore[no-any-return]
+        keys, values, *scales = model.kv_cache.layer(index)
+        attended = model.ops.paged_attention(
+            q, keys, values, batch.block_tables, rows.cu_seqlens_q, rows.positions, _scale(model), *scales
+        )
+        x, residual = _rest_of_layer(model, layer, attended, residual)
+    return x + residual
 
 
-def fused_forward(
-    ops: ModuleType,
-    config: ModelConfig,
-    weights: Weights,
-    heads: HeadWeights,
-    cos_sin: Tensor,
-    kv_cache: Tensor,
-    kv_scales: Tensor | None,
-    step: StepInputs,
-    scratch: StepScratch,
-    sizes: Any,
-    scores: Tensor,
-) -> None:
+def _planned_forward(model: FusedModel, step: StepInputs) -> Tensor:
+    """`forward` of all of a step's rows, with attention's plan made before.  -> [R, E]"""
+    x, residual = _first_norm(model, step.input_ids)
+    for index, layer in enumerate(model.weights.layers):
+        if index:
+            x, residual = _add_norm(model, x, residual, layer.input_norm)
+        q = _store(model, index, model.ops.linear(x, layer.qkv), step.positions, step.slot_mapping)
+        keys, values, *scales = model.kv_cache.layer(index)
+        attended = model.ops.planned_attention(
+            q, keys, values, step.plan, step.positions, _scale(model), *scales, scratch=None
+        )
+        x, residual = _rest_of_layer(model, layer, attended, residual)
+    return x + residual
+
+
+def fused_forward(model: FusedModel, step: StepInputs, buffers: StepBuffers) -> None:
     """Run a small step with a backend's fused operators: `forward` and `guard_logits` in 6 launches a layer and 2.
 
-    Shapes: scores [R, 2C + 4] float32, written in its first `num_labels` rows: logits, each classifier's softmax,
-            the classes chosen. `sizes`: classes of each classifier, in the backend's own form.
-
     Everything that differs between steps is read on the device, so what this launches can be captured in a graph.
+
+    Args:
+        model: Its KV cache is written to.
+        step: On the device; at most SMALL_ROWS rows, of which padding is not stored.
+        buffers: `scores` is written in its first `num_labels` rows.
     """
-    eps = config.rms_norm_eps
-    softmax_scale = config.head_dim**-0.5
-    workspace, attention = scratch
-    residual = torch.index_select(weights.embed, 0, step.input_ids)
-    for index, layer in enumerate(weights.layers):
-        k_cache, v_cache = kv_cache[index]
-        k_scales, v_scales = (None, None) if kv_scales is None else kv_scales[index]
-        q = ops.qk_norm_rope_store_kv(
-            ops.norm_linear(residual, layer.input_norm, eps, layer.qkv, workspace=workspace),
-            layer.q_norm,
-            layer.k_norm,
-            cos_sin,
-            step.positions,
-            step.slot_mapping,
-            k_cache,
-            v_cache,
-            eps,
-            k_scales,
-            v_scales,
-        )
+    ops, eps, workspace = model.ops, model.config.rms_norm_eps, buffers.workspace
+    residual = torch.index_select(model.weights.embed, 0, step.input_ids)
+    for index, layer in enumerate(model.weights.layers):
+        qkv = ops.norm_linear(residual, layer.input_norm, eps, layer.qkv, workspace=workspace)
+        q = _store(model, index, qkv, step.positions, step.slot_mapping)
+        keys, values, *scales = model.kv_cache.layer(index)
         attended = ops.planned_attention(
-            q,
-            k_cache,
-            v_cache,
-            step.plan,
-            step.positions,
-            softmax_scale,
-            k_scales,
-            v_scales,
-            scratch=attention,
+            q, keys, values, step.plan, step.positions, _scale(model), *scales, scratch=buffers.attention
         )
         ops.linear_add(attended.flatten(1), layer.o, residual, workspace=workspace)
         hidden = ops.norm_gate_up(residual, layer.post_norm, eps, layer.gate_up, workspace=workspace)
         ops.linear_add(hidden, layer.down, residual, workspace=workspace)
-    _score(ops, config, weights, heads, residual, step, scratch, sizes, scores)
+    _score(model, residual, step, buffers)
 
 
-def scored_forward(
-    ops: ModuleType,
-    config: ModelConfig,
-    weights: Weights,
-    heads: HeadWeights,
-    cos_sin: Tensor,
-    kv_cache: Tensor,
-    kv_scales: Tensor | None,
-    step: StepInputs,
-    scratch: StepScratch,
-    sizes: Any,
-    scores: Tensor,
-) -> None:
-    """`fused_forward` for steps of more rows than fused operators take: `forward` over all rows, and the scores."""
-    none = step.positions[:0]  # which rows are whose, and their blocks, are in the plan
-    rows = Rows(step.positions, none)
-    batch = Batch(step.input_ids, rows, step.slot_mapping, none, none, rows)
-    hidden = forward(ops, config, weights, cos_sin, kv_cache, kv_scales, batch, step.plan)
-    _score(ops, config, weights, heads, hidden, step, scratch, sizes, scores)
+def scored_forward(model: FusedModel, step: StepInputs, buffers: StepBuffers) -> None:
+    """`fused_forward` for steps of more rows than fused operators take: one operator after the other, over all rows."""
+    _score(model, _planned_forward(model, step), step, buffers)
 
 
-def _score(
-    ops: ModuleType,
-    config: ModelConfig,
-    weights: Weights,
-    heads: HeadWeights,
-    hidden: Tensor,
-    step: StepInputs,
-    scratch: StepScratch,
-    sizes: Any,
-    scores: Tensor,
-) -> None:
-    ops.guard_scores(
+def _score(model: FusedModel, hidden: Tensor, step: StepInputs, buffers: StepBuffers) -> None:
+    heads = model.heads
+    model.ops.guard_scores(
         hidden,
         step.label_index,
         step.num_labels,
-        weights.norm,
+        model.weights.norm,
         heads.pre,
         heads.norm,
         heads.response,
         heads.query,
-        config.rms_norm_eps,
-        sizes,
-        out=scores[: len(step.label_index)],
-        workspace=scratch.workspace,
+        model.config.rms_norm_eps,
+        buffers.sizes,
+        out=buffers.scores[: len(step.label_index)],
+        workspace=buffers.workspace,
     )
 
 
-def guard_logits(
-    ops: ModuleType, config: ModelConfig, heads: HeadWeights, norm: Tensor, hidden: Tensor
-) -> Tensor:
+def guard_logits(model: DeviceModel, hidden: Tensor) -> Tensor:
     """Classify rows of `forward`'s output with both pairs of heads.  Shapes: hidden [W, E] -> [W, C] float32."""
-    return ops.guard_heads(  # type: ignore[no-any-return]
-        hidden, norm, heads.pre, heads.norm, heads.response, heads.query, config.rms_norm_eps
+    heads, eps = model.heads, model.config.rms_norm_eps
+    return model.ops.guard_heads(
+        hidden, model.weights.norm, heads.pre, heads.norm, heads.response, heads.query, eps
     )
 
 
-def final_rows(ops: ModuleType, config: ModelConfig, norm: Tensor, hidden: Tensor) -> Tensor:
+def final_rows(model: DeviceModel, hidden: Tensor) -> Tensor:
     """What a language model's head is multiplied with.  Shapes: hidden [W, E], `forward`'s -> [W, E] float32."""
-    return ops.rms_norm(hidden, norm, config.rms_norm_eps).float()  # type: ignore[no-any-return]
+    return model.ops.rms_norm(hidden, model.weights.norm, model.config.rms_norm_eps).float()
 
 
-def _mlp(ops: ModuleType, layer: LayerWeights, x: Tensor) -> Tensor:
-    return ops.linear(ops.silu_and_mul(ops.linear(x, layer.gate_up)), layer.down)  # type: ignore[no-any-return]
+def _scale(model: DeviceModel) -> float:
+    """Of attention's dot products."""
+    scale: float = model.config.head_dim**-0.5
+    return scale
+
+
+def _first_norm(model: DeviceModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The first layer's normed input, and the residual stream [T, E], which begins as embeddings."""
+    residual = model.weights.embed[input_ids]
+    norm = model.weights.layers[0].input_norm
+    return model.ops.rms_norm(residual, norm, model.config.rms_norm_eps), residual
+
+
+def _add_norm(model: DeviceModel, x: Tensor, residual: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    return model.ops.fused_add_rms_norm(x, residual, norm, model.config.rms_norm_eps)
+
+
+def _store(model: DeviceModel, index: int, qkv: Tensor, positions: Tensor, slot_mapping: Tensor) -> Tensor:
+    """Store a layer's keys and values; returns its queries [T, H, D]."""
+    layer = model.weights.layers[index]
+    keys, values, *scales = model.kv_cache.layer(index)
+    return model.ops.qk_norm_rope_store_kv(
+        qkv,
+        layer.q_norm,
+        layer.k_norm,
+        model.cos_sin,
+        positions,
+        slot_mapping,
+        keys,
+        values,
+        model.config.rms_norm_eps,
+        *scales,
+    )
+
+
+def _rest_of_layer(
+    model: DeviceModel, layer: LayerWeights, attended: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What follows attention [T, H, D]: the layer's output, still to be added, and the residual stream."""
+    ops = model.ops
+    x, residual = _add_norm(model, ops.linear(attended.flatten(1), layer.o), residual, layer.post_norm)
+    return ops.linear(ops.silu_and_mul(ops.linear(x, layer.gate_up)), layer.down), residual

@@ -6,31 +6,29 @@ torch_runner calls a backend's operators one by one; cpu_runner and gpu_runner r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.runners.batch import Batch
+from guardengine.runners.kv_cache import KVCache
 from guardengine.runners.lm_head import LmHead
 
 
 @dataclass(frozen=True, slots=True)
-class CacheShape:
-    """Size and dtype of a paged KV cache: `num_blocks` blocks of `block_size` tokens."""
+class RunnerInfo:
+    """What a runner says of itself. Constant for as long as it lives, but for torch's number of threads."""
 
-    num_blocks: int
-    block_size: int
-    dtype: torch.dtype
-
-    def num_bytes(self, config: ModelConfig) -> int:
-        """Bytes over all layers, keys and values; an int8 cache has a float32 scale for each token and head."""
-        head = config.head_dim * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
-        return self.num_blocks * self.block_size * 2 * config.num_layers * config.num_kv_heads * head
+    backend: str  # one of guardengine.kernels.BACKENDS
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype  # of the weights
+    quantization: str | None  # of the layers' matrices
+    isa: str | None  # the instruction set of native kernels, "avx512", "sm_90"; None for plain PyTorch
+    num_threads: int  # that a batch runs on
 
 
 class Scores(NamedTuple):
@@ -40,9 +38,8 @@ class Scores(NamedTuple):
     """
 
     logits: npt.NDArray[np.float32]
-    probs: npt.NDArray[np.float32] | None = (
-        None  # softmax of each classifier's logits, where the device did it
-    )
+    # Softmax of each classifier's logits, where the device computed it.
+    probs: npt.NDArray[np.float32] | None = None
 
 
 class Launched(Protocol):
@@ -66,25 +63,22 @@ class Runner(Protocol):
 
     max_in_flight: int  # batches worth launching before the first is waited for
 
-    ops: ModuleType
-    config: ModelConfig
-    device: torch.device
-    dtype: torch.dtype
-    kv_cache: Tensor
-    kv_scales: Tensor | None  # of an int8 kv_cache
-    quantization: str | None  # of the layers' matrices
+    kv_cache: KVCache
     lm_head: LmHead | None  # of a Gen checkpoint
 
     @property
-    def isa(self) -> str | None:
-        """The instruction set of native kernels."""
-
-    @property
-    def num_threads(self) -> int:
-        """Threads that a batch runs on."""
+    def info(self) -> RunnerInfo:
+        """What it is and runs on."""
 
     def launch(self, batch: Batch) -> Launched:
-        """Start computing one batch. When this raises, nothing was computed."""
+        """Start computing one batch.
+
+        Args:
+            batch: In the host's memory; not changed, and not read any more once this returns.
+
+        Returns:
+            What to wait for. When this raises, nothing was computed.
+        """
 
     def copy_block(self, source: int, destination: int) -> None:
         """Copy one block's keys and values in every layer."""

@@ -17,7 +17,6 @@ from guardengine.runners.batch import Batch
 
 Words = npt.NDArray[np.int32]
 
-SMALL_ROWS = 64
 MAX_ROWS = 16384
 NO_SLOT = -1  # a row that is not stored: padding
 

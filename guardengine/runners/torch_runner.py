@@ -2,75 +2,68 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
+from torch import Tensor
 
 from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.weights import Weights
+from guardengine.kernels import backend_of
 from guardengine.runners.batch import Batch
+from guardengine.runners.kv_cache import CacheShape, KVCache
 from guardengine.runners.lm_head import LmHead, plain_product
-from guardengine.runners.model import final_rows, forward, guard_logits
-from guardengine.runners.runner import CacheShape, Computed, Scores
+from guardengine.runners.model import DeviceModel, final_rows, forward, guard_logits
+from guardengine.runners.operators import Operators
+from guardengine.runners.runner import Computed, RunnerInfo, Scores
 
 
 class TorchRunner:
-    """Executes the model over a paged KV cache, one of `ops`' operators after the other."""
+    """Executes the model over a paged KV cache, one of `ops`' operators after the other.
+
+    Args:
+        ops: A backend.
+        config: The model's sizes.
+        weights: On the device to run on.
+        cache: Size and dtype of the KV cache to allocate there.
+        max_model_len: Tokens of a stream at most.
+    """
 
     max_in_flight = 1
 
     def __init__(
-        self, ops: ModuleType, config: ModelConfig, weights: Weights, cache: CacheShape, max_model_len: int
+        self, ops: Operators, config: ModelConfig, weights: Weights, cache: CacheShape, max_model_len: int
     ) -> None:
-        self.ops, self.config, self.weights = ops, config, weights
-        head = weights.lm_head
+        head, device = weights.lm_head, weights.embed.device
         self.lm_head = None if head is None else LmHead(head, plain_product(head))
-        self.quantization = weights.quantization
-        self.device, self.dtype = weights.embed.device, weights.embed.dtype
-        # Never read before written, so left unset: pages of blocks that are never used cost no memory.
-        self.kv_cache = torch.empty(
-            (config.num_layers, 2, cache.num_blocks, cache.block_size, config.num_kv_heads, config.head_dim),
-            dtype=cache.dtype,
-            device=self.device,
-        )
-        self.kv_scales = (
-            torch.empty(
-                (config.num_layers, 2, cache.num_blocks, config.num_kv_heads, cache.block_size),
-                dtype=torch.float32,
-                device=self.device,
-            )
-            if cache.dtype == torch.int8
-            else None
-        )
-        self.cos_sin = ops.rope_table(config.head_dim, config.rope_theta, max_model_len).to(self.device)
+
+        def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.kv_cache = KVCache.layers_first(cache, config, empty)
+        cos_sin = ops.rope_table(config.head_dim, config.rope_theta, max_model_len).to(device)
+        self.weights = weights
+        self._model = DeviceModel(ops, config, weights, cos_sin, self.kv_cache)
+        self._backend = backend_of(ops)
+        self._about = (config, device, weights.embed.dtype, weights.quantization)
 
     @property
-    def isa(self) -> str | None:
-        return None
-
-    @property
-    def num_threads(self) -> int:
-        return torch.get_num_threads()
+    def info(self) -> RunnerInfo:
+        """What it is and runs on; as many threads as torch has now."""
+        return RunnerInfo(self._backend, *self._about, isa=None, num_threads=torch.get_num_threads())
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Computed:
         """Compute one batch."""
-        weights, batch = self.weights, batch.to(self.device)
-        hidden = forward(self.ops, self.config, weights, self.cos_sin, self.kv_cache, self.kv_scales, batch)
-        if weights.heads is None:
-            out = final_rows(self.ops, self.config, weights.norm, hidden)
-        else:
-            out = guard_logits(self.ops, self.config, weights.heads, weights.norm, hidden)
+        model = self._model
+        hidden = forward(model, batch.to(model.weights.embed.device))
+        out = final_rows(model, hidden) if model.weights.heads is None else guard_logits(model, hidden)
         return Computed(Scores(out.cpu().numpy()))
 
     @torch.inference_mode()
     def copy_block(self, source: int, destination: int) -> None:
         """Copy one block's keys and values in every layer."""
-        self.kv_cache[:, :, destination] = self.kv_cache[:, :, source]
-        if self.kv_scales is not None:
-            self.kv_scales[:, :, destination] = self.kv_scales[:, :, source]
+        self.kv_cache.copy_block(source, destination)
 
     def close(self) -> None:
         """Free the weights and the KV cache; nothing can run afterwards."""
         self.lm_head = None
-        del self.weights, self.kv_cache, self.kv_scales
+        del self._model, self.weights, self.kv_cache

@@ -13,7 +13,6 @@ import os
 import time
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from guardengine.checkpoint.weights import Weights
 from guardengine.runners.accelerator import Accelerator
+from guardengine.runners.operators import FusedOperators
 
 logger = logging.getLogger("guardengine")
 
@@ -28,7 +28,7 @@ _ROWS = (1, 16, 64)  # of the steps that a choice is measured over
 
 
 def matrix_configs(
-    ops: ModuleType, weights: Weights, accelerator: Accelerator
+    ops: FusedOperators, weights: Weights, accelerator: Accelerator
 ) -> dict[tuple[str, tuple[int, int]], Any]:
     """A configuration for each matrix of a layer, (operator, shape) -> configuration, in the backend's own form.
 
@@ -89,7 +89,7 @@ def _device_name(accelerator: Accelerator) -> str:
     return ", ".join([torch.cuda.get_device_name(accelerator.device), *versions])
 
 
-def _config(ops: ModuleType, kept: object) -> Any:
+def _config(ops: FusedOperators, kept: object) -> Any:
     """A kept choice, or None where the file holds something else."""
     names = [field.name for field in dataclasses.fields(ops.LinearConfig)]
     if not isinstance(kept, dict) or sorted(kept) != sorted(names):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from guardengine.kernels import SMALL_ROWS as SMALL_ROWS
 from guardengine.kernels.gpu.attention import WIDE_MMA as WIDE_MMA
 from guardengine.kernels.gpu.attention import TileRows as TileRows
 from guardengine.kernels.gpu.attention import attention_scratch as attention_scratch
@@ -23,7 +24,6 @@ from guardengine.kernels.gpu.linear import linear as linear
 from guardengine.kernels.gpu.linear import linear_add as linear_add
 from guardengine.kernels.gpu.linear import norm_gate_up as norm_gate_up
 from guardengine.kernels.gpu.linear import norm_linear as norm_linear
-from guardengine.kernels.gpu.linear_config import SMALL_ROWS as SMALL_ROWS
 from guardengine.kernels.gpu.linear_config import LinearConfig as LinearConfig
 from guardengine.kernels.gpu.linear_config import default_config as default_config
 from guardengine.kernels.gpu.plan import max_plan_size as max_plan_size

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from guardengine.kernels import SMALL_ROWS
 from guardengine.kernels.gpu import plan as plans
 from guardengine.kernels.gpu.attention_kernel import paged_attention_kernel
-from guardengine.kernels.gpu.linear_config import SMALL_ROWS
 from guardengine.kernels.gpu.plan import plan_attention
 
 # Keys multiplied at a time; part of the result's bits, so one number for all forms. With 64, the walking form needs

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from guardengine.kernels.gpu import plan as plans
+from guardengine.kernels.gpu.arrival import is_last_to_arrive
 
 _NUM_ITEMS = tl.constexpr(plans.NUM_ITEMS)
 _NUM_TALL_ITEMS = tl.constexpr(plans.NUM_TALL_ITEMS)
@@ -151,9 +152,8 @@ def _attend_to_segment(
     totals = tl.zeros((TILE_M,) if IS_TALL else (TILE_M, _SUM_COLUMNS), tl.float32)
     sums = tl.zeros((TILE_M, HEAD_DIM), tl.float32)
     masked_start = end_key
-    if (
-        least_position + 1 < end_key
-    ):  # from the tile of keys on that holds the first one which a row does not see
+    # From the tile of keys on that holds the first one which a row does not see.
+    if least_position + 1 < end_key:
         masked_start = start_key + tl.maximum(least_position + 1 - start_key, 0) // BLOCK_KEYS * BLOCK_KEYS
     for start in tl.range(start_key, masked_start, BLOCK_KEYS, num_stages=KEY_STAGES):
         top, totals, sums = _attend_to_tile(
@@ -198,8 +198,6 @@ def paged_attention_kernel(
 
     The TILE_M members of a tile are its rows times the GROUP query heads that share a kv head.
     """
-    # -- Everything from here on reads the step's plan or what earlier kernels wrote (q, caches): a programmatic
-    # dependent launch waits at this point. --
     items_ptr = plan_ptr + _HEADER_SIZE
     num_items = tl.load(plan_ptr + _NUM_ITEMS)
     if FORM == "tall":
@@ -262,17 +260,13 @@ def paged_attention_kernel(
                 tl.store(stats_ptr + offsets * 2, top, mask=valid)
                 tl.store(stats_ptr + offsets * 2 + 1, total, mask=valid)
                 tl.store((sums_ptr + dims)[None, :] + offsets[:, None] * HEAD_DIM, sums, mask=valid[:, None])
-                tl.debug_barrier()  # all of this program's stores precede the count that publishes them
-                counter_ptr = counters_ptr + scratch_row * NUM_KV_HEADS + kv_head
-                if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_segments - 1:
-                    tl.store(counter_ptr, 0)  # for the next launch
+                if is_last_to_arrive(counters_ptr + scratch_row * NUM_KV_HEADS + kv_head, num_segments):
                     top = tl.full((TILE_M,), _NO_KEY, tl.float32)
                     total = tl.zeros((TILE_M,), tl.float32)
                     sums = tl.zeros((TILE_M, HEAD_DIM), tl.float32)
                     for segment in tl.range(0, num_segments, num_stages=3):
                         segment_rows = scratch_row + segment * num_rows + row
                         offsets = segment_rows.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head
-                        # .cg: from the second-level cache, where the other programs' stores are.
                         top_b = tl.load(stats_ptr + offsets * 2, mask=valid, other=0.0, cache_modifier=".cg")
                         total_b = tl.load(
                             stats_ptr + offsets * 2 + 1, mask=valid, other=1.0, cache_modifier=".cg"

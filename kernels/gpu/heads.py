@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from guardengine.kernels.gpu.arrival import is_last_to_arrive
 from guardengine.kernels.gpu.linear_config import DTYPES
 from guardengine.kernels.gpu.workspace import Workspace, allocate_workspace
 
@@ -289,10 +290,7 @@ def _guard_scores_kernel(
         shares_ptr = partials_ptr + tile.to(tl.int64) * num_blocks * SIZE
         offsets = tl.arange(0, BLOCK_M)[:, None] * SHARE + classes[None, :]
         tl.store(shares_ptr + block * SIZE + offsets, share, cache_modifier=".cg")
-        tl.debug_barrier()  # every thread's stores come before the one thread's arrival
-        arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == num_blocks - 1:
-            tl.store(counters_ptr + tile, 0)
+        if is_last_to_arrive(counters_ptr + tile, num_blocks):
             total = tl.zeros((BLOCK_M, SHARE), tl.float32)
             for first in range(0, num_blocks, MERGED):
                 blocks = first + tl.arange(0, MERGED)

@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from guardengine.kernels import SMALL_ROWS
+from guardengine.kernels.gpu.arrival import is_last_to_arrive
 from guardengine.kernels.gpu.linear_config import (
     DTYPES,
     GATED,
     NORMED,
     PLAIN,
-    SMALL_ROWS,
     SUMMED,
     LinearConfig,
     default_config,
@@ -265,10 +266,7 @@ def _linear_kernel(
                 mask=rows < num_rows,
                 cache_modifier=".cg",
             )
-        tl.debug_barrier()  # every thread's stores come before the one thread's arrival
-        arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT_K - 1:
-            tl.store(counters_ptr + tile, 0)  # as found: the next launch, or replay, counts from 0
+        if is_last_to_arrive(counters_ptr + tile, SPLIT_K):
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             square_sum = tl.zeros((BLOCK_M,), tl.float32)

@@ -11,8 +11,9 @@ from itertools import product
 
 import torch
 
+from guardengine.kernels import SMALL_ROWS
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SMALL_ROWS = 64  # rows of a step up to which the fused operators are used
 PLAIN, NORMED, GATED, SUMMED = "linear", "norm_linear", "norm_gate_up", "linear_add"
 SHARED_BYTES = 99 * 1024  # of a program on sm_86, sm_89 and sm_120; other GPUs have more
 

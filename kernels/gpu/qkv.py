@@ -99,7 +99,6 @@ def _qk_norm_rope_store_kv_kernel(
 
     Pairs that rotate together are elements j and j + D/2 of a head, so a head is held as its two halves a and b.
     """
-    # -- Everything from here on reads what earlier kernels wrote (qkv): a programmatic dependent launch waits here. --
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     half: tl.constexpr = HEAD_DIM // 2

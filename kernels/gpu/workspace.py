@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from guardengine.kernels.gpu.linear_config import SMALL_ROWS, LinearConfig, num_columns
+from guardengine.kernels import SMALL_ROWS
+from guardengine.kernels.gpu.linear_config import LinearConfig, num_columns
 
 Key = tuple[str, tuple[int, int]]  # an operator of guardengine.kernels.gpu.linear, and its weight's shape
 

@@ -202,7 +202,7 @@ def test_a_further_user_turn_has_its_own_prompt_label(engine: Engine) -> None:
 
 def test_freed_blocks_hold_nothing_that_later_streams_read(engine: Engine) -> None:
     """The cache is poisoned with NaN: whatever is read before it is written shows."""
-    engine.core.runner.kv_cache.fill_(float("nan"))
+    engine.core.runner.kv_cache.values.fill_(float("nan"))
     for label in one_shot(engine, ids(33, 1), ids(10, 2)):
         assert np.isfinite(label.risk_logits).all()
         assert np.isfinite(label.category_logits).all()

@@ -150,6 +150,6 @@ def test_launches_of_a_step(engine: Engine) -> None:
     graph = runner._steps._graphs[4]  # type: ignore[attr-defined]
     with torch.inference_mode():
         kernels, others = counted(graph.replay)
-    assert kernels == 6 * runner.config.num_layers + 1
+    assert kernels == 6 * runner.info.config.num_layers + 1
     views = {"aten::unbind", "aten::flatten"}
     assert [name for name in others if name not in views] == ["aten::index_select"]

@@ -29,12 +29,12 @@ from guardengine.core.layout import build_batch
 from guardengine.core.readout import Readout
 from guardengine.core.scheduler import Chunk
 from guardengine.core.state import StreamState, Wanted
-from guardengine.kernels import reference
+from guardengine.kernels import SMALL_ROWS, reference
 from guardengine.runners.accelerator import InterpretedAccelerator
 from guardengine.runners.batch import Batch
 from guardengine.runners.gpu_runner import GpuRunner
-from guardengine.runners.runner import CacheShape
-from guardengine.runners.step_inputs import SMALL_ROWS, buckets, places
+from guardengine.runners.kv_cache import CacheShape
+from guardengine.runners.step_inputs import buckets, places
 from guardengine.runners.torch_runner import TorchRunner
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_LEN, MAX_ROWS = 4, 128, 128, 100
@@ -186,12 +186,15 @@ def test_numbers_are_those_of_the_reference(
     scores = runner.launch(batch).wait()
     expected = scores_of(plain, batch)
     np.testing.assert_allclose(scores.logits, expected, atol=1e-5)
-    config = runner.config
+    config = runner.info.config
     np.testing.assert_allclose(
         scores.probs, Readout(config.heads).probabilities(expected), atol=1e-5
     )  # from the device
     used = batch.slot_mapping
-    for found, wanted in ((runner.kv_cache, plain.kv_cache), (runner.kv_scales, plain.kv_scales)):
+    for found, wanted in (
+        (runner.kv_cache.values, plain.kv_cache.values),
+        (runner.kv_cache.scales, plain.kv_cache.scales),
+    ):
         if found is not None:
             flat = found.flatten(2, 3)[:, :, used]
             torch.testing.assert_close(flat, wanted.flatten(2, 3)[:, :, used], atol=1e-5, rtol=1e-4)
@@ -201,7 +204,7 @@ def test_padding_is_not_stored(runner: GpuRunner) -> None:
     """A step of 3 rows runs in the graph of 4: the cache keeps its NaN everywhere else."""
     batch = batch_of(3, first_block=5)
     scores_of(runner, batch)
-    stored = ~runner.kv_cache.isnan().flatten(2, 3).flatten(3).any(-1).flatten(0, 1).any(0)
+    stored = ~runner.kv_cache.values.isnan().flatten(2, 3).flatten(3).any(-1).flatten(0, 1).any(0)
     assert stored.nonzero().flatten().tolist() == batch.slot_mapping.tolist()
 
 
@@ -237,7 +240,7 @@ def test_where_no_label_is_wanted_nothing_comes_back(
     for length in (3, 70):
         accelerator.log.clear()
         scores = runner.launch(batch_of(length, wanted=[])).wait()
-        assert scores.logits.shape == (0, sum(runner._steps._sizes))
+        assert scores.logits.shape == (0, sum(runner._steps._buffers.sizes))
         assert "download" not in [what for what, _ in accelerator.log]
 
 
@@ -271,7 +274,7 @@ def test_a_step_allocates_nothing(runner: GpuRunner) -> None:
 
 
 def test_launches_of_a_captured_step(runner: GpuRunner, accelerator: QueueAccelerator) -> None:
-    layers = runner.config.num_layers
+    layers = runner.info.config.num_layers
     assert len(accelerator.graphs) == len(BUCKETS)
     for rows, graph in zip(BUCKETS[::-1], accelerator.graphs, strict=True):
         outside = graph.launches.pop("guard_scores") + 1  # and the embedding's rows, which torch gathers
@@ -385,8 +388,8 @@ def test_nothing_begins_before_the_weights_are_there(model: Any, accelerator: Qu
 def test_blocks_are_copied_in_every_layer(runner: GpuRunner) -> None:
     scores_of(runner, batch_of(4, first_block=2))
     runner.copy_block(2, 7)
-    assert torch.equal(runner.kv_cache[:, :, 7], runner.kv_cache[:, :, 2])
-    assert runner.kv_cache[:, :, 8].isnan().all()
+    assert torch.equal(runner.kv_cache.values[:, :, 7], runner.kv_cache.values[:, :, 2])
+    assert runner.kv_cache.values[:, :, 8].isnan().all()
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8], ids=str)

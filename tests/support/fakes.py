@@ -139,11 +139,11 @@ def engine_over(
     pool = PoisonedPool(
         num_blocks or old.pool.num_blocks, size, PrefixCache(size) if options.prefix_caching else None
     )
-    block_axis = 2 if runner.isa is None else 0
-    pool.poison = lambda block: runner.kv_cache.select(block_axis, block).fill_(float("nan"))
-    runner.kv_cache.fill_(float("nan"))
+    cache = runner.kv_cache
+    pool.poison = lambda block: cache.values.select(cache.block_axis, block).fill_(float("nan"))
+    cache.values.fill_(float("nan"))
     core = EngineCore(
-        old.runner.config,
+        old.runner.info.config,
         runner,
         Readout(loaded._heads),
         pool,

@@ -49,11 +49,11 @@ def feed_at_once(engine: Engine, prompt: list[int], response: list[int]) -> np.n
 
 def poison(engine: Engine) -> Engine:
     """NaN in every slot of the cache, or with int8 NaN scales and extreme integers."""
-    runner = engine.core.runner
+    cache = engine.core.runner.kv_cache
     with torch.inference_mode():  # that in which some runners make them
-        if runner.kv_scales is None:
-            runner.kv_cache.fill_(float("nan"))
+        if cache.scales is None:
+            cache.values.fill_(float("nan"))
         else:
-            runner.kv_cache.fill_(-128)
-            runner.kv_scales.fill_(float("nan"))
+            cache.values.fill_(-128)
+            cache.scales.fill_(float("nan"))
     return engine

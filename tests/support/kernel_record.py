@@ -63,7 +63,10 @@ def _content() -> dict[str, Any]:
 def sources() -> str:
     """Digest of all that decides what kernels compile to, but for Triton: their files, and the one that compiles."""
     digest = hashlib.sha256()
-    for file in [*sorted((ROOT / "kernels").rglob("*.py")), ROOT / "tests" / "kernel_compiler.py"]:
+    for file in [
+        *sorted((ROOT / "kernels").rglob("*.py")),
+        ROOT / "tests" / "support" / "kernel_compiler.py",
+    ]:
         digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
 

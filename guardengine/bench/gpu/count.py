@@ -11,10 +11,11 @@ import torch
 
 from guardengine.bench.gpu.devices import GPU
 from guardengine.checkpoint.model_config import ModelConfig
+from guardengine.kernels import SMALL_ROWS
 from guardengine.kernels import gpu as operators
 from guardengine.kernels.gpu import linear_config as products
 from guardengine.kernels.gpu import plan as plans
-from guardengine.runners.step_inputs import SMALL_ROWS, Words, buckets, places
+from guardengine.runners.step_inputs import Words, buckets, places
 
 
 class Launch(NamedTuple):

@@ -18,9 +18,9 @@ from guardengine.bench.options import count, counts, exit_status
 from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.random_weights import preset_config
 from guardengine.errors import ConfigError
+from guardengine.kernels import SMALL_ROWS
 from guardengine.measuring.files import check_writable, markdown_table, write_json
 from guardengine.runners.accelerator import check_triton
-from guardengine.runners.step_inputs import SMALL_ROWS
 
 MODELS = {"0.6b": "stream-0.6b", "4b": "stream-4b", "8b": "stream-8b"}
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}

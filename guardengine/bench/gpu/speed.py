@@ -19,7 +19,7 @@ from guardengine.engine.engine import Engine
 from guardengine.errors import ConfigError
 from guardengine.kernels import load
 from guardengine.measuring.random_ids import random_ids
-from guardengine.runners.runner import CacheShape
+from guardengine.runners.kv_cache import CacheShape
 
 _BLOCK_SIZE = 16
 Point = tuple[int, int]  # streams, context

@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
         limits["kv_cache_bytes"] = options.kv_cache_mb * 2**20
     record = report.stamp(arguments, options.seed)
     with Engine.from_pretrained(folder, backend=options.backend, progress=True, **limits) as engine:
-        vocab_size = engine.core.runner.config.vocab_size
+        vocab_size = engine.core.runner.info.config.vocab_size
         pace = measure_pace(engine, vocab_size)
         # Of the pace, replies get what prompts leave; a conversation is open for its reply and its idle time.
         reply_rate = options.load * pace / (1 + _PROMPT_TOKENS_A_REPLY_TOKEN)
