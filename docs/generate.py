@@ -6,6 +6,7 @@ mkdocs calls the hooks at the end (mkdocs.yml). A page asks for a part with a co
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import inspect
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+GENERATED = r"<!-- generated: (\w+)(.*?) -->"
 
 # The sections of the page of the API: what is importable from guardengine, by what it is for.
 API = {
@@ -109,18 +111,32 @@ def metrics() -> str:
     return "\n\n".join(parts)
 
 
-PARTS: dict[str, Callable[[], str]] = {
+def modules(folder: str) -> str:
+    """The modules of a folder of the repository, and of the folders in it, with what their docstrings begin with."""
+    lines = ["| module | what it is |", "|---|---|"]
+    pattern = "*.py" if folder == "guardengine" else "**/*.py"
+    for path in sorted((ROOT / folder).glob(pattern)):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        if path.name.startswith("_"):
+            continue
+        first = re.split(r"\n\n|(?<=\.)\s", text, maxsplit=1)[0]
+        lines.append(f"| `{path.relative_to(ROOT / folder)}` | {_cell(first)} |")
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Callable[..., str]] = {
     "api": api,
     "options": options,
     "commands": commands,
     "errors": errors,
     "metrics": metrics,
+    "modules": modules,
 }
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """mkdocs' hook: a page's text with its generated parts, and without links to what is not on the site."""
-    markdown = re.sub(r"<!-- generated: (\w+) -->", lambda match: PARTS[match[1]](), markdown)
+    markdown = re.sub(GENERATED, lambda match: PARTS[match[1]](*match[2].split()), markdown)
     return _without_links_out(markdown, Path(page.file.abs_src_path).parent)
 
 

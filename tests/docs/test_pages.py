@@ -126,8 +126,16 @@ def test_the_reference_has_every_metric(generate: ModuleType) -> None:
 
 
 def test_every_part_that_a_page_asks_for_is_there(generate: ModuleType) -> None:
-    wanted = [name for page in PAGES for name in re.findall(r"<!-- generated: (\w+) -->", page.read_text())]
-    assert sorted(wanted) == sorted(generate.PARTS)
+    wanted = [match for page in PAGES for match in re.findall(generate.GENERATED, page.read_text())]
+    assert {name for name, _ in wanted} == set(generate.PARTS)
+    assert all(arguments == "" or (ROOT / arguments.strip()).is_dir() for _, arguments in wanted)
+
+
+def test_every_package_has_a_page_of_design_with_its_modules(generate: ModuleType) -> None:
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "design").glob("*.md"))
+    for path in (ROOT / "guardengine").glob("*/__init__.py"):
+        assert f"<!-- generated: modules guardengine/{path.parent.name} -->" in text
+    assert "| `engine_core.py` | EngineCore" in generate.modules("guardengine/core")
 
 
 @pytest.mark.slow
