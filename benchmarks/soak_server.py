@@ -35,7 +35,7 @@ from guardengine.client import GuardClient
 from guardengine.errors import GuardEngineError
 from guardengine.measuring.files import check_writable, write_json
 from guardengine.measuring.machine import machine_stamp
-from guardengine.server.wire import label_json, verdict_json
+from guardengine.server.json_values import label_json, verdict_json
 
 WORDS = "take the 42 lock, pick; it\n\tdef f(x): 你好 世界 réponse café 🙂 and don't stop. Then".split(" ")  # noqa: SIM905
 SETTLE_S = 20

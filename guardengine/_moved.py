@@ -31,6 +31,8 @@ _PACKAGES = {
     "verify_report:report",
     "measuring": "machine",
     "bench.gpu": "bench.gpu_check:check",
+    "server": "server.run:uvicorn_server server.statuses:refusals server.wire:json_values "
+    "server.routes.taxonomy:taxonomy",
     "cli": "on_ray.command:ray_serve",
 }
 MODULES = {

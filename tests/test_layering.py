@@ -185,7 +185,7 @@ def test_no_transformers_or_pickle_at_run_time() -> None:
 # What extras bring, and who may know it: the packages named, but for the modules that work without.
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "httpx", "websockets"}
 WEB_FREE = {
-    "server": "settings statuses drain requirements wire routes/taxonomy routes/moderation",
+    "server": "settings refusals drain requirements json_values taxonomy routes/moderation",
     "proxy": "settings strict_json errors events chat_request choice parts answers reply_stream",
     "client": "",
     "terminal": "chat printer",
@@ -212,7 +212,8 @@ def test_only_server_client_and_proxy_know_the_web() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["server.settings", "server.wire", "client", "proxy", "cli.serve", "cli.moderate", "cli.chat"]
+    "name",
+    ["server.settings", "server.json_values", "client", "proxy", "cli.serve", "cli.moderate", "cli.chat"],
 )
 def test_the_web_is_imported_when_it_is_used(name: str) -> None:
     code = (

@@ -1,4 +1,4 @@
-"""`guardengine serve`: the command line of `server.run`."""
+"""`guardengine serve`: the command line of `guardengine.server.serve`."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from guardengine.labels import Label, Verdict
 from guardengine.proxy.settings import OnBlock, ProxySettings
-from guardengine.server import wire
-from guardengine.server.statuses import Refusal
+from guardengine.server import json_values
+from guardengine.server.refusals import Refusal
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -67,7 +67,7 @@ def blocked_error(verdict: Verdict, of: str) -> Json:
             "type": "invalid_request_error",
             "param": "messages" if of == "prompt" else None,
             "code": "content_filter",
-            "guardengine": wire.verdict_json(verdict),
+            "guardengine": json_values.verdict_json(verdict),
         }
     }
 
@@ -108,9 +108,10 @@ def reply_headers(verdicts: Sequence[Verdict]) -> dict[str, str]:
 def comment(prompt: Label | None, verdicts: Sequence[Verdict]) -> bytes:
     """The verdicts, as a server-sent comment: parsers skip it."""
     found = {
-        "prompt": wire.prompt_json(prompt),
+        "prompt": json_values.prompt_json(prompt),
         "choices": [
-            {"index": index, "verdict": wire.verdict_json(verdict)} for index, verdict in enumerate(verdicts)
+            {"index": index, "verdict": json_values.verdict_json(verdict)}
+            for index, verdict in enumerate(verdicts)
         ],
     }
     return b": guardengine " + json.dumps(found, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from guardengine.proxy.settings import ProxySettings
 from guardengine.proxy.strict_json import read_json, write_json
-from guardengine.server.statuses import Refusal
+from guardengine.server.refusals import Refusal
 from guardengine.text.thinking import split_thinking
 
 # They choose among what the LLM writes, or say who asks; no text in them is read by it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guardengine.server.statuses import Refusal
+from guardengine.server.refusals import Refusal
 
 
 class UpstreamError(Refusal):

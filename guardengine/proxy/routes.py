@@ -12,8 +12,8 @@ from guardengine.proxy.errors import broken
 from guardengine.proxy.exchange import Exchange, Proxy
 from guardengine.proxy.strict_json import write_json
 from guardengine.proxy.upstream import media_type, returned
+from guardengine.server.refusals import Refusal
 from guardengine.server.service import tenant_of
-from guardengine.server.statuses import Refusal
 
 router = APIRouter()
 _MODEL = re.compile(r"[\w.:@-]+(/[\w.:@-]+)*", re.ASCII)

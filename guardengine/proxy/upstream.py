@@ -13,7 +13,7 @@ from guardengine._version import __version__
 from guardengine.proxy.errors import UpstreamError, broken
 from guardengine.proxy.events import Event, EventReader
 from guardengine.proxy.settings import ProxySettings
-from guardengine.server.statuses import Refusal
+from guardengine.server.refusals import Refusal
 
 _RETURNED = re.compile(r"x-request-id|retry-after(-ms)?|openai-processing-ms|x-ratelimit-[a-z-]{1,60}")
 _MAX_ERROR_BYTES = 2**16

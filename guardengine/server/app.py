@@ -1,4 +1,4 @@
-"""create_app(): the ASGI application around engines, for uvicorn, or for whatever serves or wraps one."""
+"""create_app(): the ASGI application around engines. uvicorn serves it, or any other ASGI server."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from guardengine.engine.async_engine import AsyncEngine
 from guardengine.errors import ConfigError, GuardEngineError
 from guardengine.server.auth import Authentication
 from guardengine.server.limits import Limits, log_error
+from guardengine.server.refusals import Refusal, refusal_of
 from guardengine.server.replies import AsciiJson, reply_of
 from guardengine.server.routes import chat as chat_routes
 from guardengine.server.routes import guard as guard_routes
@@ -23,7 +24,6 @@ from guardengine.server.routes import operations, pages
 from guardengine.server.schemas import ErrorResponse
 from guardengine.server.service import Service
 from guardengine.server.settings import ServerSettings
-from guardengine.server.statuses import Refusal, refusal_of
 from guardengine.server.websocket import route as stream_route
 
 _STATUSES = (400, 401, 404, 408, 413, 429, 500, 503, 504)
@@ -35,12 +35,21 @@ def create_app(
     gen: AsyncEngine | None = None,
     settings: ServerSettings | None = None,
 ) -> FastAPI:
-    """The application. `app.state.service` is what its requests share (see service.py): more routes may use it.
+    """The ASGI application that serves engines over HTTP and WebSocket.
 
-    engine: of a Stream checkpoint; gen: of a Gen checkpoint. Either may be loading still. The app takes them over: it
-    waits for them when it starts and closes them when it ends, both in the server's event loop.
+    The app takes the engines over: it waits for them when it starts and closes them when it ends, both in the server's
+    event loop. `app.state.service` (a `Service`) is shared by all requests; routes that you add may use it.
 
-    Raises ConfigError without an engine.
+    Args:
+        engine: The engine of a Stream checkpoint. It may be loading still.
+        gen: The engine of a Gen checkpoint. It may be loading still.
+        settings: Names, defaults and limits; `ServerSettings()` by default.
+
+    Returns:
+        A FastAPI application. Its errors are answered in OpenAI's envelope.
+
+    Raises:
+        ConfigError: There is neither an engine of a Stream checkpoint nor one of a Gen checkpoint.
     """
     if engine is None and gen is None:
         raise ConfigError(
@@ -66,9 +75,15 @@ def app_around(
     description: str,
     beside: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
 ) -> FastAPI:
-    """An application with these routes, in this order, behind keys and limits, whose errors are answered in OpenAI's
-    envelope. It waits for the service's engines when it starts and closes them when it ends. beside: what is open as
-    long as it runs."""
+    """An application with the given routes behind API keys and limits. Its errors are answered in OpenAI's envelope.
+
+    Args:
+        service: The engines and settings. The app waits for the engines when it starts and closes them when it ends.
+        routers: The routes, in the order in which they are tried.
+        title: The name of the API in its description.
+        description: What the API is for, in its description.
+        beside: Makes a context manager that is open while the app runs.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -80,7 +95,7 @@ def app_around(
         version=__version__,
         description=description,
         lifespan=lifespan,
-        docs_url=None,  # its page loads scripts from elsewhere; ours is in pages.py
+        docs_url=None,  # FastAPI's page loads scripts from other hosts; ours is in routes/pages.py
         redoc_url=None,
         responses={status: {"model": ErrorResponse} for status in _STATUSES},
         separate_input_output_schemas=False,
@@ -122,13 +137,15 @@ async def _refuse(request: Request, error: Exception) -> AsciiJson:
     service: Service = request.app.state.service
     refusal = refusal_of(error, service.settings.retry_after_s)
     service.metrics.refused.labels(refusal.code).inc()
-    if refusal.status == 500 and isinstance(error, GuardEngineError):  # others are raised on, to Limits
+    if refusal.status == 500 and isinstance(
+        error, GuardEngineError
+    ):  # other errors reach Limits, which logs them
         log_error(error, with_message=service.settings.log_text)
     return reply_of(refusal)
 
 
 async def _refuse_form(request: Request, error: Any) -> AsciiJson:
-    """A body of another form than the schema's. The answer names the place and never quotes what was there."""
+    """Answer a request whose body does not fit the schema. The answer names the place, and never quotes the value."""
     first = error.errors()[0]
     param = _place(first["loc"]) or None
     if first["type"] == "json_invalid":
@@ -141,18 +158,20 @@ async def _refuse_form(request: Request, error: Any) -> AsciiJson:
 
 
 def _place(steps: Iterable[Any]) -> str:
-    """Where in a body something is, as input[2].text."""
+    """The place of a value in the body, such as input[2].text."""
     place = ""
     for step in steps:
         if isinstance(step, int):
             place += f"[{step}]"
-        elif step not in ("body", "str") and "[" not in step:  # pydantic's names for what a value might be
+        elif (
+            step not in ("body", "str") and "[" not in step
+        ):  # names that pydantic gives to the types of a union
             place += f".{step}" if place else step
     return place[:200]
 
 
 async def _refuse_http(request: Request, error: Any) -> AsciiJson:
-    """What the framework raises: no such path, another method, a body that cannot be parsed."""
+    """Answer errors of the framework: an unknown path, a method that is not allowed, a body that cannot be parsed."""
     codes = {404: "not_found", 405: "method_not_allowed"}
     code = codes.get(error.status_code, "invalid_request")
     refusal = Refusal(error.status_code, str(error.detail), code)

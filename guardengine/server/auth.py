@@ -1,8 +1,9 @@
-"""Who may call: Bearer keys on everything but health and the playground's page, which has no data. An ASGI middleware,
-for HTTP and WebSocket alike.
+"""Authentication: API keys on everything except health and the page of the playground, which has no data. An ASGI
+middleware for HTTP and WebSocket.
 
-Browsers' WebSockets cannot send headers, so there a key may also come as a subprotocol: `guardengine.key.KEY`, or
-`guardengine.key64.` and the key in base64url without padding, for keys with characters that subprotocols may not have.
+Browsers cannot send headers with a WebSocket, so there a key may also come as a subprotocol: `guardengine.key.KEY`, or
+`guardengine.key64.` and the key in base64url without padding, for keys with characters that a subprotocol must not
+have.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from guardengine.server.refusals import Refusal
 from guardengine.server.replies import refuse
 from guardengine.server.service import Service
-from guardengine.server.statuses import Refusal
 
 HEALTH_PATHS = frozenset(("/health", "/ready"))
 OPEN_PATHS = HEALTH_PATHS | {"/"}
@@ -23,7 +24,8 @@ KEY_SUBPROTOCOL, KEY64_SUBPROTOCOL = "guardengine.key.", "guardengine.key64."
 
 
 class Authentication:
-    """Lets through what has one of the keys, and notes its name as the tenant; everything where there are none."""
+    """Lets a request pass that has one of the keys, and stores the key's name as its tenant. Without any keys, every
+    request passes."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._keys = app, service.settings.api_keys
@@ -35,7 +37,7 @@ class Authentication:
             return
         name = self._name_of(_presented(scope))
         if name is None:
-            missing = "an API key is needed, as the header 'Authorization: Bearer KEY'"
+            missing = "no valid API key; send one in the header 'Authorization: Bearer KEY'"
             refusal = Refusal(401, missing, "invalid_api_key", type="authentication_error")
             self._refused.labels(refusal.code).inc()
             await refuse(refusal, scope, receive, send, {"WWW-Authenticate": "Bearer"})
@@ -44,16 +46,18 @@ class Authentication:
         await self._app(scope, receive, send)
 
     def _name_of(self, key: bytes | None) -> str | None:
-        """Looks at every key, whichever matches: how long it takes tells nothing."""
+        """The name of a key, None for an unknown one. Compares with every key, so that the time it takes says
+        nothing."""
         digest = hashlib.sha256(key or b"").digest()
-        found = None
+        name = None
         for known in self._keys:
             if hmac.compare_digest(known.digest, digest):
-                found = known.name
-        return found if key else None
+                name = known.name
+        return name if key else None
 
 
 def _presented(scope: Scope) -> bytes | None:
+    """The key that a request or WebSocket came with."""
     for name, value in scope["headers"]:
         if name == b"authorization":
             scheme, _, key = value.partition(b" ")
@@ -67,7 +71,7 @@ def _presented(scope: Scope) -> bytes | None:
 
 
 def _decoded(key: str) -> bytes | None:
-    """Of base64url without padding; None for what is none."""
+    """The bytes of base64url without padding; None for anything else."""
     try:
         return base64.b64decode(key + "=" * (-len(key) % 4), altchars=b"-_", validate=True)
     except ValueError:

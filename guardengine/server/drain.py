@@ -1,4 +1,4 @@
-"""Drain: the graceful end. New work is refused, what is under way may finish, for so long."""
+"""Drain: the graceful end of a server. New work is refused, and running work may finish until a deadline."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from guardengine.server.statuses import Refusal
+from guardengine.server.refusals import Refusal
 
 
 class Drain:
-    """Counts work under way and refuses more of it once it has begun. For one event loop."""
+    """Counts running work, and refuses new work once the end has begun. For one event loop."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -19,7 +19,7 @@ class Drain:
         self._num_under_way = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
-        self._told: set[Callable[[], None]] = set()
+        self._listeners: set[Callable[[], None]] = set()
 
     @property
     def has_begun(self) -> bool:
@@ -27,18 +27,18 @@ class Drain:
 
     @property
     def left_s(self) -> float:
-        """Seconds until the deadline."""
+        """Seconds until the deadline; the whole time while the end has not begun."""
         return self.timeout_s if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def begin(self) -> None:
-        """Refuse new work from now on, and tell those who listen. Again: nothing."""
+        """Refuse new work from now on, and call the listeners. A second call does nothing."""
         if self._deadline is None:
             self._deadline = time.monotonic() + self.timeout_s
-            for tell in list(self._told):
+            for tell in list(self._listeners):
                 tell()
 
     def check(self) -> None:
-        """Raise Refusal, 503, for new work once it has begun."""
+        """Raise Refusal, 503, for new work once the end has begun."""
         if self.has_begun:
             raise Refusal(
                 503,
@@ -50,7 +50,7 @@ class Drain:
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """Something that the end waits for."""
+        """Running work, which the end waits for."""
         self._num_under_way += 1
         self._quiet.clear()
         try:
@@ -62,15 +62,15 @@ class Drain:
 
     @contextmanager
     def listen(self, tell: Callable[[], None]) -> Iterator[None]:
-        """Call `tell` when it begins."""
-        self._told.add(tell)
+        """Call `tell` when the end begins."""
+        self._listeners.add(tell)
         try:
             yield
         finally:
-            self._told.discard(tell)
+            self._listeners.discard(tell)
 
     async def until_quiet(self) -> bool:
-        """Wait until nothing is under way, at most until the deadline; whether that came about."""
+        """Wait until no work is running, at most until the deadline. Returns whether that came in time."""
         if self._quiet.is_set():
             return True
         try:

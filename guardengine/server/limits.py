@@ -1,7 +1,8 @@
 """Limits on HTTP requests: how many, how large, how long. An ASGI middleware around everything else.
 
-A request's body is read here, within its size and time, before anything runs. When the client hangs up, what it asked
-for is cancelled. It also counts requests, logs a line for each, and answers where something raised.
+The body of a request is read here, within its limits of size and time, before anything else runs. When the client
+hangs up, its request is cancelled. This middleware also counts requests, logs a line for each, and answers when
+something has raised.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from guardengine.server.auth import HEALTH_PATHS
+from guardengine.server.refusals import Refusal, refusal_of
 from guardengine.server.replies import refuse
 from guardengine.server.service import Service, too_many
-from guardengine.server.statuses import Refusal, refusal_of
 
 logger = logging.getLogger("guardengine.server")
 
@@ -28,11 +29,12 @@ _LONGEST_LOGGED = 2000
 
 
 class Limits:
-    """For one Service."""
+    """The middleware of one Service. paths: those that metrics may name; all others, which clients choose, are
+    "other"."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str]) -> None:
         self._app, self._service = app, service
-        self._paths = paths  # that metrics may name; clients choose the others
+        self._paths = paths
         self._num_running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,7 +56,7 @@ class Limits:
                 status = _GONE
         except Refusal as refusal:
             metrics.refused.labels(refusal.code).inc()
-            # What is left of the body is not read.
+            # The rest of the body is not read.
             await refuse(refusal, scope, receive, send_on, {"Connection": "close"})
         finally:
             metrics.requests_running.dec()
@@ -66,7 +68,8 @@ class Limits:
             logger.info("%s %s %d %.1f ms %s", scope["method"], known, status, 1e3 * took, tenant)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> bool:
-        """False: the client hung up. Raises Refusal for what was not even begun."""
+        """Whether the request was answered; False when the client hung up. Raises Refusal for a request that is not
+        begun."""
         settings, is_monitoring = self._service.settings, scope["path"] in _MONITORING
         if is_monitoring:
             return await self._answer(scope, b"", receive, send)
@@ -88,7 +91,7 @@ class Limits:
             self._num_running -= 1
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body; None: the client hung up."""
+        """The whole body; None when the client hung up."""
         settings = self._service.settings
         most = settings.max_body_bytes
         too_large = Refusal(
@@ -152,7 +155,7 @@ class Limits:
         answer, watcher = asyncio.create_task(run()), asyncio.create_task(watch())
         try:
             await asyncio.wait((answer, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done() and has_begun:  # a streamed answer, which notices by itself
+            if not answer.done() and has_begun:  # a streamed answer notices by itself that the client is gone
                 await asyncio.wait((answer,), timeout=1.0)
             return answer.done()
         finally:
@@ -163,7 +166,7 @@ class Limits:
 
 
 def log_error(error: BaseException, *, with_message: bool) -> None:
-    """Log an error that nobody foresaw, by default without its message, which may quote a user's text."""
+    """Log an unexpected error, by default without its message, which may quote a user's text."""
     where = "".join(traceback.format_tb(error.__traceback__))
     message: Any = error if with_message else "(the message may quote text: --log-text)"
     logger.error("%s: %s\n%s", type(error).__name__, message, where)

@@ -1,6 +1,7 @@
-"""Metrics for Prometheus, with the names of vLLM's where there are such, after `guardengine:`.
+"""Metrics for Prometheus. They have the names of vLLM's metrics where there are such, after `guardengine:`.
 
-What the engine counts is read from its stats when somebody asks; what only the server sees is counted here.
+The counters of the engine are read from its stats when Prometheus asks; everything that only the server sees is
+counted here.
 """
 
 from __future__ import annotations
@@ -20,23 +21,27 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _TOKENS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _STATS_TIMEOUT_S = 1.0
 
-# From the engine's stats: name, what it is, which entry.
+# Metrics from the engine's stats: name, description, entry of the stats.
 _GAUGES = (
     ("sessions_active", "Streams open in the engine.", "streams_open"),
     ("num_requests_waiting", "Appends that wait for room.", "appends_waiting"),
-    ("num_tokens_pending", "Tokens accepted and not computed.", "tokens_pending"),
-    ("lag_seconds", "Since when what waits longest for its labels waits.", "lag_s"),
+    ("num_tokens_pending", "Tokens accepted and not computed yet.", "tokens_pending"),
+    ("lag_seconds", "How long the oldest pending tokens have waited for their labels.", "lag_s"),
 )
 _COUNTERS = (
     ("prefix_cache_queries", "Tokens looked up in the prefix cache.", "prefix_tokens_queried"),
     ("prefix_cache_hits", "Tokens found in the prefix cache.", "prefix_tokens_hit"),
-    ("num_preemptions", "Idle streams that gave their KV blocks up.", "preemptions"),
-    ("kv_blocks_evicted", "Cached KV blocks that gave way.", "kv_blocks_evicted"),
+    ("num_preemptions", "Idle streams that lost their KV blocks to others.", "preemptions"),
+    ("kv_blocks_evicted", "Cached KV blocks that were evicted.", "kv_blocks_evicted"),
 )
 
 
 class Metrics:
-    """What one server counts. `engines`: by the names of their models. `registry`: where others may count more."""
+    """The counters of one server.
+
+    Attributes:
+        registry: The registry of prometheus_client; others may add their own metrics to it.
+    """
 
     def __init__(self, engines: Mapping[str, AsyncEngine]) -> None:
         self.registry = registry = CollectorRegistry()
@@ -76,7 +81,7 @@ class Metrics:
         )
         self.inter_token = Histogram(
             name("inter_token_latency_seconds"),
-            "The same, by the number of labels.",
+            "The chunk latency divided by the number of labels.",
             buckets=_SECONDS,
             registry=registry,
         )
@@ -88,13 +93,13 @@ class Metrics:
         )
         self.verdicts = Counter(
             name("verdicts"),
-            "Verdicts by action, risk, category and whose text decided; again where one escalates.",
+            "Verdicts by action, risk, category and the role whose text decided; an escalation counts again.",
             ("action", "risk", "category", "role"),
             registry=registry,
         )
         self.detection_lag = Histogram(
             name("detection_lag_tokens"),
-            "Tokens of a reply that had come after the deciding one when its verdict went out.",
+            "Tokens of a reply that had arrived after the deciding token when the verdict was sent.",
             buckets=_TOKENS,
             registry=registry,
         )
@@ -106,21 +111,21 @@ class Metrics:
             ("code",),
             registry=registry,
         )
-        for finished_reason in ("stop", "abort"):  # shown before the first
+        for finished_reason in ("stop", "abort"):  # so that both are shown from the start
             self.request_success.labels(finished_reason)
 
     def judged(self, verdict: Verdict, role: Role) -> None:
-        """Count a conversation's, or a stream's new, verdict."""
+        """Count the verdict on a conversation, or the new verdict on a stream."""
         self.verdicts.labels(verdict.action, verdict.risk, verdict.category or "", role).inc()
 
     async def render(self) -> bytes:
-        """The text that Prometheus reads."""
+        """All metrics in the text format of Prometheus."""
         await self._engines.refresh()
         return generate_latest(self.registry)
 
 
 class _Engines(Collector):
-    """The engines' own counters, as of the latest `refresh`."""
+    """The counters of the engines, as of the latest `refresh`."""
 
     def __init__(self, engines: Mapping[str, AsyncEngine]) -> None:
         self._engines = engines
@@ -128,17 +133,21 @@ class _Engines(Collector):
         self._up: dict[str, bool] = dict.fromkeys(engines, False)
 
     async def refresh(self) -> None:
+        """Read the stats of all engines. An engine that does not answer in time keeps its old numbers."""
+
         async def ask(name: str, engine: AsyncEngine) -> None:
             try:
                 self._stats[name] = await asyncio.wait_for(engine.stats(), _STATS_TIMEOUT_S)
                 self._up[name] = True
-            except Exception:  # closed, or hanging in a step: what was known stays
+            except Exception:  # closed, or a step that hangs: the old numbers stay
                 self._up[name] = False
 
         await asyncio.gather(*(ask(name, engine) for name, engine in self._engines.items()))
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        up = GaugeMetricFamily("guardengine:engine_up", "1: its thread answers.", labels=["model_name"])
+        up = GaugeMetricFamily(
+            "guardengine:engine_up", "1 when the engine's thread answers.", labels=["model_name"]
+        )
         for model, is_up in self._up.items():
             up.add_metric([model], is_up)
         yield up
@@ -161,7 +170,7 @@ class _Engines(Collector):
             yield counter
         failures = CounterMetricFamily(
             "guardengine:failures",
-            "Tokens that went unjudged: why, and what became of it.",
+            "Tokens that got no label, by the cause and by what the policy did.",
             labels=["model_name", "kind"],
         )
         for model, stats in self._stats.items():

@@ -1,4 +1,4 @@
-"""Answers that do not come from a route: refusals of middleware, and of anything that raised."""
+"""Answers that are made outside a route: refusals of middleware, and answers to exceptions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from guardengine.server.statuses import Refusal
+from guardengine.server.refusals import Refusal
 
 
 class AsciiJson(Response):
-    """JSON with everything but ASCII escaped, so that any string can be sent."""
+    """A JSON answer in which everything but ASCII is escaped, so that any string can be sent, lone surrogates too."""
 
     media_type = "application/json"
 
@@ -22,6 +22,7 @@ class AsciiJson(Response):
 
 
 def reply_of(refusal: Refusal, headers: Mapping[str, str] | None = None) -> AsciiJson:
+    """The answer for a refusal."""
     return AsciiJson(refusal.envelope, refusal.status, {**refusal.headers, **(headers or {})})
 
 
@@ -29,5 +30,5 @@ async def refuse(
     refusal: Refusal, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str] | None = None
 ) -> None:
     """Answer a request, or a WebSocket's handshake, with a refusal."""
-    # Starlette's responses speak both: websocket.http.response.* where the scope is a WebSocket's.
+    # Starlette's responses can answer both: for a WebSocket they send websocket.http.response.*.
     await reply_of(refusal, headers)(scope, receive, send)

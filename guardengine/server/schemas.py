@@ -1,6 +1,6 @@
-"""Requests and answers of the HTTP API as pydantic models: they check what comes and write the OpenAPI page.
+"""Requests and answers of the HTTP API as pydantic models. They check requests, and they are the API's description.
 
-Checks here are of form; what texts, roles and names may be is the engine's to say.
+They check form only. Which texts, roles and names are valid is checked by the engine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from guardengine.errors import ConfigError
 from guardengine.policy import Policy
-from guardengine.server.statuses import Refusal
+from guardengine.server.refusals import Refusal
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -35,7 +35,7 @@ class Tolerant(BaseModel):
 
 
 class PolicyOptions(Strict):
-    """How labels become a verdict: see guardengine.Policy."""
+    """Options of the policy that turns labels into a verdict: see guardengine.Policy."""
 
     preset: Literal["strict", "loose"] = Field("strict", description="loose: Controversial counts as safe.")
     risk_thresholds: dict[str, Probability] | None = None
@@ -59,14 +59,14 @@ class PolicyOptions(Strict):
 
 
 class Part(Tolerant):
-    """A piece of content. Only text is read."""
+    """A part of a content. Only text can be judged."""
 
     type: str
     text: str | None = None
 
 
 class ChatMessage(BaseModel):
-    """A message as in OpenAI's chat API; what it has besides must be text that the chat template reads."""
+    """A message as in OpenAI's chat API. Its other fields must be text, because the chat template reads them."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -215,7 +215,8 @@ class ModelList(BaseModel):
 
 
 def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages for the engine, content as one text. Raises Refusal, 400, for what is not text."""
+    """Messages in the form that the engine takes, each content as one text. Raises Refusal, 400, for content that is
+    not text."""
     plain = []
     for index, message in enumerate(messages):
         extra = {
@@ -237,7 +238,8 @@ def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def joined_text(parts: list[Part], where: str) -> str:
-    """Parts of one content as one text, a line break between them as vLLM has it. Raises Refusal for other media."""
+    """The parts of one content as one text, joined by line breaks like in vLLM. Raises Refusal, 400, for parts that
+    are not text."""
     for index, part in enumerate(parts):
         if part.type not in ("text", "input_text") or part.text is None:
             raise Refusal(

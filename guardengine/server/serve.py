@@ -1,4 +1,4 @@
-"""serve(): load the checkpoints, listen, and stay until told to go."""
+"""serve(): load the checkpoints, listen, and serve until a signal ends it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from guardengine.engine.async_engine import AsyncEngine
 from guardengine.engine.memory import collect_rarely
 from guardengine.errors import CheckpointError, ConfigError
 from guardengine.server.app import create_app
-from guardengine.server.run import GuardServer
 from guardengine.server.settings import ServerSettings
+from guardengine.server.uvicorn_server import GuardServer
 
 logger = logging.getLogger("guardengine.server")
 
@@ -40,9 +40,27 @@ def serve(
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT; returns 0. options: of Engine.from_pretrained, for both checkpoints.
+    """Serve checkpoints until SIGTERM or SIGINT.
 
-    Raises CheckpointError and ConfigError before it listens, and ConfigError when it cannot listen.
+    Args:
+        checkpoint: The folder or hub id of a Stream checkpoint, or of a Gen checkpoint when it is the only one.
+        revision: The revision of `checkpoint` on the hub.
+        gen: The folder or hub id of a Gen checkpoint.
+        gen_revision: The revision of `gen` on the hub.
+        host: The address to listen on.
+        port: The port to listen on; 0 takes any free port.
+        options: Options of `AsyncEngine.from_pretrained`, for both checkpoints.
+        settings: Names, defaults and limits of the server.
+        log_level: The least level of messages on stderr.
+        ssl_certfile: A certificate, for https.
+        ssl_keyfile: The key of the certificate.
+
+    Returns:
+        0, the exit status of the command.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be read. Nothing listens yet.
+        ConfigError: An option is not valid, or the address is in use.
     """
     settings = settings or ServerSettings()
     log_to_stderr(log_level)
@@ -77,8 +95,8 @@ async def _serve(
 async def listen(
     app: FastAPI, listener: socket.socket, does: str, ssl_certfile: str | None, ssl_keyfile: str | None
 ) -> None:
-    """Run an app until it is told to go, and say on stdout what it does and where. Raises ConfigError for certificates
-    that cannot be read."""
+    """Run an app until a signal ends it; print to stdout what it does (`does`) and its address. Raises ConfigError for
+    certificates that cannot be read."""
     collect_rarely()
     server = GuardServer(app, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
     running = asyncio.create_task(server.serve([listener]))
@@ -90,34 +108,37 @@ async def listen(
         print(f"guardengine {does} on {scheme}://{_shown(host)}:{port}", flush=True)
     try:
         await running
-    except OSError as error:  # of the certificate's files
+    except OSError as error:  # the files of the certificate
         raise ConfigError(f"cannot serve: {error}") from None
 
 
 def warn_without_keys(settings: ServerSettings, host: str, port: int) -> None:
-    """Say so where everybody may call from elsewhere."""
+    """Log a warning when everybody on the network may call the server."""
     if not settings.api_keys and host not in _LOOPBACK:
-        logger.warning("no API keys: whoever reaches %s:%d may call; see --api-key-file", host, port)
+        logger.warning(
+            "no API keys: everybody who can reach %s:%d may use the server; see --api-key-file", host, port
+        )
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that nobody can connect to yet. Asked for first: loading takes longer than finding a port in use."""
+    """A bound socket that does not listen yet. It is bound before checkpoints are loaded, so that a port in use is
+    reported at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except (OSError, OverflowError, UnicodeError) as error:
         raise ConfigError(
             f"cannot listen on {host}:{port} ({error}); is the port in use? --port 0 takes any"
         ) from None
-    return found
+    return listener
 
 
 def by_kind(path: Path, gen: str | None, gen_revision: str | None) -> dict[str, Path]:
-    """Folders by the kind of their checkpoints, "stream" or "gen". Raises CheckpointError and ConfigError."""
+    """The folders by the kinds of their checkpoints, "stream" or "gen". Raises CheckpointError and ConfigError."""
     paths = {_kind(path): path}
     if gen is not None:
         if "gen" in paths:
@@ -145,7 +166,7 @@ def _shown(host: str) -> str:
 
 
 def log_to_stderr(level: str) -> None:
-    """What guardengine logs, from this level on, and warnings of uvicorn's."""
+    """Log guardengine's messages from this level on, and warnings of uvicorn, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name, least in (("guardengine", level.upper()), ("uvicorn", "WARNING")):

@@ -1,4 +1,4 @@
-"""Service: what all requests of one app share."""
+"""Service: the engines, settings, metrics and drain that all requests of one app share."""
 
 from __future__ import annotations
 
@@ -10,16 +10,24 @@ from starlette.requests import HTTPConnection
 from guardengine.engine.async_engine import AsyncEngine
 from guardengine.server.drain import Drain
 from guardengine.server.metrics import Metrics
+from guardengine.server.refusals import Refusal, not_served
 from guardengine.server.settings import ServerSettings
-from guardengine.server.statuses import Refusal, not_served
 
-# What clients of OpenAI's moderations say when nobody has told them another name.
+# Prefixes of the models that clients of OpenAI's moderations API ask for by default.
 _ALIASES = ("omni-moderation-", "text-moderation-")
 
 
 @dataclass(slots=True)
 class Service:
-    """stream: the engine of a Stream checkpoint, gen: of a Gen checkpoint; None where there is none."""
+    """Shared by all requests of one app.
+
+    Attributes:
+        stream: The engine of a Stream checkpoint, None where there is none.
+        gen: The engine of a Gen checkpoint, None where there is none.
+        settings: The server's options.
+        metrics: The counters for Prometheus.
+        drain: Whether the server is shutting down.
+    """
 
     stream: AsyncEngine | None
     gen: AsyncEngine | None
@@ -38,7 +46,8 @@ class Service:
         return {name: engine for name, engine in both if engine is not None}
 
     def stream_engine(self, model: str | None = None) -> AsyncEngine:
-        """The engine for a request that names `model`. Raises Refusal, 404, for another or where there is none."""
+        """The Stream engine for a request that names `model`. Raises Refusal, 404, for another name or where there is
+        none."""
         name = self.settings.model_name
         if self.stream is None:
             raise not_served("a Stream checkpoint", "start guardengine serve with one")
@@ -58,16 +67,18 @@ class Service:
 
 
 def service_of(connection: HTTPConnection) -> Service:
+    """The Service of the app that a request or WebSocket came to."""
     service: Any = connection.app.state.service
     return service  # type: ignore[no-any-return]
 
 
 def tenant_of(connection: HTTPConnection) -> str:
-    """The name of the API key that the connection came with."""
+    """The name of the API key that a request or WebSocket came with; "" without keys."""
     return connection.scope.get("guardengine.tenant", "")  # type: ignore[no-any-return]
 
 
 def too_many(what: str, limit: int, option: str, retry_after_s: float) -> Refusal:
+    """The refusal, 429, of what would exceed a limit. option: the name of the setting."""
     return Refusal(
         429,
         f"{limit} {what}, {option}={limit}; retry when some are done",

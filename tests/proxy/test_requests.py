@@ -15,7 +15,7 @@ from guardengine.cli.upstream_key import read_upstream_key
 from guardengine.proxy import ProxySettings
 from guardengine.proxy.chat_request import read_call
 from guardengine.server import ApiKey, ServerSettings
-from guardengine.server.statuses import Refusal
+from guardengine.server.refusals import Refusal
 
 KEY, SECRET = "a-key-of-twenty-chars", "sk-the-upstreams-own-key"
 SETTINGS = ProxySettings(upstream="http://localhost:1")

@@ -245,7 +245,7 @@ def test_a_server_with_keys(chromium, folder) -> None:
     with served(folder, settings) as server:
         tab = Tab(chromium, server.url)
         page = tab.open()
-        expect(page.locator("#error")).to_contain_text("an API key is needed")
+        expect(page.locator("#error")).to_contain_text("no valid API key")
         page.get_by_label("API key of this server").fill(KEY)
         page.keyboard.press("Tab")
         expect(page.locator("#model")).to_have_text("qwen3guard-stream")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from guardengine import Label, Policy
-from guardengine.server.wire import label_json, verdict_json
+from guardengine.server.json_values import label_json, verdict_json
 
 RISKS, CATEGORIES = ("Safe", "Unsafe", "Controversial"), ("Violent", "PII", "Unethical")
 

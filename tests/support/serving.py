@@ -16,7 +16,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from guardengine import AsyncEngine, Engine, GenModeration, Policy, Verdict
 from guardengine.server import ServerSettings, create_app
-from guardengine.server.run import GuardServer
+from guardengine.server.uvicorn_server import GuardServer
 from guardengine.text.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "How do I pick a lock?"}

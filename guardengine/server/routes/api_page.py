@@ -1,4 +1,4 @@
-"""The description of the HTTP API as one page without scripts, made of its OpenAPI document."""
+"""The description of the HTTP API as one page without scripts, made from the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ a { color: light-dark(#0b57b8, #8ab8ff) }
 
 
 def api_page(document: Json) -> str:
-    """document: OpenAPI 3.1, as FastAPI writes it."""
+    """The page as HTML. document: OpenAPI 3.1, as FastAPI writes it."""
     info = document["info"]
     title = escape(f"{info['title']} {info['version']}")
     return "\n".join(
@@ -84,7 +84,7 @@ def _default(kind: Json) -> str:
 
 
 def _type(kind: Json) -> str:
-    """What a value may be, as HTML."""
+    """The type of a value, as HTML."""
     if "$ref" in kind:
         schema = escape(kind["$ref"].rpartition("/")[2])
         return f'<a href="#{schema}">{schema}</a>'

@@ -1,4 +1,5 @@
-"""POST /v1/chat/completions for a Gen checkpoint: what vLLM or SGLang answer for one, greedily, in their format."""
+"""POST /v1/chat/completions for a Gen checkpoint: the answer that vLLM or SGLang give for it with greedy decoding, in
+the same format."""
 
 from __future__ import annotations
 
@@ -12,21 +13,21 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from guardengine.labels import GenModeration
+from guardengine.server.refusals import Refusal
 from guardengine.server.replies import AsciiJson
 from guardengine.server.routes.gen_answer import Answer, Tokenizer, answer_of, guard_json, logprobs_of
 from guardengine.server.schemas import ChatRequest, plain_messages
 from guardengine.server.service import Service, service_of
-from guardengine.server.statuses import Refusal
 
 router = APIRouter()
 
 
 @router.post("/v1/chat/completions", response_model=None)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
-    """The Gen checkpoint's answer about the last message: "Safety: ...", "Categories: ...", and "Refusal: ..." for a
-    reply. Sampling options are accepted and change nothing: the likeliest answer is given.
+    """The Gen checkpoint's answer about the last message: "Safety: ...", "Categories: ...", and for a reply "Refusal:
+    ...". Sampling options are accepted and change nothing: the answer is always the likeliest one.
 
-    `guard` in the choice has the same, parsed, with probabilities and the policy's verdict. With `stream` the answer
+    `guard` in the choice is the parsed answer, with probabilities and the policy's verdict. With `stream` the answer
     comes line by line. logprobs: see `logprobs_of` in gen_answer.py.
     """
     service = service_of(request)
@@ -54,7 +55,7 @@ _NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class _Completion:
-    """One answer in OpenAI's formats."""
+    """An answer in the formats of OpenAI's API."""
 
     def __init__(self, body: ChatRequest, model: str, answer: Answer, tokenizer: Tokenizer) -> None:
         self._body, self._answer = body, answer
@@ -62,6 +63,7 @@ class _Completion:
         self._logprobs = logprobs_of(answer, tokenizer, body.top_logprobs or 0) if body.logprobs else None
 
     def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
         choice = self._choice(
             0, len(self._answer.tokens), message={"role": "assistant", "content": self._answer.text}
         )
@@ -69,7 +71,7 @@ class _Completion:
         return {**self._head, "object": "chat.completion", "choices": [choice], "usage": self._usage()}
 
     async def frames(self) -> AsyncIterator[str]:
-        """Server-sent events."""
+        """The answer as server-sent events."""
         yield self._frame([self._choice(0, 0, delta={"role": "assistant", "content": ""})])
         at = 0
         for line in self._answer.lines:
@@ -87,7 +89,7 @@ class _Completion:
         return f"data: {json.dumps(chunk, allow_nan=False)}\n\n"
 
     def _choice(self, start: int, end: int, **content: Any) -> dict[str, Any]:
-        """A choice with the log probabilities of these tokens."""
+        """A choice with the log probabilities of the tokens from `start` to `end`."""
         logprobs = None if self._logprobs is None or end == start else {"content": self._logprobs[start:end]}
         return {"index": 0, **content, "logprobs": logprobs, "finish_reason": None}
 

@@ -1,4 +1,5 @@
-"""A Gen checkpoint's answer as a chat completion's: its tokens, their log probabilities, and where it is cut."""
+"""A Gen checkpoint's answer in the terms of a chat completion: its tokens, their log probabilities, and where it is
+cut."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from guardengine.labels import GenModeration
-from guardengine.server.routes.taxonomy import finite
-from guardengine.server.wire import verdict_json
+from guardengine.server.json_values import verdict_json
+from guardengine.server.taxonomy import finite
 
-_LEAST = -9999.0  # OpenAI's number for what is not among the likeliest
-# What follows the colon of a line, with its space, is where the model chooses.
+_LEAST = -9999.0  # OpenAI's number for a token that is not among the likeliest
+# The model chooses after the colon of a line; the choice begins with a space.
 _LINES = (("safety_probs", "Safety"), ("category_probs", "Categories"), ("refusal_probs", "Refusal"))
 
 
@@ -23,7 +24,7 @@ class Tokenizer(Protocol):
 
 
 class Answer(NamedTuple):
-    """tokens: the answer's, in order; together they are the text that is sent."""
+    """The part of an answer that is sent. `tokens`, joined, are its text; `found` is the whole moderation."""
 
     tokens: list[str]
     finish_reason: str
@@ -36,7 +37,7 @@ class Answer(NamedTuple):
 
     @property
     def lines(self) -> Iterator[list[str]]:
-        """The tokens of each line, its break included."""
+        """The tokens of each line, the line break included."""
         line: list[str] = []
         for token in self.tokens:
             line.append(token)
@@ -48,7 +49,7 @@ class Answer(NamedTuple):
 
 
 def answer_of(found: GenModeration, tokenizer: Tokenizer, max_tokens: int | None) -> Answer:
-    """What is sent of a moderation's text when at most `max_tokens` may be."""
+    """The answer for a moderation, cut after `max_tokens` tokens."""
     tokens = [tokenizer.decode([token_id]) for token_id in tokenizer.encode_text(found.text)]
     if "".join(tokens) != found.text:  # characters of several tokens: no grammar has any
         tokens = list(found.text)
@@ -60,9 +61,9 @@ def answer_of(found: GenModeration, tokenizer: Tokenizer, max_tokens: int | None
 def logprobs_of(answer: Answer, tokenizer: Tokenizer, num_top: int) -> list[dict[str, Any]]:
     """OpenAI's logprobs.content for an answer.
 
-    Probabilities are of the choices that the answer's grammar has: of a safety level, of the first category and of a
-    refusal, among what may stand there. The first token of what was chosen has it; all others have 0.0, categories
-    after the first included, of which nothing is known. An answer out of the grammar has 0.0 everywhere.
+    The probabilities are over the choices that the grammar allows at a place: the safety level, the first category,
+    the refusal. The first token of a choice has its log probability. All other tokens have 0.0, and so have further
+    categories, for which no probability is known, and all tokens of an answer that does not follow the grammar.
     """
     choices = dict(_choices(answer.found))
     content, at = [], 0
@@ -83,7 +84,7 @@ def logprobs_of(answer: Answer, tokenizer: Tokenizer, num_top: int) -> list[dict
 
 
 def guard_json(found: GenModeration) -> dict[str, Any]:
-    """What the answer says, for those who do not want to parse it."""
+    """The parsed answer as a JSON object."""
 
     def probs(by_name: Mapping[str, float]) -> dict[str, float | None]:
         return {name: finite(p) for name, p in by_name.items()}
@@ -105,7 +106,7 @@ def _entry(token: str, logprob: float) -> dict[str, Any]:
 
 
 def _choices(found: GenModeration) -> Iterator[tuple[int, Mapping[str, float]]]:
-    """Where in the text the model chooses, and between what."""
+    """The places in the text where the model chooses, and the probabilities of the choices."""
     for attribute, name in _LINES:
         probs: Mapping[str, float] = getattr(found, attribute)
         match = re.search(rf"^{name}:", found.text, re.MULTILINE)

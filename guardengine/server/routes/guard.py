@@ -10,9 +10,9 @@ from fastapi import APIRouter, Request
 
 from guardengine.labels import Role
 from guardengine.policy import Policy
-from guardengine.server import wire
+from guardengine.server import json_values, taxonomy
+from guardengine.server.refusals import Refusal, refusal_of
 from guardengine.server.replies import AsciiJson
-from guardengine.server.routes import taxonomy
 from guardengine.server.routes.moderation import BadConversation, Judged, Whose, judge_many
 from guardengine.server.schemas import (
     GuardRequest,
@@ -23,7 +23,6 @@ from guardengine.server.schemas import (
     plain_messages,
 )
 from guardengine.server.service import Service, service_of, tenant_of
-from guardengine.server.statuses import Refusal, refusal_of
 
 router = APIRouter()
 
@@ -32,8 +31,8 @@ router = APIRouter()
 async def moderations(body: ModerationRequest, request: Request) -> AsciiJson:
     """Judge texts as prompts of a user, one result each. Parts of content, [{"type": "text", ...}], are one text.
 
-    A category's score is the probability that the text is unsafe and of that category; `categories` has the one that
-    the model names, where `flagged`. Nothing is returned unless all texts were judged.
+    A category's score is the probability that the text is unsafe and of that category. Where `flagged` is true,
+    `categories` has the category that the model names. Nothing is returned unless all texts were judged.
     """
     service = service_of(request)
     engine = service.stream_engine(body.model)
@@ -58,8 +57,8 @@ async def moderations(body: ModerationRequest, request: Request) -> AsciiJson:
 async def guard(body: GuardRequest, request: Request) -> AsciiJson:
     """Judge a whole conversation: its last user turn, and the reply to it where it ends with one.
 
-    `response` is the policy's verdict on the reply's labels alone, `verdict` that on everything; tokens that went
-    unjudged (error, timeout, overload) show in its rule. Spans count Unicode code points and UTF-8 bytes of the reply's
+    `response` is the policy's verdict on the reply's labels alone, `verdict` the verdict on everything; its rule shows
+    tokens that got no label (error, timeout, overload). Spans count Unicode code points and UTF-8 bytes of the reply's
     content; they are null for a reply with reasoning.
     """
     service = service_of(request)
@@ -78,9 +77,9 @@ async def guard(body: GuardRequest, request: Request) -> AsciiJson:
             "object": "guard.result",
             "created": int(time.time()),
             "model": service.settings.model_name,
-            "prompt": wire.prompt_json(judged.prompt),
+            "prompt": json_values.prompt_json(judged.prompt),
             "response": _reply(judged, policy, body.labels),
-            "verdict": wire.verdict_json(judged.verdict),
+            "verdict": json_values.verdict_json(judged.verdict),
             "usage": {
                 "prompt_tokens": judged.num_tokens - num_reply,
                 "completion_tokens": num_reply,
@@ -102,7 +101,7 @@ def _texts(body: ModerationRequest, max_inputs: int) -> tuple[list[str], bool]:
     if not 1 <= len(texts) <= max_inputs:
         raise Refusal(
             400,
-            f"input has {len(texts)} texts; 1 to max_inputs={max_inputs} are taken at a time",
+            f"input has {len(texts)} texts; send 1 to max_inputs={max_inputs} at a time",
             "too_many_inputs" if texts else "invalid_text",
             param="input",
         )
@@ -140,14 +139,14 @@ def _reply(judged: Judged, policy: Policy, which: str) -> dict[str, Any] | None:
     if judged.response is None:
         return None
     shown = [
-        wire.label_json(label, span, shift=judged.shift)
+        json_values.label_json(label, span, shift=judged.shift)
         for label, span in zip(judged.labels, judged.spans, strict=True)
         if which == "all" or (which == "flagged" and policy.hit(label) is not None)
     ]
     return {
-        "verdict": wire.verdict_json(judged.response),
+        "verdict": json_values.verdict_json(judged.response),
         "labels": shown,
-        "flagged": wire.flagged_json(judged.labels, judged.spans, policy, judged.shift),
+        "flagged": json_values.flagged_json(judged.labels, judged.spans, policy, judged.shift),
     }
 
 

@@ -1,4 +1,4 @@
-"""What those who run the server ask: GET /health, /ready, /metrics (`monitoring`), /v1/models (`router`)."""
+"""Routes for operators: GET /health, /ready, /metrics (`monitoring`), /v1/models (`router`)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from guardengine.server.refusals import Refusal
 from guardengine.server.replies import AsciiJson
 from guardengine.server.schemas import ModelList
 from guardengine.server.service import Service, service_of
-from guardengine.server.statuses import Refusal
 
 monitoring = APIRouter()
 router = APIRouter()
@@ -20,11 +20,11 @@ _STARTED = int(time.time())
 
 @monitoring.get("/health")
 async def health(request: Request) -> AsciiJson:
-    """Run a token through every model, within a deadline. 503: a model fails, or its engine hangs. Without a key."""
+    """Run a token through every model, within a deadline. 503 when a model fails or its engine hangs. Needs no key."""
     service = service_of(request)
     found = await _health(service)
     is_well = all(report["status"] == "ok" for report in found.values())
-    # Notes can name files and errors: for the log and /v1 users, not for everybody.
+    # Notes may name files and errors, and this answer is for everybody: they are left out.
     public = {
         name: {"status": report["status"], "canary_ms": report["canary_ms"]} for name, report in found.items()
     }
@@ -33,7 +33,7 @@ async def health(request: Request) -> AsciiJson:
 
 @monitoring.get("/ready")
 async def ready(request: Request) -> AsciiJson:
-    """Whether new work is taken. 503 while the server shuts down. Without a key."""
+    """Whether new work is accepted. 503 while the server shuts down. Needs no key."""
     is_ready = not service_of(request).drain.has_begun
     return AsciiJson({"status": "ready" if is_ready else "draining"}, 200 if is_ready else 503)
 
@@ -48,13 +48,13 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/v1/models", response_model=ModelList)
 async def models(request: Request) -> AsciiJson:
-    """The models that are served."""
+    """The models of this server."""
     return AsciiJson({"object": "list", "data": [_card(name) for name in service_of(request).engines]})
 
 
 @router.get("/v1/models/{model:path}", include_in_schema=False)
 async def model(model: str, request: Request) -> AsciiJson:
-    """One of them."""
+    """One model of this server."""
     if model not in service_of(request).engines:
         raise Refusal(404, f"model {model!r:.80} is not served here", "model_not_found", param="model")
     return AsciiJson(_card(model))
@@ -70,7 +70,7 @@ async def _health(service: Service) -> dict[str, dict[str, Any]]:
     found = await asyncio.gather(
         *(engine.health(timeout_s) for engine in engines.values()), return_exceptions=True
     )
-    closed = {"status": "failing", "canary_ms": None}  # the engine, not the model
+    closed = {"status": "failing", "canary_ms": None}  # the engine is closed, so its model cannot be asked
     return {
         name: report if isinstance(report, dict) else closed
         for name, report in zip(engines, found, strict=True)

@@ -1,7 +1,7 @@
-"""What the server shows to people: GET /, the playground, and GET /docs, the API's description.
+"""Pages for people: GET /, the playground, and GET /docs, the description of the API.
 
-Both are one file each that loads nothing; their Content-Security-Policy holds the browser to that. The playground needs
-no key, because it has no data: what it asks of the server does.
+Each is one file that loads nothing else, and its Content-Security-Policy makes the browser enforce that. The
+playground needs no key, because it has no data; its calls to the API need one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def _playground(upstream: str | None) -> HTMLResponse:
 
 
 def _answer(page: str, connects_to: Iterable[str]) -> HTMLResponse:
-    """A page that may run what is in it and call these, and nothing else."""
+    """A page with a Content-Security-Policy that allows its own scripts and styles, calls to `connects_to`, and
+    nothing else."""
     policy = {
         "default-src": "'none'",
         "script-src": _hashes("script", page),

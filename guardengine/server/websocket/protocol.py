@@ -1,4 +1,4 @@
-"""The messages of guardengine.v1, the WebSocket protocol: docs/serving/protocol.md. Pure: frames in, operations out."""
+"""The messages of guardengine.v1, the WebSocket protocol of docs/serving/protocol.md: parsing of frames. Does no I/O."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
+from guardengine.server.refusals import Refusal
 from guardengine.server.schemas import Messages, PolicyOptions, Strict, TimeoutS
-from guardengine.server.statuses import Refusal
 
 PROTOCOL = "guardengine.v1"
 
@@ -120,7 +120,7 @@ _READ: TypeAdapter[Operation] = TypeAdapter(Annotated[Operation, Field(discrimin
 
 
 def read_frame(frame: str) -> Operation:
-    """One message of a client. Raises Refusal, which names the place and never quotes what was there."""
+    """Parse one message of a client. Raises Refusal, which names the place of an error and never quotes the value."""
     try:
         message = json.loads(frame)
     except (ValueError, RecursionError):
@@ -138,7 +138,7 @@ def read_frame(frame: str) -> Operation:
 
 
 def stream_id_of(frame: str) -> str | None:
-    """Which stream a frame that was refused is about, as far as can be told."""
+    """The id of the stream that a refused frame names, None where it names none."""
     try:
         stream: Any = json.loads(frame)["stream"]
     except (ValueError, RecursionError, TypeError, KeyError, IndexError):

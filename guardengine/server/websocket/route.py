@@ -18,9 +18,9 @@ from starlette.websockets import WebSocketDisconnect
 from guardengine._version import __version__
 from guardengine.engine.async_engine import AsyncEngine
 from guardengine.server.limits import log_error, logger
+from guardengine.server.refusals import Refusal
 from guardengine.server.replies import reply_of
 from guardengine.server.service import Service, service_of, tenant_of, too_many
-from guardengine.server.statuses import Refusal
 from guardengine.server.websocket.protocol import PROTOCOL, Open, read_frame, stream_id_of
 from guardengine.server.websocket.session import Event, Link, StreamSession
 

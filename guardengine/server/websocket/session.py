@@ -17,10 +17,10 @@ from guardengine.engine.async_stream import AsyncStream
 from guardengine.errors import ConfigError, GuardEngineError, StreamClosed
 from guardengine.labels import Label, Verdict
 from guardengine.policy import Policy
-from guardengine.server import wire
+from guardengine.server import json_values
+from guardengine.server.refusals import Refusal, refusal_of
 from guardengine.server.schemas import plain_messages
 from guardengine.server.service import Service
-from guardengine.server.statuses import Refusal, refusal_of
 from guardengine.server.websocket.protocol import (
     Append,
     Close,
@@ -188,7 +188,9 @@ class StreamSession:
             label = await stream.prompt()
             self._link.service.metrics.first_label.observe(time.perf_counter() - began)
             await self._emit(
-                "prompt", label=wire.prompt_json(label), verdict=wire.verdict_json(stream.verdict)
+                "prompt",
+                label=json_values.prompt_json(label),
+                verdict=json_values.verdict_json(stream.verdict),
             )
             self._told.num_labels = min(opening.num_labels, stream.num_labels)
             await self._tell("finished" if self._told.is_finished else "labels")
@@ -256,8 +258,8 @@ class StreamSession:
         self._told.is_finished = False
         if append.role == "user":
             label = await self._stream.prompt()
-            verdict = wire.verdict_json(self._stream.verdict)
-            await self._emit("prompt", label=wire.prompt_json(label), verdict=verdict)
+            verdict = json_values.verdict_json(self._stream.verdict)
+            await self._emit("prompt", label=json_values.prompt_json(label), verdict=verdict)
         await self._tell("labels")
 
     async def _feed(self, append: Append | PastAppend, timeout_s: float | None) -> None:
@@ -316,11 +318,11 @@ class StreamSession:
         told.num_labels += len(labels)
         self._link.service.metrics.generation_tokens.inc(len(labels))
         shown = [
-            wire.label_json(label, stream.span(label), with_scores=wishes.scores)
+            json_values.label_json(label, stream.span(label), with_scores=wishes.scores)
             for label in labels
             if self._is_wanted(label)
         ]
-        await self._emit(kind, labels=shown, verdict=wire.verdict_json(stream.verdict))
+        await self._emit(kind, labels=shown, verdict=json_values.verdict_json(stream.verdict))
         await self._tell_verdict()
 
     async def _tell_verdict(self) -> None:
@@ -335,7 +337,7 @@ class StreamSession:
         metrics.judged(verdict, "user" if is_prompt else "assistant")
         if verdict.position is not None and not is_prompt:
             metrics.detection_lag.observe(self._stream.num_tokens - 1 - verdict.position)
-        await self._emit("verdict", verdict=wire.verdict_json(verdict))
+        await self._emit("verdict", verdict=json_values.verdict_json(verdict))
 
     def _is_wanted(self, label: Label) -> bool:
         wanted = self._wishes.labels

@@ -1,4 +1,4 @@
-"""Running an app on uvicorn: within limits on slow clients, and with an end that lets streams finish."""
+"""GuardServer: an app on uvicorn, with limits on slow clients, and with an end that lets streams finish."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from guardengine.server.service import Service
 logger = logging.getLogger("guardengine.server")
 
 _CUT_OFF_S = 2.0
-_CLOSE_S = 5  # for uvicorn to close connections whose work has ended
+_CLOSE_S = 5  # the time that uvicorn has to close connections whose work has ended
 
 
 class GuardServer(uvicorn.Server):
-    """uvicorn, but the first SIGTERM or SIGINT drains: new work is refused with 503 while what runs may finish, until
-    the deadline. The second ends at once."""
+    """uvicorn with a graceful end. The first SIGTERM or SIGINT refuses new work with 503 and lets running work finish
+    until the deadline; the second ends at once."""
 
     def __init__(self, app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, **options: Any) -> None:
         self._service: Service = app.state.service
@@ -40,7 +40,7 @@ class GuardServer(uvicorn.Server):
                 http=Protocol,
                 ws=_CutOffProtocol,
                 lifespan="on",
-                access_log=False,  # its lines have whole addresses; Limits logs instead
+                access_log=False,  # its lines have full addresses of clients; Limits logs instead
                 log_level="warning",
                 log_config=None,
                 server_header=False,
@@ -61,7 +61,7 @@ class GuardServer(uvicorn.Server):
         asyncio.get_running_loop().call_soon_threadsafe(self.drain)
 
     def drain(self) -> None:
-        """Begin the end. On the event loop."""
+        """Begin the graceful end. To be called on the event loop."""
         self._service.drain.begin()
         self._ending = asyncio.ensure_future(self._end())
 
@@ -73,15 +73,15 @@ class GuardServer(uvicorn.Server):
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port that it listens on, once it has started."""
+        """The host and port that it listens on, once it has started."""
         bound: socket.socket = self.servers[0].sockets[0]
         host, port = bound.getsockname()[:2]
         return host, port
 
 
 class _CutOffProtocol(WebSocketsSansIOProtocol):
-    """Does not wait for a client to read what is left once its WebSocket is closed: one that never does would keep its
-    socket, and what is buffered for it, for good."""
+    """Closes the socket soon after its WebSocket was closed, whether or not the client has read everything. A client
+    that never reads would keep the socket and its buffers forever."""
 
     async def send(self, message: Any) -> None:
         if message["type"] == "websocket.close":
@@ -92,7 +92,8 @@ class _CutOffProtocol(WebSocketsSansIOProtocol):
 
 
 class _TimedProtocol(HttpToolsProtocol):
-    """Closes connections whose request headers do not come in time, first bytes that never come included."""
+    """Closes connections whose request headers do not arrive in time; the time also runs while nothing arrives at
+    all."""
 
     header_timeout_s = 10.0
     _header_timer: asyncio.TimerHandle | None = None
@@ -112,7 +113,8 @@ class _TimedProtocol(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         super().handle_websocket_upgrade()
-        self.parser = None  # type: ignore[assignment]  # as connection_lost does, which is the WebSocket's from now on
+        # connection_lost would do this; from now on that method is the WebSocket's.
+        self.parser = None  # type: ignore[assignment]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()

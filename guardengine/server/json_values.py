@@ -1,4 +1,4 @@
-"""Labels, verdicts and spans as plain JSON values. Shared by HTTP, WebSocket and the command line; no web framework."""
+"""Labels, verdicts and spans as JSON values, for HTTP, WebSocket and the command line. Imports no web framework."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from guardengine.labels import Label, Verdict
 from guardengine.policy import Policy
-from guardengine.server.routes.taxonomy import finite
+from guardengine.server.taxonomy import finite
 from guardengine.text.spans import Span
 
 Json = dict[str, Any]
@@ -15,9 +15,16 @@ SpanOf = Callable[[Label], Span | None]
 
 
 def label_json(label: Label, span: Span | None = None, *, shift: int = 0, with_scores: bool = True) -> Json:
-    """One label. Characters are Unicode code points of the reply's text, bytes those of its UTF-8; null for what was
-    not fed as text. shift: characters, of a byte each, that stand before the text that spans count from."""
-    found: Json = {
+    """A label as a JSON object. Its span counts characters (Unicode code points) and UTF-8 bytes of the reply's text;
+    it is null for a token that was not fed as text.
+
+    Args:
+        label: The label.
+        span: The place of its token in the text.
+        shift: Number of characters, of one byte each, that stand in the reply before the text that spans count from.
+        with_scores: Include the probabilities.
+    """
+    value: Json = {
         "position": label.position,
         "token_id": label.token_id,
         "risk": label.risk,
@@ -25,32 +32,34 @@ def label_json(label: Label, span: Span | None = None, *, shift: int = 0, with_s
         "span": span_json(span, shift),
     }
     if with_scores:
-        found["risk_probs"] = {name: finite(p) for name, p in label.risk_probs.items()}
-        found["category_probs"] = {name: finite(p) for name, p in label.category_probs.items()}
-    return found
+        value["risk_probs"] = {name: finite(p) for name, p in label.risk_probs.items()}
+        value["category_probs"] = {name: finite(p) for name, p in label.category_probs.items()}
+    return value
 
 
 def prompt_json(label: Label | None) -> Json | None:
-    """The label of a user turn, which is of the whole turn."""
+    """The label of a user turn as a JSON object. It has no span, because it is about the whole turn."""
     if label is None:
         return None
-    found = label_json(label)
-    del found["span"]
-    return found
+    value = label_json(label)
+    del value["span"]
+    return value
 
 
 def span_json(span: Span | None, shift: int = 0) -> Json | None:
+    """A span as a JSON object. shift: see `label_json`."""
     return None if span is None else {name: value + shift for name, value in span._asdict().items()}
 
 
 def verdict_json(verdict: Verdict) -> Json:
+    """A verdict as a JSON object."""
     return {name: getattr(verdict, name) for name in Verdict.__slots__}
 
 
 def flagged_json(
     labels: Iterable[Label], spans: Iterable[Span | None], policy: Policy, shift: int
 ) -> list[Json]:
-    """Runs of tokens in a row that are hits of one risk and category, as pieces of the text."""
+    """The flagged pieces of a reply: runs of tokens that are hits of the same risk and category."""
     runs: list[Json] = []
     last: Json | None = None
     for label, span in zip(labels, spans, strict=True):
