@@ -1,4 +1,5 @@
-"""What OUT holds, as JSON lines: all rows in order with all their columns and the guard's; and the bad rows' file."""
+"""Write OUT as JSON lines: all rows in order, with all of their columns and the guard's. BadRows: the file of the rows
+that were not judged."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ EntryOf = Callable[[int], Entry]  # by a row's number
 
 
 class Columns(NamedTuple):
-    """The names of the guard's columns."""
+    """The names of the columns that are added. Their values are explained in `annotation`."""
 
     risk: str
     category: str
@@ -32,17 +33,18 @@ class Columns(NamedTuple):
 
     @staticmethod
     def with_prefix(prefix: str) -> Columns:
+        """The names with a prefix, such as "guard_risk"."""
         return Columns(*(prefix + name for name in Columns._fields))
 
     def values(self, entry: Entry) -> dict[str, Any]:
-        """A row's values of these columns; all None where it was not judged."""
+        """The values of these columns for a row; all None where it was not judged."""
         if isinstance(entry, Fault):
             return dict.fromkeys(self)
         return {name: getattr(entry, field) for name, field in zip(self, Columns._fields, strict=True)}
 
 
 class BadRows:
-    """Collects the rows that were not judged into a file of JSON lines."""
+    """Writes the rows that were not judged to a file of JSON lines, with the reason."""
 
     def __init__(self, file: IO[bytes], layout: Layout) -> None:
         self._file, self._layout = file, layout
@@ -61,7 +63,7 @@ class BadRows:
         self._file.write(json.dumps(line).encode() + b"\n")
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Empty the file."""
         self.num_rows = 0
         self._file.seek(0)
         self._file.truncate()
@@ -70,10 +72,11 @@ class BadRows:
 def write_jsonl(
     source: Source, entry_of: EntryOf, columns: Columns, bad: BadRows, limit: int, file: IO[bytes]
 ) -> None:
-    """All rows as JSON lines. Lines that were read as such stay as they are, but for the columns that are added."""
+    """Write all rows as JSON lines. A line of the input stays as it is, with the new columns added at its end."""
     for row in first(source.rows(), limit):
         entry = entry_of(row.number)
-        if row.fault is not None and isinstance(entry, Annotation):  # in a column that is not judged
+        # A fault in a column that is not judged: the row was judged all the same, and cannot be written.
+        if row.fault is not None and isinstance(entry, Annotation):
             entry = Fault(row.fault)
         if isinstance(entry, Fault):
             bad.add(row, entry.reason)
@@ -82,7 +85,7 @@ def write_jsonl(
             line = as_json(dict(row.record))[:-1].rstrip() + b", " + added[1:] if row.record else added
         elif not row.record:
             line = added
-        elif set(columns) & row.record.keys():  # a bad row, whose own columns of these names make way
+        elif set(columns) & row.record.keys():  # a bad row that has columns of these names: they are replaced
             line = as_json({**row.record, **columns.values(entry)})
         else:
             line = row.raw[:-1].rstrip() + b", " + added[1:]
@@ -98,19 +101,20 @@ def first(rows: Iterator[Row], limit: int) -> Iterator[Row]:
 
 
 def as_json(record: Mapping[str, Any]) -> bytes:
-    """A record as a JSON object. What JSON has no numbers for (NaN, infinities) is null; see `plain` for the rest."""
+    """A record as a JSON object. NaN and infinities, which JSON does not have, become null; for other values see
+    `plain`."""
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False, default=plain)
     except ValueError:
         text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=plain)
     try:
         return text.encode()
-    except UnicodeEncodeError:  # lone surrogates stay the escapes that they were
+    except UnicodeEncodeError:  # lone surrogates stay escaped, as they were in the input
         return json.dumps(_finite(record), default=plain).encode()
 
 
 def plain(value: Any) -> Any:
-    """Values that JSON does not have: times in ISO format, bytes in base64, all else as Python prints it."""
+    """A value that JSON does not have: times in ISO format, bytes in base64, everything else as str() writes it."""
     if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, bytes):
@@ -127,7 +131,7 @@ def _finite(value: Any) -> Any:
 
 
 def check_columns(columns: Columns, present: list[str]) -> None:
-    """Raise ConfigError where the input has one of the columns that are to be added."""
+    """Raise ConfigError when the input already has one of the columns that are to be added."""
     for name in columns:
         if name in present:
-            raise ConfigError(f"the input has a column {name!r} already; give another --prefix than its")
+            raise ConfigError(f"the input has a column {name!r} already; choose another --prefix")

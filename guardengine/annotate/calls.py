@@ -1,4 +1,4 @@
-"""Rows: what of an input is to be judged, in the groups that an engine is given at a time. Knows no engine."""
+"""Rows: the rows of an input that are to be judged, in the groups in which an engine gets them. Knows no engine."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from guardengine.annotate.judging import LONG_CHARS, Item
 from guardengine.annotate.layout import BadRow, Layout, Messages, conversation_of
 from guardengine.annotate.rows import Row
 
-# Text of so many characters, about 16,000 tokens, goes to the engine in one call: many steps, of which the last alone
-# is not full, and labels of some 20 MB.
+# One call of the engine gets at most so many characters, about 16,000 tokens. That takes many steps, of which only the
+# last is not full; the labels take some 20 MB.
 _CALL_CHARS = 1 << 16
-_MIN_CHARS = 64  # what the template adds to a conversation
+_MIN_CHARS = 64  # the size of what the template adds to a conversation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """The first `num_rows` rows of a source but for those that are done. Plain data: another process may go through it.
+    """The first `num_rows` rows of a source, without those that are done. Plain data, so that another process can
+    iterate over it.
 
-    is_done: [num_rows] bool. window_rows: how many are sorted by length together.
+    Attributes:
+        source: The input.
+        layout: The columns that are judged.
+        columns: The columns that are added.
+        num_rows: How many rows of the input are annotated.
+        window_rows: How many rows are sorted by length together.
+        is_done: bool [num_rows], rows that an earlier run has judged.
     """
 
     source: Source
@@ -36,8 +43,8 @@ class Rows:
     is_done: npt.NDArray[np.bool_]
 
     def calls(self) -> Iterator[list[Item]]:
-        """Go through the input once: rows that are unfit in groups of their own, then the others of their window in
-        those of `calls`. The same ones each time."""
+        """Iterate once over the input. For each window of rows: the rows that cannot be judged as one group, then the
+        others in the groups of `calls`. The order is the same each time."""
         for window in self._windows():
             if faults := [item for item in window if isinstance(item[1], Fault)]:
                 yield faults
@@ -67,8 +74,9 @@ class Rows:
 
 
 def calls(items: list[tuple[int, Messages]]) -> Iterator[list[Item]]:
-    """Conversations in the groups that the engine is given at a time: of about equal lengths, those with very long
-    text alone. Groups come in random order, the same each time, so that a progress bar's estimate is fair."""
+    """Conversations in the groups in which the engine gets them: of about equal lengths, and very long ones alone.
+    Groups come in an order that looks random but is the same each time, so that the estimate of a progress bar is
+    fair."""
     sizes = {
         number: _MIN_CHARS + sum(len(message["content"]) for message in messages)
         for number, messages in items

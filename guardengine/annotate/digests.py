@@ -1,4 +1,4 @@
-"""Digests of what an annotation comes from: the input's files and the checkpoint's."""
+"""Digests of the files that an annotation depends on: those of the input and of the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from tqdm import tqdm
 
 from guardengine.errors import CheckpointError, ConfigError
 
-# Everything in a checkpoint's folder that answers depend on.
+# The files in a checkpoint's folder that its answers depend on.
 _CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja")
 _CHUNK = 1 << 22
 
 
 def checkpoint_digest(folder: Path, *, progress: bool = False) -> str:
-    """sha256 over names and contents of the weights, configuration, tokenizer and templates. Raises CheckpointError."""
+    """The sha256 over names and contents of the weights, configuration, tokenizer and templates. Raises
+    CheckpointError."""
     files = sorted({file for pattern in _CHECKPOINT_FILES for file in folder.glob(pattern)})
     try:
         return files_digest(files, folder, "checkpoint" if progress else None)
@@ -26,7 +27,7 @@ def checkpoint_digest(folder: Path, *, progress: bool = False) -> str:
 
 
 def input_digest(files: Sequence[Path], root: Path, *, progress: bool = False) -> str:
-    """sha256 over names (below `root`) and contents of the input's files. Raises ConfigError."""
+    """The sha256 over names (relative to `root`) and contents of the input's files. Raises ConfigError."""
     try:
         return files_digest(files, root, "input" if progress else None)
     except OSError as error:
@@ -34,7 +35,8 @@ def input_digest(files: Sequence[Path], root: Path, *, progress: bool = False) -
 
 
 def files_digest(files: Sequence[Path], root: Path, shown_as: str | None) -> str:
-    """sha256 over lines of a file's digest and its name. Shown with progress where it takes longer than seconds."""
+    """The sha256 over lines with the digest of a file and its name. Shows a progress bar after some seconds, unless
+    `shown_as` is None."""
     lines = []
     with tqdm(
         total=sum(file.stat().st_size for file in files),
@@ -56,18 +58,19 @@ def files_digest(files: Sequence[Path], root: Path, shown_as: str | None) -> str
 
 
 class Watched:
-    """The input's files, which nobody is to write to from now on."""
+    """The input's files, which must not change while they are annotated."""
 
     def __init__(self, given: Path, files: Sequence[Path]) -> None:
-        """given: as the user named the files. Raises ConfigError where they cannot be read."""
+        """Remember the state of the files. given: the path as the user wrote it. Raises ConfigError when they cannot
+        be read."""
         self._given, self._files = given, files
         self._before = self._identities()
 
     def check(self) -> None:
-        """Raises ConfigError where one was written to, replaced or taken away."""
+        """Raise ConfigError when a file was written to, replaced or removed since."""
         if self._identities() != self._before:
             raise ConfigError(
-                f"{self._given} was written to meanwhile; give --restart to annotate what it is now"
+                f"{self._given} was changed while it was annotated; give --restart to annotate its present content"
             )
 
     def _identities(self) -> list[tuple[int, int, int]]:

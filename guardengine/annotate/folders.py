@@ -1,4 +1,4 @@
-"""Which files of a data-set folder hold its rows: a folder written by `datasets.save_to_disk`, or a hub snapshot."""
+"""The data files of a data-set folder: one that `datasets.save_to_disk` wrote, or a snapshot of the hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from guardengine.errors import ConfigError
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow")
-# The names by which the datasets library tells splits, as whole words of a file's path.
+# Words in a file's path by which the datasets library recognizes splits.
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -20,9 +20,14 @@ _SPLITS = {
 
 
 def data_files(path: Path, split: str | None) -> list[Path]:
-    """The files that hold the rows of a file or data-set folder, in order, all of one suffix.
+    """The files with the rows of a data set, in order, all of one suffix.
 
-    Raises ConfigError where there is none, or where it is not clear which are meant.
+    Args:
+        path: A file, or the folder of a data set.
+        split: The split to read, where a folder has several.
+
+    Raises:
+        ConfigError: There is no such file, or it is not clear which files are meant.
     """
     if path.is_dir():
         files = _folder_files(path, split)
@@ -80,7 +85,7 @@ def _choose(folder: Path, split: str | None, names: list[str]) -> str:
 
 
 def _of_one_folder(folder: Path, files: list[Path]) -> list[Path]:
-    """Refuse files of several configurations of a data set, which lie in subfolders of their own."""
+    """Refuse files of several configurations of a data set, which are in different subfolders."""
     parents = sorted({file.parent for file in files})
     if len(parents) > 1:
         shown = ", ".join(str(parent.relative_to(folder)) for parent in parents[:10])
@@ -89,7 +94,7 @@ def _of_one_folder(folder: Path, files: list[Path]) -> list[Path]:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """Those that state.json names: others in the folder are caches of computations."""
+    """The files that state.json names. Other files in the folder are caches."""
     state = _read_json(folder / "state.json")
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise ConfigError(
@@ -109,7 +114,7 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _split_of(path: Path) -> str | None:
-    """The last word of a path that names a split."""
+    """The split that a path names: the last of its words that is the name of a split."""
     words = re.split(r"[^a-z]+", str(path.with_suffix("")).lower())
     return next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), None)
 

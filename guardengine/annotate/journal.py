@@ -1,8 +1,8 @@
-"""Journal: what was annotated so far, in a file that is only appended to and survives a kill at any moment.
+"""Journal: the annotations so far, in a file that is only appended to and survives a kill at any moment.
 
-One JSON line first that says what is annotated with what, then one for each row, in the order in which they were
-judged. Rows are appended many at a time, by one write that is on the disk when it returns. What a kill or a full disk
-leaves of a write is cut off: a line counts when its end is there.
+Its first line is a JSON object that says what is annotated with what; after it comes one line for each row, in the
+order in which rows were judged. Many rows are appended by one write, which is on the disk when it returns. When a kill
+or a full disk cuts a write off, the incomplete last line is removed: a line counts only when its end is there.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import numpy.typing as npt
 from guardengine.errors import ConfigError, OutputError
 
 FORMAT = 1
-_OPENING = b'{"format": '  # of every journal, however little a kill has left of it
+_OPENING = b'{"format": '  # how every journal begins, also one that was cut off early
 
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """What a checkpoint says of a row under a policy. See `judging.annotation` for what the fields mean."""
+    """A row's annotation. `annotation` explains the fields."""
 
     risk: str
     category: str | None
@@ -42,7 +42,7 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a row was not judged."""
+    """The reason why a row was not judged."""
 
     reason: str
 
@@ -51,15 +51,18 @@ Entry = Annotation | Fault
 
 
 class Journal:
-    """The journal of one run over `num_rows` rows. Made by `open`; a context manager, which closes the file.
+    """The journal of one run over `num_rows` rows. Made by `open`; a context manager that closes the file.
 
-    is_new: whether it was begun by `open`. counts: annotated rows by risk. num_faults: rows that were not judged.
-    score_names: all keys of scores, in the order in which they came.
+    Attributes:
+        is_new: Whether `open` began it.
+        counts: Number of annotated rows by risk.
+        num_faults: Number of rows that were not judged.
+        score_names: All keys of scores, in the order in which they came.
     """
 
     def __init__(self, path: Path, file: io.FileIO, num_rows: int) -> None:
         self.path, self._file = path, file
-        self._offsets = np.full(num_rows, -1, np.int64)  # of a row's line; -1: to be judged
+        self._offsets = np.full(num_rows, -1, np.int64)  # where a row's line begins; -1: not judged yet
         self._size = 0
         self.is_new = False
         self.counts: Counter[str] = Counter()
@@ -68,10 +71,18 @@ class Journal:
 
     @staticmethod
     def open(path: Path, header: Mapping[str, Any], num_rows: int, *, restart: bool) -> Journal:
-        """Open or begin the journal at `path`; what it holds must be of the same header, unless `restart` drops it.
+        """Open the journal at `path`, or begin it.
 
-        Raises ConfigError for one of another run, one that is damaged, one that another process writes to, and for a
-        file that is no journal, which is left as it is even on `restart`; OutputError where it cannot be written.
+        Args:
+            path: The file.
+            header: What is annotated with what. An existing journal must have the same header.
+            num_rows: How many rows there are.
+            restart: Empty an existing journal.
+
+        Raises:
+            ConfigError: The journal belongs to another run, is damaged, or another process writes to it; or the file
+                is not a journal, which is left unchanged even with `restart`.
+            OutputError: The file cannot be written.
         """
         try:
             file = open_file(path)
@@ -92,14 +103,14 @@ class Journal:
 
     @property
     def is_done(self) -> npt.NDArray[np.bool_]:
-        """[num_rows]: those that were appended by now."""
+        """bool [num_rows]: rows whose entry was appended."""
         return self._offsets >= 0
 
     def has(self, row: int) -> bool:
         return bool(self._offsets[row] >= 0)
 
     def entry(self, row: int) -> Entry:
-        """What was appended for a row."""
+        """The entry of a row that is done."""
         if not self.has(row):
             raise RuntimeError(f"row {row} has not been judged")
         line = os.pread(self._file.fileno(), 4096, self._offsets[row])
@@ -108,9 +119,10 @@ class Journal:
         return of_line(line[: line.index(b"\n")])[1]
 
     def append(self, entries: Iterable[tuple[int, Entry]]) -> None:
-        """Append rows' entries: on return they are on the disk, all of them.
+        """Append the entries of rows. When this returns all of them are on the disk.
 
-        Raises OutputError where they cannot be written; the journal is then as it was.
+        Raises:
+            OutputError: They cannot be written. The journal is unchanged.
         """
         lines: list[bytes] = []
         rows: list[tuple[int, int, Entry]] = []
@@ -148,7 +160,8 @@ class Journal:
         except OSError as error:
             is_ours = error.errno not in (errno.EAGAIN, errno.EACCES)  # such as file systems without locks
         else:
-            is_ours = self._is_at_path()  # or else whoever had it locked has finished, and removed it
+            # False: the process that had it locked has finished, and removed it.
+            is_ours = self._is_at_path()
         if not is_ours:
             raise ConfigError(
                 f"{self.path} is in use by another process, which writes the same OUT; wait for it, or give another OUT"
@@ -164,7 +177,7 @@ class Journal:
         opening = os.pread(self._file.fileno(), len(_OPENING), 0)
         if opening != _OPENING[: len(opening)]:
             raise ConfigError(
-                f"{self.path} is there and is not the journal of an annotation; remove it, or give another OUT"
+                f"{self.path} exists and is not the journal of an annotation; remove it, or give another OUT"
             )
         if restart:
             self._file.truncate(0)
@@ -186,20 +199,20 @@ class Journal:
 
     def _check_header(self, line: bytes, header: dict[str, Any]) -> None:
         try:
-            found = json.loads(line)
+            old = json.loads(line)
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
+            old = None
+        if not isinstance(old, dict):
             raise self._damaged(1)
         changes = [
-            f"{name.replace('_', '-')} ({_shown(found.get(name))}, now {_shown(header.get(name))})"
-            for name in (*header, *(found.keys() - header.keys()))
-            if found.get(name) != header.get(name)
+            f"{name.replace('_', '-')} ({_shown(old.get(name))}, now {_shown(header.get(name))})"
+            for name in (*header, *(old.keys() - header.keys()))
+            if old.get(name) != header.get(name)
         ]
         if changes:
             raise ConfigError(
-                f"{self.path} was begun with another {', '.join(changes)}; go on as it was begun, give --restart to "
-                "drop what it holds, or another OUT"
+                f"{self.path} was begun with another {', '.join(changes)}; continue with the same, give --restart to "
+                "begin anew, or give another OUT"
             )
 
     def _read(self, number: int, line: bytes, offset: int) -> None:
@@ -239,30 +252,30 @@ class Journal:
 
 
 def to_line(row: int, entry: Entry) -> bytes:
-    """A row's line, its end included."""
+    """The line of a row, with its line break."""
     kind = "fault" if isinstance(entry, Fault) else "annotation"
     value = entry.reason if isinstance(entry, Fault) else asdict(entry)
     return json.dumps({"row": row, kind: value}).encode() + b"\n"
 
 
 def of_line(line: bytes) -> tuple[int, Entry]:
-    """The row and entry of a line. Raises ValueError, TypeError or KeyError for what is none."""
+    """The row and the entry of a line. Raises ValueError, TypeError or KeyError for anything else."""
     fields = json.loads(line)
     entry = Fault(fields["fault"]) if "fault" in fields else Annotation(**fields["annotation"])
     return fields["row"], entry
 
 
 def open_file(path: Path) -> io.FileIO:
-    """A file that is appended to, unbuffered."""
+    """Open a file for appending, unbuffered."""
     return io.FileIO(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
 
 
 def write_error(path: Path, error: OSError) -> OutputError:
-    """What to say where a write has failed."""
+    """The error for a write that failed."""
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    mend = "make room" if is_full else "mend that"
+    mend = "make room" if is_full else "repair that"
     return OutputError(
-        f"{path} cannot be written ({error.strerror or error}); {mend} and run the same command again, which goes on "
+        f"{path} cannot be written ({error.strerror or error}); {mend} and run the same command again: it continues "
         "where this one stopped"
     )
 

@@ -1,4 +1,4 @@
-"""Which columns of a data set hold what is judged, and a row's columns as a conversation. Knows no files, no engine."""
+"""Layout: the columns of a data set that are judged, and a row as a conversation. Knows no files and no engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from guardengine.text.chat_template import ROLES
 
 Messages = list[dict[str, str]]
 
-# Names that are looked for where none is given.
+# Names of columns that are recognized when the user names none.
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "user_prompt", "text")
 RESPONSE_COLUMNS = ("response", "completion", "answer", "output", "assistant_response")
 MESSAGES_COLUMNS = ("messages", "conversation", "conversations")
@@ -20,12 +20,18 @@ _CALL_KEYS = ("tool_calls", "function_call")
 
 
 class BadRow(Exception):
-    """A row that cannot be judged; the text says why."""
+    """A row cannot be judged; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The columns that are judged: `messages`, or `prompt` and maybe `response`."""
+    """The columns that are judged: either messages, or prompt and perhaps response.
+
+    Attributes:
+        prompt: The column with the user's text.
+        response: The column with the assistant's text.
+        messages: The column with whole conversations.
+    """
 
     prompt: str | None = None
     response: str | None = None
@@ -44,14 +50,19 @@ class Layout:
 
 
 def choose_layout(named: Layout, columns: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> Layout:
-    """The layout that the options name, completed or found from the columns' names and the sample's values.
+    """The layout that the options name, or the one that the names of the columns and the values of the sample suggest.
 
-    A prompt column that is named alone is judged alone. Raises ConfigError where a named column is not there, or where
-    what is there leaves a choice.
+    Args:
+        named: The columns that the user named. A prompt column alone is judged alone.
+        columns: All columns of the data set.
+        sample: Some rows.
+
+    Raises:
+        ConfigError: A named column does not exist, or several columns could be meant.
     """
     if named.messages is not None and (named.prompt is not None or named.response is not None):
         raise ConfigError(
-            f"--messages-column {named.messages} holds whole conversations; leave out --prompt-column and "
+            f"--messages-column {named.messages} already has whole conversations; leave out --prompt-column and "
             "--response-column"
         )
     for name in named.columns:
@@ -66,7 +77,7 @@ def choose_layout(named: Layout, columns: Sequence[str], sample: Sequence[Mappin
     prompt = _candidate("prompt", PROMPT_COLUMNS, columns, sample, lambda value: isinstance(value, str))
     if prompt is None:
         raise ConfigError(
-            f"none of the columns {_listed(columns)} is known to hold prompts or messages; name it with "
+            f"none of the columns {_listed(columns)} is known to have prompts or messages; name it with "
             "--prompt-column (and --response-column) or --messages-column"
         )
     response = named.response or _candidate(
@@ -76,7 +87,7 @@ def choose_layout(named: Layout, columns: Sequence[str], sample: Sequence[Mappin
 
 
 def conversation_of(layout: Layout, record: Mapping[str, Any]) -> Messages:
-    """A row as messages. Raises BadRow; what a chat template takes beyond that, the engine knows."""
+    """A row as messages. Raises BadRow; the engine may still refuse the messages."""
     if layout.messages is not None:
         return _conversation(layout.messages, _cell(record, layout.messages))
     messages: Messages = []
@@ -147,7 +158,7 @@ def _candidate(
     found = [name for name in names if name in columns and any(fits(row.get(name)) for row in sample)]
     if len(found) > 1:
         raise ConfigError(
-            f"the columns {_listed(found)} may each hold the {what}; name the one with --{what}-column"
+            f"the columns {_listed(found)} may each be the {what}; name the right one with --{what}-column"
         )
     return found[0] if found else None
 

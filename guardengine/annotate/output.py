@@ -1,6 +1,7 @@
-"""Writing OUT from the input and the journal.
+"""Write OUT from the input and the journal.
 
-Written beside its place and renamed when it is whole, so OUT is never seen in part. Once more gives the same bytes.
+It is written beside its place and renamed when it is complete, so nobody ever sees a part of OUT. Writing it again
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from guardengine.annotate.rows import JsonlSource
 
 
 class Written(NamedTuple):
-    """num_bad: rows that were not judged. as_text: columns that were made into JSON text."""
+    """The result of writing OUT.
+
+    Attributes:
+        num_bad: Number of rows that were not judged.
+        as_text: Columns whose values were converted to JSON text.
+    """
 
     num_bad: int
     as_text: tuple[str, ...]
@@ -38,7 +44,21 @@ def write_output(
     before_placing: Callable[[], None],
     progress: bool,
 ) -> Written:
-    """Write OUT and the bad rows' file, and put both in place unless `before_placing` raises. Raises OutputError."""
+    """Write OUT and the file of bad rows, and put both in place.
+
+    Args:
+        source: The input.
+        out: The path of OUT; its suffix decides the format.
+        layout: The columns that were judged.
+        columns: The columns that are added.
+        journal: The entries of all rows.
+        num_rows: How many rows of the input are written.
+        before_placing: Called when both files are complete; when it raises, neither is put in place.
+        progress: Show a progress bar.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
     as_text: list[str] = []
 
     def write(file: IO[bytes], bad_file: IO[bytes]) -> int:
@@ -70,7 +90,7 @@ def write_output(
 
 
 class Output:
-    """OUT and OUT.bad.jsonl, as files beside their places until `finish` puts them there."""
+    """OUT and OUT.bad.jsonl, first as temporary files beside their places."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,13 +99,17 @@ class Output:
 
     @property
     def places(self) -> list[Path]:
-        """Every file that `write` writes to or takes away."""
+        """Every file that `write` writes or removes."""
         return [self.path, self.bad_path, *self._temporaries]
 
     def write(self, write: Callable[[IO[bytes], IO[bytes]], int]) -> int:
-        """Let `write` fill OUT and the bad rows' file and say how many these are, then put both in place.
+        """Let `write` fill the two files and return the number of bad rows, then put both in place.
 
-        Returns that number. Raises OutputError where a file cannot be written; what was there before is unchanged then.
+        Returns:
+            The number of bad rows.
+
+        Raises:
+            OutputError: A file cannot be written. The files that were there before are unchanged.
         """
         new_out, new_bad = self._temporaries
         try:
@@ -114,7 +138,7 @@ def open_new(path: Path) -> IO[bytes]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """So that the rename is on the disk before the journal goes."""
+    """Make the rename durable before the journal is removed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

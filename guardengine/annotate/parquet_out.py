@@ -1,4 +1,4 @@
-"""Writing OUT as Parquet: from tables with their schema as it is, from JSON lines with one that is found."""
+"""Write OUT as Parquet: from tables with their own schema, from JSON lines with a schema that is inferred."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _HUGGINGFACE = b"huggingface"
 
 
 class GuardColumns:
-    """The guard's columns in Arrow: text, text, a struct with the probability of each risk, and two counts."""
+    """The added columns in Arrow: two texts, a struct with the probability of each risk, and two counts."""
 
     def __init__(self, columns: Columns, score_names: Sequence[str]) -> None:
         self._pa = pa = arrow()
-        # A struct needs a field; where no row was judged all are null anyway.
+        # A struct needs at least one field; when no row was judged all structs are null.
         scores = pa.struct([(name, pa.float64()) for name in score_names or ("Safe",)])
         types = (pa.string(), pa.string(), scores, pa.int64(), pa.int64())
         self._columns = columns
@@ -31,14 +31,14 @@ class GuardColumns:
         return [self._pa.array([row[field.name] for row in rows], field.type) for field in self.fields]
 
     def metadata(self, metadata: dict[bytes, bytes] | None) -> dict[bytes, bytes] | None:
-        """A schema's metadata, with these columns in what the datasets library keeps there."""
+        """A schema's metadata, with these columns added to the features that the datasets library stores there."""
         if not metadata or _HUGGINGFACE not in metadata:
             return metadata
         try:
             features = (value := json.loads(metadata[_HUGGINGFACE]))["info"]["features"]
             features.update({field.name: self._feature(field.type) for field in self.fields})
             return {**metadata, _HUGGINGFACE: json.dumps(value).encode()}
-        except (ValueError, KeyError, TypeError, AttributeError):  # it then finds the types by itself
+        except (ValueError, KeyError, TypeError, AttributeError):  # datasets then infers the types
             return {key: item for key, item in metadata.items() if key != _HUGGINGFACE}
 
     def _feature(self, kind: Any) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class GuardColumns:
 def write_table(
     source: TableSource, entry_of: EntryOf, guard: GuardColumns, bad: BadRows, limit: int, file: IO[bytes]
 ) -> None:
-    """All rows of a table, its columns and their types as they are."""
+    """Write all rows of a table. Its own columns and types stay as they are."""
     pa = arrow()
     schema = pa.schema([*source.schema, *guard.fields], guard.metadata(source.schema.metadata))
     number = 0
@@ -70,11 +70,11 @@ def write_table(
 
 
 class LinesToParquet:
-    """JSON lines as a table. A column's type is what holds all of its values; where none does (text here and numbers
-    there), its values are written as JSON text."""
+    """JSON lines as a table. The type of a column is one that can represent all of its values; where there is none
+    (text in one row and numbers in another) the values are written as JSON text."""
 
     def __init__(self, source: JsonlSource, guard: GuardColumns, limit: int) -> None:
-        """Reads all rows once, for the types."""
+        """Read all rows once, to infer the types."""
         self._pa = arrow()
         self._source, self._guard, self._limit = source, guard, limit
         self._types: dict[str, Any] = {}
@@ -84,16 +84,16 @@ class LinesToParquet:
                 self._widen(name, [row.record.get(name) for row in rows])
 
     def leave_out(self, names: Columns) -> None:
-        """Leave columns of these names out: bad rows have them, and they make way for the guard's."""
+        """Leave out columns of these names. Only bad rows have them, and the added columns replace them."""
         for name in names:
             self._types.pop(name, None)
 
     def write(self, entry_of: EntryOf, bad: BadRows, file: IO[bytes]) -> None:
-        """Write all rows. Text that is no valid Unicode makes a row bad: Parquet cannot hold it and has U+FFFD."""
+        """Write all rows. Text that is not valid Unicode makes a row bad: Parquet cannot store it, and gets U+FFFD."""
         while True:
             try:
                 return self._write(entry_of, bad, file)
-            except _Unwritable as error:  # such as whole numbers that floating-point ones do not hold
+            except _Unwritable as error:  # such as whole numbers too large for floating point
                 self.as_text.add(str(error))
                 bad.clear()
                 file.seek(0)
@@ -138,7 +138,7 @@ class LinesToParquet:
             if name in self._types:
                 old, new = (pa.schema([(name, kind)]) for kind in (self._types[name], kind))
                 kind = pa.unify_schemas([old, new], promote_options="permissive").field(name).type
-            if "struct<>" in str(kind):  # which Parquet does not have
+            if "struct<>" in str(kind):  # Parquet has no empty structs
                 raise ValueError
             self._types[name] = kind
         except (pa.ArrowException, OverflowError, ValueError, TypeError):
@@ -158,7 +158,7 @@ class LinesToParquet:
 
 
 class _Unwritable(Exception):
-    """A column has a value that its type does not hold."""
+    """A column has a value that its type cannot represent."""
 
 
 def _without_surrogates(row: Row) -> Row:
@@ -171,5 +171,5 @@ def _without_surrogates(row: Row) -> Row:
             .encode("utf-16", "surrogatepass")
             .decode("utf-16", "replace")
         )
-        reason = "text with a lone surrogate, which is not valid Unicode and which Parquet cannot hold"
+        reason = "text with a lone surrogate, which is not valid Unicode and which Parquet cannot store"
         return Row(row.number, json.loads(text), reason, row.raw, row.file, row.line)

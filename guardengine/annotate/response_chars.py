@@ -1,4 +1,4 @@
-"""ResponseChars: where a response's token begins in the text that the response was given as."""
+"""ResponseChars: where a token of a response begins in the text of the data set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TAGS = re.compile(r"</?think>")
 
 
 class ResponseChars:
-    """Finds characters by the checkpoint's tokenizer, which is read at the first use."""
+    """Maps tokens to characters with the checkpoint's tokenizer, which is read at the first use."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -24,11 +24,16 @@ class ResponseChars:
         return Tokenizer.from_dir(self._folder)
 
     def start_of(self, text: str, token_ids: Sequence[int], index: int) -> int | None:
-        """The index in `text` of the first character that the token has a byte of; len(text) for the <|im_end|> after
-        the last. None where it is no part of `text`, but of reasoning that was given apart.
+        """The index in `text` of the first character of which a token has a byte.
 
-        token_ids: of the response as the chat template writes it: without newlines at the beginning, its first token
-        perhaps joined with white space before it, with reasoning of its own form.
+        Args:
+            text: The response as the data set has it.
+            token_ids: The ids of the response as the chat template writes it: without newlines at the beginning, its
+                first token perhaps joined with white space before it, with reasoning in the template's form.
+            index: The token's index in `token_ids`; len(token_ids) is the <|im_end|> after them.
+
+        Returns:
+            The index; len(text) for the <|im_end|>; None for a token of reasoning that is not in `text`.
         """
         if index >= len(token_ids):
             return len(text)
@@ -39,10 +44,11 @@ class ResponseChars:
         return self._align(text, token_ids, index)
 
     def _align(self, text: str, token_ids: Sequence[int], index: int) -> int | None:
-        """By counting the characters that a template keeps: all but white space and the tags around reasoning."""
+        """The index for `start_of`, found by counting the characters that every template keeps: all but white space
+        and the tags around reasoning."""
         tokenizer = self._tokenizer
         response = tokenizer.decode(token_ids)
-        # A cut within a character gives U+FFFD there.
+        # Where a token ends within a character, decoding gives U+FFFD.
         before = _common_prefix(tokenizer.decode(token_ids[:index]), response)
         normal = tokenizer.normalize(text)
         num_before = len(_kept(before)) - (len(_kept(response)) - len(_kept(normal)))
@@ -51,7 +57,7 @@ class ResponseChars:
         if normal == text:
             kept = _kept_places(text)
             return kept[num_before] if num_before < len(kept) else len(text)
-        # The character that makes a prefix longer, once normalized, than what comes before the token.
+        # The first character with which the normalized prefix becomes longer than the text before the token.
         ends = range(len(text) + 1)
         end = bisect_right(ends, num_before, key=lambda end: len(_kept(tokenizer.normalize(text[:end]))))
         return min(end - 1, len(text))

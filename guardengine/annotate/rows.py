@@ -1,4 +1,4 @@
-"""Row: one row of an input, as it was read. JsonlSource: rows from files of JSON lines."""
+"""Row: one row of an input. JsonlSource: the rows of files of JSON lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from guardengine.errors import ConfigError
 
 SAMPLE_ROWS = 1000
 _BOM = b"\xef\xbb\xbf"
-# How files begin that are no lines of UTF-8, and what to do with them.
+# The first bytes of files in other formats, and what to do with such a file.
 _OTHER_FORMATS = {
     b"\x1f\x8b": "compressed with gzip; decompress it",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; decompress it",
@@ -25,10 +25,15 @@ _OTHER_FORMATS = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row, its number counted from 0 over all files.
+    """One row of an input.
 
-    record: column -> value; {} where the row could not be read as such. fault: why it could not, as it is, be read;
-    None where all is well. raw: the line that it was, without its end. line: its number in `file`, from 1.
+    Attributes:
+        number: Its number, from 0, over all files.
+        record: Column -> value; {} where the row could not be parsed.
+        fault: What is wrong with the row, None where it is valid.
+        raw: The line of the file, without its line break.
+        file: The name of the file.
+        line: The number of the line in the file, from 1.
     """
 
     number: int
@@ -40,7 +45,7 @@ class Row:
 
 
 class JsonlSource:
-    """JSON lines: an object a line; blank lines are no rows."""
+    """The rows of JSON lines: one object a line. Blank lines are not rows."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = list(files)
@@ -49,7 +54,7 @@ class JsonlSource:
         return sum(1 for _ in self._lines())
 
     def sample(self) -> tuple[list[str], list[Mapping[str, Any]]]:
-        """The columns of the first rows, and these. Raises ConfigError where none can be read."""
+        """The columns of the first rows, and these rows. Raises ConfigError when none can be read."""
         columns: dict[str, None] = {}
         rows: list[Mapping[str, Any]] = []
         faults: list[str] = []
@@ -65,11 +70,11 @@ class JsonlSource:
             problem = (
                 f"none of the first {len(faults)} can be read ({faults[0]})" if faults else "there is none"
             )
-            raise ConfigError(f"{self.files[0]}: rows are needed, one JSON object a line, and {problem}")
+            raise ConfigError(f"{self.files[0]} must have rows, one JSON object a line: {problem}")
         return list(columns), rows
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        """All rows, in order; `columns` is for sources that can leave others unread."""
+        """All rows, in order. columns: of no effect here; other sources read only these."""
         for number, (file, line, raw) in enumerate(self._lines()):
             record, fault = parse_line(raw)
             yield Row(number, record, fault, raw, file.name, line)
@@ -95,7 +100,7 @@ def _check_format(path: Path, line: bytes) -> None:
 
 
 def parse_line(raw: bytes) -> tuple[dict[str, Any], str | None]:
-    """A line's object, or {} and why it has none."""
+    """The object in a line and None, or {} and what is wrong with the line."""
     try:
         value = json.loads(raw.decode())
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""annotate(): a data set through a checkpoint, from the first row or from where an earlier run stopped."""
+"""annotate(): annotate a data set with a checkpoint, from the first row or from where an earlier run stopped."""
 
 from __future__ import annotations
 
@@ -33,18 +33,32 @@ from guardengine.policy import Policy
 DEFAULT_WINDOW_ROWS = 2048
 
 Loader = Callable[[Path], AbstractContextManager[Moderator]]
-# Has rows judged, by the checkpoint in a folder and of a digest; entries come in any order, each row's once.
+# Judges rows with the checkpoint in a folder, which has a digest. Entries come in any order, one for each row.
 Judging = Callable[[Rows, Path, str], AbstractContextManager[Iterable[Judged]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What `annotate` does beside its defaults; `guardengine annotate --help` explains each.
+    """Options of `annotate`; `guardengine annotate --help` explains each.
 
-    Annotations depend on all but window_rows and num_threads, so that a run is gone on with only under the same.
+    Annotations depend on all of them except window_rows and num_threads, so a run can be continued only with the same
+    values.
+
+    Attributes:
+        layout: Columns that the user names; columns that are not named are recognized by their names.
+        split: The split of a data-set folder.
+        policy: "strict" or "loose".
+        debounce: See `Policy`.
+        prefix: The prefix of the columns that are added.
+        limit: Annotate only the first so many rows.
+        revision: The revision of the checkpoint on the hub.
+        backend: See `Engine.from_pretrained`.
+        quantization: See `Engine.from_pretrained`.
+        num_threads: See `EngineConfig`.
+        window_rows: How many rows are sorted by length together.
     """
 
-    layout: Layout = field(default_factory=Layout)  # columns that are named; others are found
+    layout: Layout = field(default_factory=Layout)
     split: str | None = None
     policy: str = "strict"
     debounce: int = 2
@@ -54,15 +68,15 @@ class Options:
     backend: str = "auto"
     quantization: str | None = None
     num_threads: int | None = None
-    window_rows: int = DEFAULT_WINDOW_ROWS  # rows that are sorted by length together
+    window_rows: int = DEFAULT_WINDOW_ROWS
 
     def __post_init__(self) -> None:
         if self.policy not in ("strict", "loose"):
-            raise ConfigError(f"--policy {self.policy}: strict or loose is needed")
+            raise ConfigError(f"--policy {self.policy}: choose strict or loose")
         if self.limit is not None and self.limit < 0:
-            raise ConfigError(f"--limit {self.limit}: a number of rows from 0 is needed")
+            raise ConfigError(f"--limit {self.limit}: give a number of rows from 0")
         if not 1 <= self.window_rows <= 2**20:
-            raise ConfigError(f"--batch-rows {self.window_rows}: from 1 to {2**20} is needed")
+            raise ConfigError(f"--batch-rows {self.window_rows}: give a number from 1 to {2**20}")
 
     def make_policy(self) -> Policy:
         return Policy.of(self.policy, debounce=self.debounce)
@@ -70,9 +84,17 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was done. num_resumed: rows that an earlier run had judged. num_tokens, seconds: of this run's judging.
+    """The result of `annotate`.
 
-    risks: rows by risk. as_text: columns of mixed types, which are JSON text in a Parquet file.
+    Attributes:
+        layout: The columns that were judged.
+        num_rows: Rows in the output.
+        num_bad: Rows that were not judged.
+        num_resumed: Rows that an earlier run had judged.
+        num_tokens: Tokens that this run computed.
+        seconds: How long this run judged.
+        risks: Number of rows by risk.
+        as_text: Columns of mixed types, which are JSON text in a Parquet file.
     """
 
     layout: Layout
@@ -98,15 +120,30 @@ def annotate(
 ) -> Report:
     """Annotate a data set: JSON lines, Parquet or Arrow files, or a folder of them.
 
-    The output is JSON lines or Parquet by its suffix, with all columns and rows of the input in the same order.
+    The output is JSON lines or Parquet, by its suffix. It has all rows and columns of the input in the same order, and
+    the added columns.
 
-    Until all rows are judged only the journal beside `output_path` (its name and ".partial") grows; a run that was
-    killed, or had no disk space left, goes on from there when it is started again with the same input, checkpoint and
-    options. restart: drop such a journal, and a finished output. load: makes the engine of a checkpoint's folder.
-    judging: has rows judged elsewhere than in this process.
+    Until all rows are judged only the journal beside `output_path` (its name and ".partial") grows. A run that was
+    killed, or found no disk space, continues from there when it is started again with the same input, checkpoint and
+    options.
 
-    Raises ConfigError for what is wrong with input and options, CheckpointError, and OutputError for what cannot be
-    written.
+    Args:
+        input_path: The file or folder to annotate.
+        output_path: The file to write, ending in .jsonl or .parquet.
+        checkpoint: A checkpoint folder or hub id.
+        options: What to judge, and how.
+        restart: Drop the journal of an earlier run, and replace a finished output.
+        progress: Show progress bars.
+        load: Makes the engine for a checkpoint's folder.
+        judging: Judges the rows elsewhere than in this process.
+
+    Returns:
+        Counts of what was done.
+
+    Raises:
+        ConfigError: Something is wrong with the input or the options.
+        CheckpointError: The checkpoint cannot be read.
+        OutputError: The output cannot be written.
     """
     options = options or Options()
     options.make_policy()  # raises
@@ -134,7 +171,7 @@ def annotate(
     }
     judging = judging or _here(options, load or partial(load_engine, options=options, progress=progress))
     with Journal.open(journal_path, header, num_rows, restart=restart) as journal:
-        if journal.is_new and not restart and out.exists():  # which another process has finished meanwhile
+        if journal.is_new and not restart and out.exists():  # another process has just finished it
             journal.remove()
             raise _is_there(out)
         num_resumed, num_tokens, start = journal.num_done, 0, time.perf_counter()
@@ -155,7 +192,7 @@ def annotate(
 
 
 def _record(journal: Journal, judged: Iterable[Judged], num_rows: int, *, progress: bool) -> int:
-    """Append what is judged as it comes. Returns how many tokens were computed."""
+    """Append entries to the journal as they come. Returns how many tokens were computed."""
     num_tokens = 0
     with tqdm(
         total=num_rows, initial=journal.num_done, desc="annotate", unit="row", disable=not progress
@@ -182,11 +219,11 @@ def _check_output(given: Path, out: Path, journal: Path, restart: bool) -> None:
 
 
 def _is_there(out: Path) -> ConfigError:
-    return ConfigError(f"{out} is there already; give --restart to annotate once more, or another OUT")
+    return ConfigError(f"{out} exists already; give --restart to annotate once more, or another OUT")
 
 
 def _check_apart(files: list[Path], places: list[Path]) -> None:
-    """Raise ConfigError where a file that is read is one of those that are written, such as OUT.bad.jsonl."""
+    """Raise ConfigError when a file of the input is one that is written, such as OUT.bad.jsonl."""
     inputs = {file.resolve() for file in files}
     for place in places:
         if place.resolve() in inputs:
@@ -196,12 +233,12 @@ def _check_apart(files: list[Path], places: list[Path]) -> None:
 def _open_source(files: list[Path], out: Path) -> Source:
     is_table = files[0].suffix.lower() in (".parquet", ".arrow")
     if out.suffix.lower() == ".parquet":
-        arrow()  # which raises now rather than when all is judged
+        arrow()  # raises here, before anything is judged
     return TableSource(files) if is_table else JsonlSource(files)
 
 
 def _recorded(options: Options, layout: Layout) -> dict[str, Any]:
-    """The options that a journal is begun with, by their names on the command line."""
+    """The options that the header of a journal has, by their names on the command line."""
     values = asdict(options) | {f"{role}_column": name for role, name in asdict(layout).items()}
     for name in ("layout", "window_rows", "num_threads", "revision"):
         del values[name]
@@ -209,7 +246,7 @@ def _recorded(options: Options, layout: Layout) -> dict[str, Any]:
 
 
 def load_engine(folder: Path, options: Options, *, progress: bool = False) -> Engine:
-    """The engine that `options` ask for."""
+    """The engine for these options."""
     return Engine.from_pretrained(
         folder,
         backend=options.backend,

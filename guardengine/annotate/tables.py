@@ -1,4 +1,4 @@
-"""TableSource: rows from Parquet and Arrow files. arrow(): pyarrow, which only those who read or write them need."""
+"""TableSource: the rows of Parquet and Arrow files. arrow(): pyarrow, which only users of such files need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def arrow() -> Any:
-    """The module pyarrow, with its compute and parquet. Raises ConfigError where it is not installed."""
+    """The module pyarrow, with its compute and parquet. Raises ConfigError when it is not installed."""
     try:
         import pyarrow
         import pyarrow.compute
@@ -28,12 +28,13 @@ def arrow() -> Any:
 
 
 class TableSource:
-    """The rows of Parquet files, or of Arrow files (stream or file format), under one schema."""
+    """The rows of Parquet files, or of Arrow files (stream or file format), with one schema."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """Reads the schemas, and columns that are of another type in other files.
+        """Read the schemas, and the columns whose type differs between files.
 
-        Raises ConfigError for files that are damaged or do not belong together.
+        Raises:
+            ConfigError: A file is damaged, or the files do not belong together.
         """
         self.files = list(files)
         pa = self._pa = arrow()
@@ -52,7 +53,7 @@ class TableSource:
             ) from error
         self.schema = self.schema.with_metadata(schemas[0].metadata)
         for path, schema in zip(self.files, schemas, strict=True):
-            # Whether values fit into the common type is said now, not when all rows have been judged.
+            # Values that do not fit into the common type are found here, before anything is judged.
             cast = [field for field in self.schema if field.name in schema.names]
             if cast := [field for field in cast if field.type != schema.field(field.name).type]:
                 for _ in self._cast_batches(path, cast):
@@ -70,14 +71,14 @@ class TableSource:
         return total
 
     def sample(self) -> tuple[list[str], list[Mapping[str, Any]]]:
-        """The columns, and the first rows. Raises ConfigError where there is none."""
+        """The columns, and the first rows. Raises ConfigError when there is no row."""
         rows = []
         for row in self.rows():
             rows.append(row.record)
             if row.number + 1 >= SAMPLE_ROWS:
                 break
         if not rows:
-            raise ConfigError(f"{self.files[0]}: rows are needed, and there is none")
+            raise ConfigError(f"{self.files[0]} has no rows; give a file that has some")
         return list(self.schema.names), rows
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -89,7 +90,7 @@ class TableSource:
                 number += 1
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
-        """All rows as record batches of the one schema, or of these columns of it."""
+        """All rows as record batches of the common schema, or of these columns of it."""
         fields = [self.schema.field(name) for name in columns or self.schema.names]
         schema = self._pa.schema(fields, None if columns else self.schema.metadata)
         for path in self.files:
@@ -97,7 +98,7 @@ class TableSource:
                 yield self._pa.RecordBatch.from_arrays(arrays, schema=schema)
 
     def _cast_batches(self, path: Path, fields: Sequence[Any]) -> Iterator[list[Any]]:
-        """A file's columns in the types of the fields; nulls for those that it does not have."""
+        """A file's columns converted to the types of the fields; nulls for columns that it does not have."""
         pa = self._pa
         with _reading(path):
             for batch in self._batches(path, [field.name for field in fields]):
@@ -109,8 +110,8 @@ class TableSource:
                         arrays.append(array if array.type == field.type else array.cast(field.type))
                     except pa.ArrowException as error:
                         raise ConfigError(
-                            f"{path}: column {field.name!r} is {array.type}, and elsewhere {field.type}, which does "
-                            f"not hold all of its values ({error}); give files of one type"
+                            f"{path}: column {field.name!r} is {array.type}, and elsewhere {field.type}, which cannot "
+                            f"represent all of its values ({error}); give files of one type"
                         ) from error
                 yield arrays
 
@@ -131,7 +132,7 @@ class TableSource:
         with self._pa.OSFile(str(path)) as file:
             reader = self._open_arrow(file)
             if _is_stream(reader) and not _ends_as_stream(path):
-                raise ConfigError(f"{path} has no end, so rows may be missing: whoever wrote it was stopped")
+                raise ConfigError(f"{path} has no end mark, so rows may be missing: write it again")
             for batch in _arrow_batches(reader):
                 for start in range(0, batch.num_rows, _BATCH_ROWS):
                     yield batch.slice(start, _BATCH_ROWS)
@@ -145,10 +146,10 @@ class TableSource:
 
 
 def python_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """A batch's rows as dicts, each with what is wrong with a cell of it, or None."""
+    """The rows of a batch as dicts, each with what is wrong with one of its cells, or None."""
     try:
         rows = batch.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, times that Python's types do not hold
+    except (ValueError, OverflowError):  # text that is not UTF-8, times out of the range of Python's types
         for index in range(batch.num_rows):
             record: dict[str, Any] = {}
             fault = None
@@ -170,13 +171,13 @@ def python_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
 
 
 def _replaced(cell: Any) -> str | None:
-    """Text with U+FFFD for what is not UTF-8; None for lists and structs that hold such text."""
+    """Text in which bytes that are not UTF-8 are U+FFFD; None for lists and structs with such text."""
     buffer = getattr(cell, "as_buffer", None)
     return None if buffer is None else buffer().to_pybytes().decode("utf-8", "replace")
 
 
 def _as_text(cell: Any) -> str | None:
-    """A value that Python's types do not hold, such as a time in nanoseconds, as Arrow writes it; or None."""
+    """A value that Python's types cannot represent, such as a time in nanoseconds, as Arrow writes it; or None."""
     pa = arrow()
     try:
         text: str = pa.compute.cast(cell, pa.string()).as_py()
@@ -198,7 +199,8 @@ def _is_stream(reader: Any) -> bool:
 
 
 def _ends_as_stream(path: Path) -> bool:
-    """A stream that is cut off between two batches reads like one that has fewer."""
+    """Whether an Arrow stream has its end mark. Without it, a stream that was cut off between two batches looks
+    complete."""
     with path.open("rb") as file:
         file.seek(-min(len(_END_OF_STREAM), path.stat().st_size), 2)
         return file.read() == _END_OF_STREAM

@@ -172,7 +172,7 @@ def test_restart_begins_anew_and_keeps_a_finished_out_until_the_end(files: Files
     files.run(policy="loose")
     loose = files.out.read_bytes()
     assert loose != files.expected[0]
-    with pytest.raises(ConfigError, match="is there already; give --restart"):
+    with pytest.raises(ConfigError, match="exists already; give --restart"):
         files.run()
 
     def stop() -> None:
@@ -192,7 +192,7 @@ def test_an_input_that_changes_meanwhile_gives_no_output(
     def change() -> None:
         either.source.write_bytes(rows + b"\n")
 
-    with pytest.raises(ConfigError, match=r"written to meanwhile; give --restart"):
+    with pytest.raises(ConfigError, match=r"changed while it was annotated; give --restart"):
         either.run(FakeGen(change))
     assert not either.out.exists()
     either.source.write_bytes(rows)
@@ -207,7 +207,7 @@ def test_an_input_that_changes_meanwhile_gives_no_output(
 
     with monkeypatch.context() as patch:
         patch.setattr(guardengine.annotate.journal.Journal, "entry", change_late)
-        with pytest.raises(ConfigError, match=r"written to meanwhile"):
+        with pytest.raises(ConfigError, match=r"changed while it was annotated"):
             either.run(restart=True)
     assert [path.name for path in either.folder.glob("out*")] == [either.journal.name]
     either.source.write_bytes(rows)
@@ -242,6 +242,6 @@ def test_a_run_that_another_has_overtaken_does_not_write_again(
         return digest(*arguments, **options)
 
     monkeypatch.setattr(guardengine.annotate.run, "checkpoint_digest", overtake)
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         files.run(policy="loose")
     files.check()
