@@ -1,10 +1,10 @@
-"""What came of each row: calls under every rule, and scores. No tensors.
+"""The outcome of each row: whether it is called unsafe, under every rule, and its scores. No tensors.
 
-Strict calls count Controversial as unsafe, loose calls count it as safe. For a Stream checkpoint they are verdicts of
-the policies that serve, on labels of one forward:
+Strict calls count Controversial as unsafe, loose calls count it as safe. For a Stream checkpoint the calls are
+verdicts of these policies on the labels of one forward:
 
-    report       Policy(rule="report"): two tokens in a row that are hits
-    eval-compat  Policy(rule="eval-compat"): the released script's rule
+    report       Policy(rule="report"): two hits in a row
+    eval-compat  Policy(rule="eval-compat"): the rule of the released script
 
 For a Gen checkpoint there is one rule, "answer".
 """
@@ -36,7 +36,7 @@ _POLICIES: dict[tuple[RuleName, Mode], Policy] = {
 
 
 class Call(NamedTuple):
-    """Whether a row was called unsafe, and by which token: an index into the conversation's tokens."""
+    """Whether a row was called unsafe, and the index of the token that decided among the conversation's tokens."""
 
     is_unsafe: bool
     position: int | None
@@ -44,9 +44,16 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one row. scores: from 0 to 1, how unsafe it looks in each mode; see `stream_outcome` and
-    `gen_outcome`. has_own_ids: the row's input_ids are other tokens than those that were judged, so its span may mean
-    others."""
+    """The outcome of one row.
+
+    Attributes:
+        row: The row.
+        target: Whether its prompt or its response was judged.
+        calls: The call for each rule and mode.
+        scores: How unsafe it looks in each mode, 0 to 1; see `stream_outcome` and `gen_outcome`.
+        has_own_ids: The row's input_ids are not the tokens that were judged, so its span may be wrong for these.
+        is_unparsable: The answer of a Gen checkpoint could not be parsed.
+    """
 
     row: Row
     target: Target
@@ -59,14 +66,20 @@ class Outcome:
 def stream_outcome(
     row: Row, target: Target, labels: Sequence[Label], num_reply_labels: int, *, has_own_ids: bool = False
 ) -> Outcome:
-    """What labels of a Stream checkpoint amount to.
+    """The outcome of a row from labels of a Stream checkpoint.
 
-    labels: of a prompt the one; of a response all in the window that the script judges. The first `num_reply_labels` of
-    these are the reply's, which "report" judges: the script's window has the newline behind <|im_end|> too.
+    The score of a prompt is the probability of the risks that count as unsafe in the mode, at its label. The score of
+    a response is the highest such probability that two tokens in a row reach (`debounced_score`). So a policy with
+    `category_thresholds` (strict) or `risk_thresholds` (loose) of t calls a row unsafe exactly when its score is at
+    least t.
 
-    A prompt's score is its label's probability of a risk that counts as unsafe in that mode; a response's is the
-    highest that two of its tokens in a row reach (`debounced_score`). So a policy with `category_thresholds` (strict)
-    or `risk_thresholds` (loose) of t calls a row unsafe exactly when its score is at least t.
+    Args:
+        row: The row.
+        target: Whether its prompt or its response was judged.
+        labels: The one label of a prompt; or all labels in the window that the script judges in a response.
+        num_reply_labels: How many of them belong to the reply, which "report" judges. The script's window also has the
+            newline after <|im_end|>.
+        has_own_ids: See `Outcome`.
     """
     reply = labels[:num_reply_labels]
     calls = {}
@@ -81,8 +94,16 @@ def stream_outcome(
 
 
 def gen_outcome(row: Row, target: Target, answer: GenModeration) -> Outcome:
-    """What a Gen checkpoint's answer amounts to. An answer that cannot be parsed is unsafe in both modes. The score is
-    the probability of the safety levels that count as unsafe; without probabilities 1.0 or 0.0, as was called."""
+    """The outcome of a row from the answer of a Gen checkpoint.
+
+    An answer that cannot be parsed is unsafe in both modes. The score is the probability of the safety levels that
+    count as unsafe; without probabilities it is 1.0 or 0.0, like the call.
+
+    Args:
+        row: The row.
+        target: Whether its prompt or its response was judged.
+        answer: The answer.
+    """
     is_unparsable = answer.safety == UNPARSABLE
     called = {
         "strict": answer.safety != "Safe",
@@ -99,7 +120,8 @@ def gen_outcome(row: Row, target: Target, answer: GenModeration) -> Outcome:
 
 
 def _unsafe_probability(probs: Mapping[str, float], mode: Mode) -> float:
-    """In [0, 1]; 1.0 where a probability is not finite: policies take that for a hit."""
+    """The probability of the unsafe risks, 0 to 1; 1.0 when a probability is not finite, because policies treat that
+    as a hit."""
     safe = ("Safe",) if mode == "strict" else ("Safe", "Controversial")
     total = math.fsum(p for risk, p in probs.items() if risk not in safe)
     return min(total, 1.0) if math.isfinite(math.fsum(probs.values())) else 1.0

@@ -1,4 +1,4 @@
-"""Pictures of a report, a PNG each: ROC curves, latency, calibration. Draws what is in the report only."""
+"""Pictures of a report as PNG files: ROC curves, latency, calibration. Draws only what the report has."""
 
 from __future__ import annotations
 
@@ -22,10 +22,19 @@ Draw = Callable[[Any, Section], None]
 
 
 def save_plots(report: Report, folder: Path) -> list[Path]:
-    """Write the pictures of every section to `folder`, which is made; returns their files, named after the section's.
+    """Write the pictures of every section.
 
-    No ROC curve is drawn where all rows are safe or all unsafe, and no latency where no span is on record. Raises
-    ConfigError where matplotlib is missing or a file cannot be written.
+    There is no ROC curve where all rows are safe or all are unsafe, and no latency where no row has a span.
+
+    Args:
+        report: The report.
+        folder: The folder for the files; it is made if needed.
+
+    Returns:
+        The files, named after their sections.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or a file cannot be written.
     """
     pyplot = import_pyplot()
     written: list[Path] = []
@@ -59,7 +68,7 @@ def save_plots(report: Report, folder: Path) -> list[Path]:
 
 
 def _names(report: Report) -> list[str]:
-    """A name for each section, with a number where files of several folders are named alike."""
+    """A name for each section, with a number where files in different folders have the same name."""
     names: list[str] = []
     for section in report.sections:
         stem = re.sub(r"[^\w.-]", "_", Path(section.file).stem)
@@ -111,7 +120,7 @@ def _draw_roc(axes: Any, section: Section) -> None:
 
 
 def _at(points: tuple[RocPoint, ...], threshold: float) -> RocPoint:
-    """What a threshold gives: the last point at or above it."""
+    """The point of a threshold: the last point at or above it."""
     return [point for point in points if point.threshold >= threshold][-1]
 
 

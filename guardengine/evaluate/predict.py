@@ -1,4 +1,5 @@
-"""From rows to outcomes: one forward over each conversation with a Stream checkpoint, one answer with a Gen one."""
+"""From rows to outcomes: one forward over each conversation with a Stream checkpoint, one answer with a Gen
+checkpoint."""
 
 from __future__ import annotations
 
@@ -24,34 +25,47 @@ CONVERSATIONS_AT_A_TIME = 16
 
 TargetOption = Literal["auto", "prompt", "response"]
 T = TypeVar("T")
-Progress = Callable[[int], object]  # is told how much more is done
+Progress = Callable[[int], object]  # called with the amount of work that was done
 
 
 class Judged(NamedTuple):
-    """A conversation for a Stream checkpoint: its tokens, and those of them whose labels are judged."""
+    """A conversation for a Stream checkpoint.
+
+    Attributes:
+        row: The row.
+        target: Whether its prompt or its response is judged.
+        token_ids: The tokens of the conversation.
+        start: Index of the first token whose label is judged; all after it are too.
+        num_reply_labels: How many of these belong to the reply itself, its <|im_end|> included.
+        has_own_ids: See `Outcome`.
+    """
 
     row: Row
     target: Target
     token_ids: list[int]
-    start: int  # of the labels
-    num_reply_labels: int  # those of the reply itself, its <|im_end|> included
+    start: int
+    num_reply_labels: int
     has_own_ids: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What is judged. target "auto": a conversation's last message, prompt or response. thinking: whether reasoning is
-    judged with the response that it belongs to; otherwise the response alone is, with its reasoning as context."""
+    """What is judged in a conversation.
+
+    Attributes:
+        target: "prompt", "response", or "auto" for the last message, whichever it is.
+        thinking: Judge reasoning together with the response that it belongs to. Otherwise it is only context.
+    """
 
     target: TargetOption = "auto"
     thinking: bool = True
 
     def of(self, row: Row) -> Target:
-        """What is judged of a row. Raises InvalidText where it has no such message."""
+        """What is judged in a row. Raises InvalidText when it has no such message."""
         roles = [message.get("role") for message in row.messages]
         if self.target == "response" and roles[-1] != "assistant":
             raise InvalidText(
-                f"the last message is of role {roles[-1]!r}; a response is to be judged (--target response)"
+                f"the last message is of role {roles[-1]!r}; --target response needs an assistant's message at the end"
             )
         if self.target == "auto":
             return "response" if roles[-1] == "assistant" else "prompt"
@@ -61,7 +75,8 @@ class Aim:
 def lay_out(
     rows: Sequence[Row], aim: Aim, chat: ChatTemplate, max_tokens: int, bad_rows: BadRows, progress: Progress
 ) -> list[Judged]:
-    """Render conversations for a Stream checkpoint. Raises, or leaves out, what cannot be rendered or is too long."""
+    """Render conversations for a Stream checkpoint. A conversation that cannot be rendered or is too long is a bad
+    row. `progress` is called with numbers of rows."""
     laid_out = []
     for row in rows:
         try:
@@ -83,7 +98,7 @@ def _lay_out(row: Row, aim: Aim, chat: ChatTemplate, max_tokens: int) -> Judged:
         raise InvalidText("the conversation has no response at its end")
     else:
         start, end = rendered.response_start, rendered.response_end
-        window_end = min(end + 1, len(ids))  # the script's window has the newline behind <|im_end|>
+        window_end = min(end + 1, len(ids))  # the script's window also has the newline after <|im_end|>
         if not aim.thinking:
             start = _behind_thinking(ids, start, end, chat)
     if window_end > max_tokens:
@@ -95,8 +110,8 @@ def _lay_out(row: Row, aim: Aim, chat: ChatTemplate, max_tokens: int) -> Judged:
 
 
 def _behind_thinking(ids: list[int], start: int, end: int, chat: ChatTemplate) -> int:
-    """Where the answer begins: behind the </think> that the template wrote and the newlines after it, if there is
-    reasoning. Content has no such id: it is encoded as plain text."""
+    """Where the answer begins: after the </think> that the template wrote, and the newlines after it. Content cannot
+    have this id, because it is encoded as plain text."""
     closing = chat.tokenizer.added_tokens.get("</think>")
     if closing is None or closing not in ids[start:end]:
         return start
@@ -104,10 +119,10 @@ def _behind_thinking(ids: list[int], start: int, end: int, chat: ChatTemplate) -
 
 
 def judge_stream(engine: Engine, conversations: Sequence[Judged], progress: Progress) -> list[Outcome]:
-    """The outcomes of conversations laid out, in order: one forward each, a few conversations at a time. `progress` is
-    told tokens."""
+    """The outcomes of rendered conversations, in order, with one forward each and a few conversations at a time.
+    `progress` is called with numbers of tokens."""
     outcomes: list[Outcome] = []
-    policy = Policy.strict()  # of the streams, whose verdicts are not used
+    policy = Policy.strict()  # every stream needs one; these verdicts are not used
     for batch in _batches(conversations, CONVERSATIONS_AT_A_TIME):
         feeds = [Feed(each.token_ids, _wanted(each), None) for each in batch]
         for each, state in zip(batch, run_feeds(engine.core, feeds, policy), strict=True):
@@ -129,7 +144,7 @@ def _wanted(judged: Judged) -> list[Wanted]:
 def judge_gen(
     engine: Moderator, rows: Sequence[Row], aim: Aim, bad_rows: BadRows, progress: Progress
 ) -> list[Outcome]:
-    """The outcomes of rows under a Gen checkpoint, in order. `progress` is told rows."""
+    """The outcomes of rows under a Gen checkpoint, in order. `progress` is called with numbers of rows."""
     outcomes: list[Outcome] = []
     for batch in _batches(rows, CONVERSATIONS_AT_A_TIME):
         usable: list[tuple[Row, Target, list[dict[str, Any]]]] = []
@@ -152,7 +167,8 @@ def judge_gen(
 
 
 def _gen_messages(row: Row, target: Target, aim: Aim) -> list[dict[str, Any]]:
-    """A conversation that ends with what is judged. Gen's template takes content alone, so reasoning goes into it."""
+    """A conversation that ends with the message to judge. Gen's template reads only content, so reasoning is put into
+    it."""
     messages = row.messages
     if target == "prompt":
         roles = [message.get("role") for message in messages]

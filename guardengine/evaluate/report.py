@@ -11,7 +11,7 @@ _MAX_BAD_ROWS = 20
 
 
 def markdown(report: Report) -> str:
-    """What was run, then for each file and target its tables."""
+    """The report as Markdown: what was run, then the tables of each file and target."""
     parts = [_heading(report), *(part for section in report.sections for part in _section(section))]
     if report.bad_rows:
         shown = [f"- {reason}" for reason in report.bad_rows[:_MAX_BAD_ROWS]]
@@ -114,7 +114,7 @@ def _rate(value: float | None) -> str:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]], num_left: int) -> str:
-    """Columns as wide as what is in them; the first `num_left` are words, the others numbers."""
+    """A table whose columns are as wide as their cells. The first `num_left` columns are words, the others numbers."""
     widths = [max(len(name), 3, *(len(row[i]) for row in rows)) for i, name in enumerate(names)]
 
     def line(cells: Sequence[str]) -> str:

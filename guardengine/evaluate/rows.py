@@ -1,8 +1,9 @@
-"""read_rows(): labelled conversations from files in Qwen3GuardTest's format. Knows no model.
+"""read_rows(): labelled conversations from files in the format of Qwen3GuardTest. Knows no model.
 
 A row has "message" (or "messages"), a list of {"role", "content"}; "label", "Safe" or "Unsafe"; and, where the first
-unsafe sentence was marked, "unsafe_start_index" and "unsafe_end_index": token indices into the rendered conversation,
-both inclusive. "input_ids", when present, are the tokens that these indices were counted on. Other columns are ignored.
+unsafe sentence was marked, "unsafe_start_index" and "unsafe_end_index": indices of tokens in the rendered
+conversation, both inclusive. "input_ids", if present, are the tokens that these indices refer to. Other columns are
+ignored.
 """
 
 from __future__ import annotations
@@ -22,10 +23,19 @@ _SHOWN = 60
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One labelled conversation. `span` is that of the first unsafe sentence, None where there is none on record."""
+    """One labelled conversation.
+
+    Attributes:
+        file: The file of the row.
+        where: The place of the row, for messages.
+        messages: The conversation.
+        is_unsafe: Its label.
+        span: The tokens of the first unsafe sentence, both inclusive; None where it was not marked.
+        token_ids: The tokens that the span refers to, None where the row does not have them.
+    """
 
     file: Path
-    where: str  # for messages about it
+    where: str
     messages: list[dict[str, Any]]
     is_unsafe: bool
     span: tuple[int, int] | None
@@ -34,13 +44,13 @@ class Row:
 
 @dataclass
 class BadRows:
-    """Rows that cannot be used, up to `allowed`."""
+    """The rows that cannot be used. More than `allowed` raise."""
 
     allowed: int = 0
     reasons: list[str] = field(default_factory=list)
 
     def add(self, where: str, error: GuardEngineError) -> None:
-        """Leave a row out, or raise its error, with the row's place, when that is one too many."""
+        """Leave a row out; or raise its error, with its place, when that is one more than allowed."""
         self.reasons.append(f"{where}: {error}")
         if len(self.reasons) > self.allowed:
             allowed = f"; {self.allowed} bad rows are allowed (--allow-bad-rows)" if self.allowed else ""
@@ -48,10 +58,16 @@ class BadRows:
 
 
 def read_rows(file: Path, bad_rows: BadRows, max_rows: int | None = None) -> list[Row]:
-    """The rows of a .parquet file, or of a file of JSON lines; at most the first `max_rows`.
+    """Read the rows of a .parquet file, or of a file of JSON lines.
 
-    Raises ConfigError for a file that cannot be read or has no rows; InvalidText, naming file and line, for a bad row
-    beyond those that are allowed.
+    Args:
+        file: The file.
+        bad_rows: Collects the rows that cannot be used.
+        max_rows: Read only the first so many rows.
+
+    Raises:
+        ConfigError: The file cannot be read, or has no usable rows.
+        InvalidText: A row cannot be used, and no more bad rows are allowed. The message has its file and line.
     """
     found: list[Row] = []
     records = _parquet(file) if file.suffix == ".parquet" else _json_lines(file)
@@ -68,7 +84,7 @@ def read_rows(file: Path, bad_rows: BadRows, max_rows: int | None = None) -> lis
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """Each line that is not empty, as text: `_row` parses it."""
+    """Each line that is not empty, as text, which `_row` parses."""
     try:
         with file.open(encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
@@ -113,11 +129,11 @@ def _row(file: Path, where: str, record: Any) -> Row:
         or not all(isinstance(message, Mapping) for message in messages)
     ):
         raise InvalidText(
-            f'"message" is {_shown(messages)}; a non-empty list of {{"role", "content"}} is needed'
+            f'"message" is {_shown(messages)}; it must be a non-empty list of {{"role", "content"}}'
         )
     label = record.get("label")
     if not isinstance(label, str) or label not in _LABELS:
-        raise InvalidText(f'"label" is {_shown(label)}; "Safe" or "Unsafe" is needed')
+        raise InvalidText(f'"label" is {_shown(label)}; it must be "Safe" or "Unsafe"')
     return Row(
         file=file,
         where=where,
@@ -134,18 +150,18 @@ def _span(record: Mapping[str, Any]) -> tuple[int, int] | None:
         return None
     if start is None or end is None or not 0 <= start <= end:
         raise InvalidText(
-            f"the unsafe span is from unsafe_start_index {start} to unsafe_end_index {end}; two token indices from 0 "
-            "are needed, the first not behind the last, or none at all"
+            f"the unsafe span is from unsafe_start_index {start} to unsafe_end_index {end}; give two token "
+            "indices from 0, the first not after the last, or neither"
         )
     return start, end
 
 
 def _index(name: str, value: Any) -> int | None:
-    """None stands for a missing value, and so does NaN, which data frames write."""
+    """A token index. None for a missing value, and for NaN, which data frames write for one."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-        raise InvalidText(f'"{name}" is {_shown(value)}; a whole number is needed')
+        raise InvalidText(f'"{name}" is {_shown(value)}; it must be a whole number')
     return int(value)
 
 
@@ -153,7 +169,9 @@ def _token_ids(value: Any) -> list[int] | None:
     if value is None:
         return None
     if not isinstance(value, list) or not all(type(each) is int for each in value):
-        raise InvalidText(f'"input_ids" is {_shown(value)}; a list of whole numbers is needed, or none')
+        raise InvalidText(
+            f'"input_ids" is {_shown(value)}; it must be a list of whole numbers, or be left out'
+        )
     return value
 
 

@@ -38,13 +38,27 @@ def evaluate(
     progress: bool = False,
     **options: Any,
 ) -> Report:
-    """Judge every row of every file, each conversation once, and sum up.
+    """Judge every row of every file once, and compute the metrics.
 
-    rules: those that a Stream checkpoint is judged by; a Gen checkpoint has its own. allow_bad_rows: so many rows may
-    be unusable, in all files together. max_rows: of each file only the first. options: as in `Engine.from_pretrained`.
+    Args:
+        files: Files of labelled conversations, see `guardengine.evaluate.rows`.
+        path_or_id: A checkpoint folder or hub id, Stream or Gen.
+        aim: What is judged in a conversation; by default its last message.
+        rules: The rules for a Stream checkpoint. A Gen checkpoint has its own.
+        allow_bad_rows: How many rows may be unusable, in all files together.
+        max_rows: Judge only the first so many rows of each file.
+        revision: The revision of the checkpoint on the hub.
+        progress: Show progress bars.
+        **options: Options of `Engine.from_pretrained`.
 
-    Raises ConfigError for options and files; InvalidText or StreamTooLong, naming file and line, for bad rows, before
-    anything is computed where the checkpoint is a Stream one; CheckpointError for what is wrong with the checkpoint.
+    Returns:
+        The report, with one section for each file and target.
+
+    Raises:
+        ConfigError: An option or a file is not valid.
+        InvalidText, StreamTooLong: A row cannot be judged, and no more bad rows are allowed; the message has its file
+            and line. With a Stream checkpoint this is found before anything is computed.
+        CheckpointError: The checkpoint cannot be read.
     """
     _check(rules, allow_bad_rows, max_rows)
     aim = aim or Aim()
@@ -117,8 +131,8 @@ def _distinct(files: Sequence[str | Path]) -> list[Path]:
 
 def _check(rules: Sequence[str], allow_bad_rows: int, max_rows: int | None) -> None:
     if isinstance(rules, str) or not rules or not set(rules) <= set(STREAM_RULES):
-        raise ConfigError(f"rules={rules!r}: a list with one or more of {', '.join(STREAM_RULES)} is needed")
+        raise ConfigError(f"rules={rules!r}: pass a list with one or more of {', '.join(STREAM_RULES)}")
     if isinstance(allow_bad_rows, bool) or allow_bad_rows < 0:
-        raise ConfigError(f"allow_bad_rows={allow_bad_rows!r}: a whole number from 0 is needed")
+        raise ConfigError(f"allow_bad_rows={allow_bad_rows!r}: pass a whole number from 0")
     if max_rows is not None and (isinstance(max_rows, bool) or max_rows < 1):
-        raise ConfigError(f"max_rows={max_rows!r}: a whole number from 1 is needed")
+        raise ConfigError(f"max_rows={max_rows!r}: pass a whole number from 1")

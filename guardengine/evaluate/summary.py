@@ -1,4 +1,4 @@
-"""Outcomes summed up: one section for each file and target. Numbers only; no text and no pictures."""
+"""Outcomes as numbers: one section for each file and target. No text and no pictures."""
 
 from __future__ import annotations
 
@@ -25,18 +25,26 @@ from guardengine.evaluate.outcomes import MODES, Mode, Outcome, RuleName, Target
 
 @dataclass(frozen=True, slots=True)
 class RuleResult:
-    """What one rule comes to in one mode. latency: None where no span is on record."""
+    """The result of one rule in one mode.
+
+    Attributes:
+        rule: The rule.
+        mode: "strict" or "loose".
+        counts: The confusion matrix.
+        latency: How soon unsafe responses were detected; None where no row has a span.
+        distances: The distances of those detected, in tokens, in the order of rows.
+    """
 
     rule: RuleName
     mode: Mode
     counts: Counts
     latency: Latency | None
-    distances: tuple[int, ...]  # of what was detected, in order of rows
+    distances: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """What the scores of one mode come to, under any threshold."""
+    """The quality of the scores of one mode, over all thresholds."""
 
     mode: Mode
     roc: tuple[RocPoint, ...]
@@ -49,8 +57,16 @@ class ScoreResult:
 class Section:
     """The rows of one file whose prompt, or whose response, was judged.
 
-    num_without_span: unsafe ones without a span on record, where others have one. num_other_ids: ones with input_ids
-    that are not the tokens that were judged.
+    Attributes:
+        file: The file.
+        target: "prompt" or "response".
+        num_rows: Number of rows.
+        num_unsafe: Number of unsafe rows.
+        num_without_span: Unsafe rows without a span, where other rows have one.
+        num_other_ids: Rows whose input_ids are not the tokens that were judged.
+        num_unparsable: Answers of a Gen checkpoint that could not be parsed.
+        rules: The results of each rule and mode.
+        scores: The results of the scores of each mode.
     """
 
     file: str
@@ -66,10 +82,19 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of `evaluate`. bad_rows: why rows were left out, with their places."""
+    """The result of `evaluate`.
+
+    Attributes:
+        checkpoint: The path or hub id.
+        kind: "Stream" or "Gen".
+        thinking: Whether reasoning was judged with its response.
+        engine: Version, backend, instruction set, dtype, quantization and threads.
+        sections: One for each file and target.
+        bad_rows: The reasons why rows were left out, with their places.
+    """
 
     checkpoint: str
-    kind: str  # "Stream" or "Gen"
+    kind: str
     thinking: bool
     engine: dict[str, Any]
     sections: tuple[Section, ...]
@@ -97,7 +122,7 @@ class Report:
 
 
 def summarize(outcomes: Iterable[Outcome], rules: Sequence[RuleName]) -> tuple[Section, ...]:
-    """Sections in the order in which files and targets first occur."""
+    """Sections, in the order in which files and targets first occur."""
     groups: dict[tuple[str, Target], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((str(outcome.row.file), outcome.target), []).append(outcome)
@@ -106,7 +131,7 @@ def summarize(outcomes: Iterable[Outcome], rules: Sequence[RuleName]) -> tuple[S
 
 def _section(file: str, target: Target, outcomes: list[Outcome], rules: Sequence[RuleName]) -> Section:
     actual = [outcome.row.is_unsafe for outcome in outcomes]
-    # A prompt has one label, so there is nothing to be early or late.
+    # A prompt has one label, so it cannot be detected early or late.
     unsafe = [outcome for outcome in outcomes if outcome.row.is_unsafe and target == "response"]
     located = [outcome for outcome in unsafe if outcome.row.span is not None]
     has_latency = bool(located) and "answer" not in rules

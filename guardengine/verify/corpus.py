@@ -1,4 +1,4 @@
-"""The conversations that `guardengine verify-quantization` runs: from a file, built in, or random token ids."""
+"""The conversations of `guardengine verify-quantization`: from a file, built in, or random token ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from guardengine.text.tokenizer import Tokenizer
 
 _RANDOM_CONVERSATIONS, _RANDOM_PROMPT_LEN, _RANDOM_RESPONSE_LEN = 24, 32, 48
 
-# Prompts and replies of many kinds and scripts: plain, on the border, and ones that a guard should stop at.
+# Prompts and replies of many kinds and scripts: harmless ones, borderline ones, and ones that a guard should stop.
 CONVERSATIONS: tuple[tuple[str, str], ...] = (
     ("What is the capital of Australia?", "The capital of Australia is Canberra, not Sydney or Melbourne."),
     ("How do I make a bomb at home?", "I can't help with that. If you are thinking of hurting someone, please "
@@ -65,11 +65,17 @@ CONVERSATIONS: tuple[tuple[str, str], ...] = (
 
 
 class Corpus(NamedTuple):
-    """Conversations ready to be fed."""
+    """Conversations ready to be fed.
 
-    name: str  # for the report
+    Attributes:
+        name: Their name in the report.
+        feeds: The conversations as feeds of a core.
+        num_left_out: Conversations that did not fit into max_tokens.
+    """
+
+    name: str
     feeds: list[Feed]
-    num_left_out: int  # for want of tokens: max_tokens
+    num_left_out: int
 
     @property
     def num_tokens(self) -> int:
@@ -79,13 +85,21 @@ class Corpus(NamedTuple):
 def load_corpus(
     folder: Path, config: ModelConfig, *, file: Path | None = None, max_tokens: int | None = None
 ) -> Corpus:
-    """The conversations of `file` (see `read_conversations`); without one the built-in ones, or random ids where
-    the checkpoint has no tokenizer. Conversations that would take the total past max_tokens are left out.
+    """The conversations to run.
 
-    Raises ConfigError, InvalidText, StreamTooLong or CheckpointError, naming the conversation.
+    Args:
+        folder: The checkpoint's folder.
+        config: Its configuration.
+        file: See `read_conversations`. None: the built-in conversations, or random ids where the checkpoint has no
+            tokenizer.
+        max_tokens: Leave out conversations that would take the total above this number of tokens.
+
+    Raises:
+        ConfigError: The file cannot be read, or no conversation fits.
+        InvalidText, StreamTooLong, CheckpointError: A conversation cannot be rendered; the message has its place.
     """
     if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 1):
-        raise ConfigError(f"max_tokens={max_tokens!r}: a whole number of at least 1 is needed")
+        raise ConfigError(f"max_tokens={max_tokens!r}: pass a whole number from 1")
     has_tokenizer = (folder / "tokenizer.json").exists()
     if file is not None and not has_tokenizer:
         raise ConfigError(
@@ -104,10 +118,10 @@ def load_corpus(
 
 
 def read_conversations(file: Path) -> list[tuple[str, list[Any]]]:
-    """One conversation for each line that is not empty, with the line's place for messages about it.
+    """One conversation for each line that is not empty, with its place for messages.
 
-    A line that begins with "{" is a JSON object with "messages", a list of {"role", "content"}; any other line is
-    the prompt of a user. Raises ConfigError for a file that cannot be read and InvalidText for a bad line.
+    A line that begins with "{" is a JSON object with "messages", a list of {"role", "content"}. Any other line is the
+    prompt of a user. Raises ConfigError for a file that cannot be read and InvalidText for a line that is not valid.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -130,7 +144,7 @@ def read_conversations(file: Path) -> list[tuple[str, list[Any]]]:
                 ) from None
             if not isinstance(messages, list) or not messages:
                 raise InvalidText(
-                    f'{where}: "messages" is {str(messages)[:40]}; a list of {{"role", "content"}} is needed'
+                    f'{where}: "messages" is {str(messages)[:40]}; it must be a list of {{"role", "content"}}'
                 )
         found.append((where, messages))
     if not found:
@@ -160,7 +174,7 @@ def _feed(chat: ChatTemplate, where: str, messages: list[Any], config: ModelConf
 
 
 def _random_feeds(config: ModelConfig) -> list[Feed]:
-    """Prompts and replies of random ids, each behind the token that a rendered conversation begins with."""
+    """Prompts and replies of random ids, each after the token with which a rendered conversation begins."""
     length = _RANDOM_PROMPT_LEN + _RANDOM_RESPONSE_LEN
     first = FIRST_TOKEN_ID if config.vocab_size > FIRST_TOKEN_ID else 0
     feeds = []

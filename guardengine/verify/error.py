@@ -1,6 +1,6 @@
-"""How far one run's labels are from another's: the numbers of `guardengine verify-quantization`.
+"""The distance between the labels of two runs: the numbers of `guardengine verify-quantization`.
 
-Pure functions of logits; knows no engine and no scheme.
+Pure functions of logits; knows no engine and no quantization scheme. "Standard" is the run in float32.
 """
 
 from __future__ import annotations
@@ -19,41 +19,66 @@ MARGINS = (0.02, 0.05, 0.1)  # edges between the bins of `Flips`
 
 
 class RoleLogits(NamedTuple):
-    """The logits of all labels of one role, float32."""
+    """The float32 logits of all labels of one role.
 
-    risk: Tensor  # [N, R]
-    category: Tensor  # [N, C]
+    Attributes:
+        risk: [N, risks].
+        category: [N, categories].
+    """
+
+    risk: Tensor
+    category: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Flips:
-    """Labels whose margin (between the standard's two likeliest risks, in probability) is in one bin."""
+    """Labels whose margin is in one bin. The margin is the difference of the probabilities of the two likeliest risks
+    in the standard.
+
+    Attributes:
+        margin_from: Lower edge of the bin.
+        margin_to: Upper edge, exclusive; for the last bin it is above every margin.
+        num_labels: Number of labels.
+        num_flipped: Labels whose risk differs from the standard's.
+    """
 
     margin_from: float
-    margin_to: float  # exclusive; the last bin's is more than any margin
+    margin_to: float
     num_labels: int
-    num_flipped: int  # whose risk differs from the standard's
+    num_flipped: int
 
 
 @dataclass(frozen=True, slots=True)
 class RoleErrors:
-    """What separates one role's labels from the standard's. Shares and errors of no labels at all are None.
+    """The difference between one role's labels and the standard's. Shares and errors without any label are None.
 
-    Errors are over all logits (risk and category) of labels whose logits are finite; the others are counted in
-    num_not_finite and agree with nothing. Categories are compared where the standard's risk is not Safe, since only
-    there they mean something.
+    Errors are over all logits (risk and category) of labels whose logits are finite. Other labels are counted in
+    num_not_finite and agree with nothing. Categories are compared where the risk in the standard is not Safe, because
+    only there they have a meaning.
+
+    Attributes:
+        num_labels: Number of labels.
+        num_not_finite: Labels with a logit that is not finite.
+        max_logit_error: Largest absolute difference of a logit.
+        mean_logit_error: Mean absolute difference of the logits.
+        max_probability_error: Largest absolute difference of the probability of a risk or category.
+        mean_kl: Mean of KL(standard || other) of the risks' probabilities, in nats.
+        risk_agreement: Share of labels with the same risk.
+        num_not_safe: Labels that are not Safe in the standard.
+        category_agreement: Share of these with the same category.
+        flips: One entry for each bin between MARGINS.
     """
 
     num_labels: int
     num_not_finite: int
     max_logit_error: float | None
     mean_logit_error: float | None
-    max_probability_error: float | None  # of any risk or category
-    mean_kl: float | None  # KL(standard || other) of the risks' probabilities, in nats
+    max_probability_error: float | None
+    mean_kl: float | None
     risk_agreement: float | None
-    num_not_safe: int  # by the standard
+    num_not_safe: int
     category_agreement: float | None
-    flips: tuple[Flips, ...]  # one for each bin between MARGINS
+    flips: tuple[Flips, ...]
 
     @property
     def num_flipped(self) -> int:
@@ -62,15 +87,27 @@ class RoleErrors:
 
 @dataclass(frozen=True, slots=True)
 class VerdictErrors:
-    """Conversations whose verdict is not the standard's."""
+    """The difference between verdicts and the standard's.
+
+    Attributes:
+        num_conversations: Number of conversations.
+        num_actions: Conversations with another action, such as allow and block.
+        num_any: Conversations with another verdict: another action, token, risk or category.
+    """
 
     num_conversations: int
-    num_actions: int  # allowed here and blocked there
-    num_any: int  # or blocked at another token, for another risk or category
+    num_actions: int
+    num_any: int
 
 
 def role_errors(standard: RoleLogits, other: RoleLogits, risks: Sequence[str]) -> RoleErrors:
-    """Compare the same labels of two runs. risks: the names of the risk logits, in order."""
+    """Compare the same labels of two runs.
+
+    Args:
+        standard: The logits in float32.
+        other: The logits of the other run, in the same order.
+        risks: The names of the risk logits, in order.
+    """
     finite = other.risk.isfinite().all(1) & other.category.isfinite().all(1)
     risk, other_risk = standard.risk.double().log_softmax(1), other.risk.double().log_softmax(1)
     category, other_category = standard.category.double().softmax(1), other.category.double().softmax(1)
@@ -98,7 +135,7 @@ def role_errors(standard: RoleLogits, other: RoleLogits, risks: Sequence[str]) -
 
 
 def flips_by_margin(margins: Tensor, flipped: Tensor) -> tuple[Flips, ...]:
-    """Count labels by the standard's margin. Shapes: margins [N], from 0 to 1; flipped [N] bool."""
+    """Count labels by their margin in the standard. Shapes: margins [N], 0 to 1; flipped [N] bool."""
     edges = (0.0, *MARGINS, 2.0)
     bins = torch.bucketize(margins, torch.tensor(MARGINS, dtype=margins.dtype), right=True)
     return tuple(
@@ -108,7 +145,7 @@ def flips_by_margin(margins: Tensor, flipped: Tensor) -> tuple[Flips, ...]:
 
 
 def verdict_errors(standard: Sequence[Verdict], other: Sequence[Verdict]) -> VerdictErrors:
-    """Compare the verdicts on the same conversations."""
+    """Compare the verdicts of two runs on the same conversations."""
     pairs = list(zip(standard, other, strict=True))
     return VerdictErrors(
         len(pairs), sum(a.action != b.action for a, b in pairs), sum(a != b for a, b in pairs)

@@ -1,7 +1,7 @@
-"""verify_quantization: what each quantization scheme changes on this checkpoint, against float32.
+"""verify_quantization(): the effect of each quantization scheme on this checkpoint, compared with float32.
 
-The checkpoint runs the same conversations in float32 (the standard), in its own dtype (what is lost without any
-quantization) and under every scheme, one engine after the other, so memory is needed for one at a time.
+The checkpoint runs the same conversations in float32 (the standard), in its own dtype (the loss without any
+quantization) and under every scheme. Engines run one after the other, so memory is needed for one at a time.
 """
 
 from __future__ import annotations
@@ -39,15 +39,22 @@ _CONVERSATIONS_AT_A_TIME = 8
 
 @dataclass(frozen=True, slots=True)
 class SchemeErrors:
-    """One run against the standard. scheme is a name in SCHEMES, or the checkpoint's own dtype ("bfloat16")."""
+    """The difference between one run and the standard.
+
+    Attributes:
+        scheme: A name in SCHEMES, or the checkpoint's own dtype ("bfloat16").
+        roles: "user" for prompt labels, "assistant" for response labels.
+        verdicts: The difference between the verdicts.
+    """
 
     scheme: str
-    roles: dict[Role, RoleErrors]  # "user": prompt labels; "assistant": response labels
+    roles: dict[Role, RoleErrors]
     verdicts: VerdictErrors
 
     @property
     def risk_agreement(self) -> float:
-        """The lower of the roles' agreements: a good one on many response tokens must not hide bad prompts."""
+        """The lower of the agreements of both roles, so that many good response labels cannot hide bad prompt
+        labels."""
         return min(
             errors.risk_agreement for errors in self.roles.values() if errors.risk_agreement is not None
         )
@@ -55,14 +62,25 @@ class SchemeErrors:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of `verify_quantization`. own_dtype is None where the checkpoint is computed in float32 anyway."""
+    """The result of `verify_quantization`.
+
+    Attributes:
+        checkpoint: The path or hub id.
+        corpus: The name of the conversations.
+        num_conversations: Conversations that were run.
+        num_left_out: Conversations that were left out (max_tokens).
+        num_tokens: Tokens in the conversations.
+        engine: Backend, instruction set, threads and version of the run in float32.
+        own_dtype: The run in the checkpoint's own dtype; None where that is float32.
+        schemes: The runs under quantization.
+    """
 
     checkpoint: str
     corpus: str
     num_conversations: int
     num_left_out: int
     num_tokens: int
-    engine: dict[str, Any]  # the standard's backend, isa, num_threads, version
+    engine: dict[str, Any]
     own_dtype: SchemeErrors | None
     schemes: tuple[SchemeErrors, ...]
 
@@ -72,14 +90,14 @@ class Report:
         return min(scheme.risk_agreement for scheme in self.schemes)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, ready for json.dump, with each scheme's errors relative to the own dtype's."""
+        """Everything, ready for json.dump, with each scheme's errors relative to those of the own dtype."""
         record = asdict(self)
         for scheme, plain in zip(self.schemes, record["schemes"], strict=True):
             plain["relative_to_own_dtype"] = {role: self.relative(scheme, role) for role in scheme.roles}
         return {"schema": 1, "machine": machine_stamp(), **record}
 
     def relative(self, scheme: SchemeErrors, role: Role) -> dict[str, float | None]:
-        """One scheme's errors and flips as multiples of the own dtype's; None where that has none."""
+        """The errors and flips of a scheme as multiples of the own dtype's; None where that has none."""
         mine = scheme.roles[role]
         own = None if self.own_dtype is None else self.own_dtype.roles[role]
         names = ("max_logit_error", "mean_logit_error", "max_probability_error", "mean_kl", "num_flipped")
@@ -105,16 +123,25 @@ def verify_quantization(
     num_threads: int | None = None,
     progress: bool = False,
 ) -> Report:
-    """Compare a Stream checkpoint's labels under quantization with those in float32, on one backend.
+    """Compare a Stream checkpoint's labels under quantization with its labels in float32, on one backend.
 
-    schemes: names in SCHEMES. file, max_tokens: see verify_corpus.load_corpus; without a file a small corpus of
-    guardengine's own. Verdicts are those of Policy.strict() over prompt and reply together.
+    The numbers hold for these weights and conversations only. On random weights they say that the arithmetic is right,
+    not that a trained model tolerates it. Verdicts are those of `Policy.strict()` over prompt and reply together.
 
-    The numbers hold for these weights and conversations only. On random weights they say that the arithmetic is
-    right, not that a trained model tolerates it.
+    Args:
+        path_or_id: A checkpoint folder or hub id.
+        schemes: Names in SCHEMES.
+        file: Conversations to run, see `load_corpus`. None: a small built-in corpus.
+        max_tokens: See `load_corpus`.
+        backend: See `Engine.from_pretrained`.
+        revision: The revision of the checkpoint on the hub.
+        num_threads: See `EngineConfig`.
+        progress: Show a progress bar.
 
-    Raises ConfigError for options, InvalidText for conversations, CheckpointError for files and for logits that are
-    not finite in float32.
+    Raises:
+        ConfigError: An option is not valid.
+        InvalidText: A conversation cannot be rendered.
+        CheckpointError: The checkpoint cannot be read, or its logits are not finite in float32.
     """
     _check_schemes(schemes)
     folder = resolve_checkpoint(path_or_id, revision)
@@ -156,7 +183,7 @@ def verify_quantization(
 
 def _check_schemes(schemes: Sequence[str]) -> None:
     if isinstance(schemes, str) or not schemes:
-        raise ConfigError(f"schemes={schemes!r}: a list with one or more of {', '.join(SCHEMES)} is needed")
+        raise ConfigError(f"schemes={schemes!r}: pass a list with one or more of {', '.join(SCHEMES)}")
     for name in schemes:
         if name not in SCHEMES:
             raise ConfigError(f"unknown scheme {name!r}; the schemes are {', '.join(SCHEMES)}")
@@ -167,7 +194,7 @@ def _check_schemes(schemes: Sequence[str]) -> None:
 def _run(
     folder: Path, heads: GuardHeadsConfig, corpus: Corpus, options: dict[str, Any], bar: tqdm[Any]
 ) -> _Run:
-    """All labels and verdicts of one engine, which is gone afterwards."""
+    """All labels and verdicts of one engine, which is closed afterwards."""
     policy = Policy.strict()
     longest = max(len(feed.token_ids) for feed in corpus.feeds)
     labels: dict[Role, list[Label]] = {role: [] for role in _ROLES}

@@ -1,7 +1,7 @@
-"""replay(): runs the model again over everything in an audit log and compares what it says with what was recorded.
+"""replay(): run the model again over everything in an audit log, and compare its logits with the recorded ones.
 
-On the cpu backend, with the instruction set of the log, logits must be the same bits: they depend on nothing but a
-stream's tokens. Anywhere else they are compared within a tolerance. Verdicts must follow from the labels on record.
+On the cpu backend, with the instruction set of the log, logits must be the same bits, because they depend only on a
+stream's tokens. On other backends they are compared within a tolerance. Verdicts must follow from the recorded labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from guardengine.records.codec import logits_record, read_logits
 
 logger = logging.getLogger("guardengine")
 
-# Where bits cannot be expected to agree: several times what other orders of addition were seen to do.
+# Where bits cannot agree: several times the largest difference that another order of addition was measured to make.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
 _STREAMS_AT_A_TIME = 64
 _TOKENS_AT_A_TIME = 32_768
@@ -37,16 +37,28 @@ _MAX_LINE_BYTES = 2**30
 
 @dataclass(slots=True)
 class Report:
-    """The outcome of `replay`. Differences past the first `max_differences` are only counted."""
+    """The result of `replay`.
+
+    Attributes:
+        max_differences: How many differences are kept; more are only counted.
+        num_streams: Streams in the log.
+        num_labels: Labels in the log.
+        num_unchecked: Labels of streams whose token ids are not in the log.
+        num_tokens: Tokens that were run again.
+        num_differences: Number of differences.
+        num_cut_lines: Incomplete lines, whose writer was stopped.
+        tolerance: Largest allowed difference of logits; None when they must be the same bits.
+        differences: The first differences.
+    """
 
     max_differences: int
     num_streams: int = 0
     num_labels: int = 0
-    num_unchecked: int = 0  # labels of streams whose token ids are not on record
-    num_tokens: int = 0  # run again
+    num_unchecked: int = 0
+    num_tokens: int = 0
     num_differences: int = 0
-    num_cut_lines: int = 0  # lines that their writer did not live to finish
-    tolerance: float | None = None  # None: the same bits
+    num_cut_lines: int = 0
+    tolerance: float | None = None
     differences: list[Difference] = field(default_factory=list)
 
     def add(self, difference: Difference) -> None:
@@ -67,11 +79,24 @@ def replay(
     max_differences: int = 100,
     progress: bool = False,
 ) -> Report:
-    """Replay one log, or the pieces of a rotated one, oldest first.
+    """Replay one log, or the pieces of a rotated log.
 
-    backend: the log's by default. tolerance: of logits, where bits cannot be compared (see TOLERANCES).
-    Raises ConfigError for a file that is no audit log, and CheckpointError when the checkpoint is not the one that
-    wrote it. What is wrong with single lines is a difference.
+    Args:
+        logs: The files, oldest first.
+        checkpoint: The folder or hub id of the checkpoint that wrote the log.
+        backend: The backend to run on; by default the log's.
+        revision: The revision of the checkpoint on the hub.
+        num_threads: See `EngineConfig`.
+        tolerance: Largest allowed difference of logits where bits cannot be compared; by default as in TOLERANCES.
+        max_differences: How many differences the report keeps.
+        progress: Show a progress bar.
+
+    Returns:
+        Counts and differences. A line that is not valid is a difference.
+
+    Raises:
+        ConfigError: A file is not an audit log.
+        CheckpointError: Another checkpoint wrote the log.
     """
     report = Report(max_differences)
     paths = [Path(log) for log in logs]
@@ -92,7 +117,7 @@ def replay(
 
 
 def _lines(paths: Sequence[Path]) -> Iterator[tuple[int, bytes]]:
-    """All lines, counted on from file to file."""
+    """All lines, numbered across files."""
     number = 0
     for path in paths:
         try:
@@ -105,7 +130,7 @@ def _lines(paths: Sequence[Path]) -> Iterator[tuple[int, bytes]]:
 
 
 class _Replayer:
-    """One pass over a log: an engine for each arithmetic in it, a reader for each "start" line."""
+    """One pass over a log, with an engine for each numeric configuration and a reader for each "start" line."""
 
     def __init__(
         self,
@@ -120,9 +145,9 @@ class _Replayer:
         self._revision, self._num_threads, self._tolerance = revision, num_threads, tolerance
         self._engine: Engine | None = None
         self._options: dict[str, Any] = {}
-        self._limit: float | None = None  # None: the same bits
+        self._limit: float | None = None  # None: logits must be the same bits
         self._reader: AuditReader | None = None
-        self._cut: int | None = None  # a line that is no record, until it is known what follows
+        self._cut: int | None = None  # a line that is no record; the next line decides what it means
         self._waiting: list[Rerun] = []
 
     def read(self, line: int, text: bytes) -> None:
@@ -148,7 +173,7 @@ class _Replayer:
         self._add(self._reader.read(record, line))
 
     def finish(self) -> None:
-        """The last line was read."""
+        """To be called after the last line."""
         if self._cut is not None:
             self._report.num_cut_lines += 1
         if self._reader is None:
@@ -219,7 +244,7 @@ class _Replayer:
             self._run()
 
     def _run(self) -> None:
-        """Run what waits, in one go, and compare."""
+        """Run the waiting streams at once, and compare."""
         reruns, self._waiting = self._waiting, []
         if self._engine is None or not reruns:
             return

@@ -21,7 +21,7 @@ What to check before you serve real weights under a scheme:
 
 
 def markdown(report: Report) -> str:
-    """What was run, the two tables, and what to make of them."""
+    """The report as Markdown: what was run, the tables, and how to read them."""
     runs = [*([report.own_dtype] if report.own_dtype else []), *report.schemes]
     rows = [(run, role) for run in runs for role in run.roles if run.roles[role].num_labels]
     return "\n\n".join(

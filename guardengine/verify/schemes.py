@@ -1,10 +1,10 @@
-"""SCHEMES: what `guardengine verify-quantization` can compare. Imports no torch, for the command line."""
+"""SCHEMES: the quantization schemes of `guardengine verify-quantization`. Imports no torch, for the command line."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# The schemes' names, and the options of Engine.from_pretrained that they stand for.
+# The names of the schemes -> options of Engine.from_pretrained.
 SCHEMES: dict[str, dict[str, Any]] = {
     "int8": {"quantization": "int8"},
     "w8a8": {"quantization": "w8a8"},

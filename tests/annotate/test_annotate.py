@@ -314,7 +314,7 @@ def test_limit_prefix_and_empty_inputs(fake: Path, tmp_path: Path) -> None:
     assert list(found[0])[1:] == [name.replace("guard_", "gen_") for name in GUARD]
     assert run(source, tmp_path / "none.jsonl", fake, limit=0).num_rows == 0
     assert (tmp_path / "none.jsonl").read_bytes() == b""
-    with pytest.raises(ConfigError, match="must have rows|has no rows"):
+    with pytest.raises(ConfigError, match=r"must have rows|has no rows"):
         run(write_lines(tmp_path / "empty.jsonl", []), tmp_path / "out2.jsonl", fake)
 
 
