@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from guardengine.errors import ConfigError
-from guardengine.text.chat_template import ROLES
+from guardengine.text.messages import ROLES
 
 Messages = list[dict[str, str]]
 

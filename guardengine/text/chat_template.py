@@ -1,23 +1,24 @@
 """ChatTemplate: messages to token ids, where content is data and never markup.
 
-Special ids come from the template alone. Every added token that the template itself writes is replaced, in the
-template's syntax tree, by a marker with a random nonce; content is rendered as it is; afterwards markers become
-ids and all text between them is encoded as plain text (Tokenizer). So <|im_end|> typed by a user stays text and
-cannot end a turn, and every position reported here is that of a marker. Knows no streams and no labels.
+Special ids come from the template alone. In the template's syntax tree every added token that the template itself
+writes is replaced by a marker with a random nonce. Content is rendered unchanged. Afterwards markers become ids, and
+all text between them is encoded as plain text (Tokenizer). So <|im_end|> that a user types stays text and cannot end a
+turn, and every position reported here is that of a marker. Knows no streams and no labels.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jinja2
 
 from guardengine.errors import CheckpointError, InvalidText
+from guardengine.text.messages import Messages, checked_messages
 from guardengine.text.retokenizer import Retokenizer
 from guardengine.text.special_tokens import (
     SHIPPED,
@@ -29,19 +30,19 @@ from guardengine.text.special_tokens import (
 )
 from guardengine.text.tokenizer import Tokenizer
 
-ROLES = ("system", "user", "assistant", "tool")
 _MEND = "use the chat template of the released Qwen3Guard checkpoint, or delete it to get guardengine's own"
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation's token ids and the template-made positions in them.
+    """A conversation as token ids, with positions that the template made.
 
-    prompt_end: index of the <|im_end|> that closes the last user (or tool) message.
-    response_start, response_end: the last message's tokens when it is the assistant's: from the first token with
-    a character of its content (or of its reasoning, after <think> and the newline) to one past its <|im_end|>.
+    Attributes:
+        token_ids: All ids.
+        prompt_end: Index of the <|im_end|> that closes the last user (or tool) message.
+        response_start: When the last message is the assistant's, the index of the first token with a character of its
+            content (or of its reasoning, after <think> and the newline); otherwise None.
+        response_end: One past the <|im_end|> of that message, or None.
     """
 
     token_ids: list[int]
@@ -51,28 +52,38 @@ class Rendered:
 
 
 class _Turns(NamedTuple):
-    """Marked text between contents, as the template writes it."""
+    """Marked text that the template writes between contents."""
 
     user: str  # from the <|im_end|> of an assistant turn to the content of the next user turn
     reply: str  # from after a user turn's <|im_end|> to the content of a reply without reasoning
-    thinking_reply: str  # the same for a reply whose content begins with <think>
+    thinking_reply: str  # like reply, for a reply whose content begins with <think>
     openings: tuple[str, ...]  # what may stand between a reply's <|im_start|> and its content; longest first
 
 
 class ChatTemplate:
     """A checkpoint's chat template, checked against its tokenizer. Made by `from_dir`.
 
-    end_of_turn_id: the id of <|im_end|>. think_id: the id of <think>, None where the vocabulary has none.
-    control_ids: the ids that content must not contain.
+    Attributes:
+        tokenizer: The tokenizer.
+        end_of_turn_id: The id of <|im_end|>.
+        think_id: The id of <think>; None where the vocabulary has none.
+        control_ids: The ids that content must not contain.
     """
 
     def __init__(
         self, source: str, tokenizer: Tokenizer, name: str, variables: Mapping[str, str] | None = None
     ) -> None:
-        """`name` is the template's, for errors; `variables` are further names that it may use (bos_token, ...).
+        """Compile and check a template.
 
-        Raises CheckpointError for a template that does not compile, that the sandbox refuses, or whose special
-        tokens cannot be told from text.
+        Args:
+            source: The template in Jinja's language.
+            tokenizer: The tokenizer of the same checkpoint.
+            name: The name of the template, for errors.
+            variables: Further names that the template may use (bos_token, ...).
+
+        Raises:
+            CheckpointError: The template does not compile, the sandbox refuses it, or its special tokens cannot be
+                told from text.
         """
         self._source, self._name, self._variables = source, name, dict(variables or {})
         self.tokenizer = tokenizer
@@ -85,30 +96,40 @@ class ChatTemplate:
 
     @staticmethod
     def from_dir(path: Path, tokenizer: Tokenizer, kind: Literal["stream", "gen"] = "stream") -> ChatTemplate:
-        """Read chat_template.jinja, else tokenizer_config.json's chat_template, else take the one of a checkpoint of
-        this kind that ships here.
+        """Read the chat template of a checkpoint folder.
 
-        Raises CheckpointError naming the file, what is wrong and the mend.
+        Args:
+            path: The folder. Its chat_template.jinja is used, else the chat_template in tokenizer_config.json, else
+                the one that guardengine has for this kind of checkpoint.
+            tokenizer: The tokenizer of the checkpoint.
+            kind: "stream" or "gen".
+
+        Raises:
+            CheckpointError: A file cannot be read, or the template cannot be used.
         """
         return ChatTemplate(*read_template(Path(path), tokenizer, SHIPPED[kind]))
 
     @cached_property
     def retokenizer(self) -> Retokenizer:
-        """For text that comes in pieces. Made on first use, which takes 0.1 to 0.2 s."""
+        """Tokenizes text that comes in pieces. Made on first use, which takes 0.1 to 0.2 s."""
         return Retokenizer(self.tokenizer)
 
     # -- conversations -------------------------------------------------------------------------------------
 
     def render(self, messages: Messages, *, max_tokens: int | None = None) -> Rendered:
-        """Render a conversation, its content as plain text whatever it spells.
+        """Render a conversation. Its content is plain text, whatever it spells.
 
-        messages: mappings with a role of ROLES and content, both str; further str values (reasoning_content) are
-        for the template, None values are ignored. At least one message is the user's.
+        Args:
+            messages: Mappings with a role of ROLES and content, both str. Further str values (reasoning_content) are
+                for the template; None values are ignored. At least one message is the user's.
+            max_tokens: Refuse early what cannot fit into so many tokens.
 
-        Raises InvalidText naming the message; StreamTooLong, early, for what cannot fit into `max_tokens`;
-        CheckpointError where the template does not write turns as Qwen3's does.
+        Raises:
+            InvalidText: A message is not valid; the error names it.
+            StreamTooLong: The conversation cannot fit into max_tokens.
+            CheckpointError: The template does not write turns in the way Qwen3's does.
         """
-        checked = self._check_messages(messages)
+        checked = checked_messages(messages, self.tokenizer.check_text)
         marked = self._marked_for(checked)
         text = self._run(marked, checked)
         last_user = max(i for i, message in enumerate(checked) if message["role"] in ("user", "tool"))
@@ -138,78 +159,45 @@ class ChatTemplate:
     def render_ids(
         self, messages: Messages, *, add_generation_prompt: bool = False, max_tokens: int | None = None
     ) -> list[int]:
-        """Render a conversation for a template whose turns need not be Qwen3's (Gen), without positions.
+        """Render a conversation without positions, for a template whose turns may differ from Qwen3's (Gen).
 
-        Raises as `render` does, also where the last message's content is not in the result.
+        Args:
+            messages: See `render`.
+            add_generation_prompt: Let the template open the assistant's turn at the end.
+            max_tokens: See `render`.
+
+        Raises:
+            InvalidText: A message is not valid, or the template leaves out content of the last message.
+            StreamTooLong: The conversation cannot fit into max_tokens.
+            CheckpointError: The template fails.
         """
-        checked = self._check_messages(messages)
+        checked = checked_messages(messages, self.tokenizer.check_text)
         marked = self._marked_for(checked)
         text = self._run(marked, checked, add_generation_prompt=add_generation_prompt)
         self._check_kept(marked, checked[-1]["content"], text, len(checked) - 1)
         return self._encode(marked, text, None, max_tokens)[0]
 
     def assistant_preamble(self, thinks: bool = False) -> list[int]:
-        """Ids between a user turn's <|im_end|> and the first content token of the assistant's reply.
+        """The ids between a user turn's <|im_end|> and the first content token of the assistant's reply.
 
-        `\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n`; when the reply `thinks`, so that its content begins
-        with <think> itself, only `\\n<|im_start|>assistant\\n`. Raises CheckpointError as `render` does.
+        They are `\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n`. When the reply `thinks`, its content begins
+        with <think> itself, and they are only `\\n<|im_start|>assistant\\n`. Raises CheckpointError when the template
+        does not write turns in the way Qwen3's does.
         """
         marked = self._marked
         turns = self._turns(marked)
         return self._encode(marked, turns.thinking_reply if thinks else turns.reply)[0]
 
     def user_preamble(self) -> list[int]:
-        """Ids that close an open assistant turn and open a user turn: `<|im_end|>\\n<|im_start|>user\\n`."""
+        """The ids that close an open assistant turn and open a user turn: `<|im_end|>\\n<|im_start|>user\\n`."""
         marked = self._marked
         return self._encode(marked, self._turns(marked).user)[0]
 
-    # -- validation ----------------------------------------------------------------------------------------
-
-    def _check_messages(self, messages: object) -> list[dict[str, str]]:
-        if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-            raise InvalidText(
-                f"messages is {_shown(messages)}; a non-empty list of mappings with role and content is needed"
-            )
-        checked = [self._check_message(index, message) for index, message in enumerate(messages)]
-        if not any(message["role"] == "user" for message in checked):
-            raise InvalidText(
-                f"none of the {len(checked)} messages has the role 'user'; there is no prompt to moderate, add it"
-            )
-        return checked
-
-    def _check_message(self, index: int, message: object) -> dict[str, str]:
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise InvalidText(f"{where} is {_shown(message)}; a mapping with role and content is needed")
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise InvalidText(f"{where}: role is {_shown(role)}; use one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise InvalidText(
-                f"{where}: content is {_shown(message.get('content'))}; a str is needed ('' if it is empty)"
-            )
-        checked = {}
-        for key, value in message.items():
-            if value is None:
-                continue
-            if not isinstance(key, str) or not isinstance(value, str):
-                raise InvalidText(
-                    f"{where}: {key!r} is {_shown(value)}; only text is moderated: put it into content, or leave it out"
-                )
-            for text in (key, value):
-                try:
-                    self.tokenizer.check_text(text)
-                except InvalidText as error:
-                    raise InvalidText(f"{where}: {key!r}: {error}") from None
-            # Subclasses of str may change what +, split and startswith do, so the template gets none.
-            checked[str.__str__(key)] = str.__str__(value)
-        return checked
-
     def _check_kept(self, marked: MarkedTemplate, content: str, rendered: str, index: int) -> None:
-        """Refuse messages of which the template drops a part: it would never be moderated.
+        """Refuse messages of which the template drops a part, because that part would never be moderated.
 
-        Qwen3's drops what an assistant says before <think> and between two </think>, and the reasoning where no user
-        message is a query (all are wrapped in <tool_response>).
+        Qwen3's template drops what an assistant says before <think> and between two </think>, and the reasoning where
+        no user message is a query (all are wrapped in <tool_response>).
         """
         if _bare(content) not in _bare(marked.unmark(rendered)):
             raise InvalidText(
@@ -224,7 +212,7 @@ class ChatTemplate:
         return compile_marked(self._source, self._name, self._variables, list(self.tokenizer.added_tokens))
 
     def _marked_for(self, messages: list[dict[str, str]]) -> MarkedTemplate:
-        """The marked template, with a new nonce should one of the messages contain the present one."""
+        """The marked template. It gets a new nonce when one of the messages contains the present one."""
         marked = self._marked
         while any(marked.nonce in text for message in messages for item in message.items() for text in item):
             marked = self._marked = self._mark()
@@ -246,7 +234,7 @@ class ChatTemplate:
     def _encode(
         self, marked: MarkedTemplate, text: str, content_at: int | None = None, max_tokens: int | None = None
     ) -> tuple[list[int], dict[int, int], int | None]:
-        """Ids of marked text, the token index of each marker by its place in the text, and the index of the first
+        """The ids of marked text, the token index of each marker by its place in the text, and the index of the first
         token that reaches past `content_at`."""
         ids: list[int] = []
         marker_tokens: dict[int, int] = {}
@@ -271,7 +259,7 @@ class ChatTemplate:
         return ids, marker_tokens, content_token
 
     def _find_response(self, marked: MarkedTemplate, text: str) -> tuple[int, int]:
-        """Where in marked text the last turn's content begins and its <|im_end|> stands."""
+        """Where in marked text the last turn's content begins, and where its <|im_end|> is."""
         start, end = text.rfind(marked.markers["<|im_start|>"]), text.rfind(marked.markers["<|im_end|>"])
         for opening in self._turns(marked).openings:
             if start >= 0 and text.startswith(opening, start) and start + len(opening) <= end:
@@ -317,8 +305,8 @@ class ChatTemplate:
     # -- the template itself -------------------------------------------------------------------------------
 
     def _check_probes(self) -> None:
-        """Check on ordinary conversations that marking changes nothing: same ids as plain text with its added
-        tokens recognised. It does not where the template builds a special token in a way that was not marked."""
+        """Check on ordinary conversations that marking changes nothing: the ids equal those of plain text whose added
+        tokens are recognized. They differ when the template builds a special token in a way that was not marked."""
         plain = compile_plain(self._source, self._name, self._variables)
         for messages in _PROBES:
             for flags in _PROBE_FLAGS:
@@ -335,7 +323,7 @@ class ChatTemplate:
                     )
 
     def _recognised(self, text: str) -> list[int]:
-        """Ids of text in which added tokens are recognised. Never for text with content in it."""
+        """The ids of text in which added tokens are recognized. Never used for text with content in it."""
         ids: list[int] = []
         start = 0
         for match in token_pattern(list(self.tokenizer.added_tokens)).finditer(text):
@@ -349,13 +337,8 @@ class ChatTemplate:
 
 
 def _bare(text: str) -> str:
-    """What a template must keep of content: not white space, not the tags around reasoning."""
+    """The part of content that a template must keep: everything but white space and the tags around reasoning."""
     return "".join(text.replace("<think>", "").replace("</think>", "").split())
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"
 
 
 def _conversation(*turns: tuple[str, str]) -> list[dict[str, str]]:

@@ -1,19 +1,19 @@
-"""Retokenizer: text in pieces to the ids of the whole text, each as soon as no continuation can change it.
+"""Retokenizer: text in pieces to the ids of the whole text. Each id comes as soon as no later text can change it.
 
-A pure function from (what is held back, a piece) to (ids, their spans, what is held back then). What is cut where:
+A pure function from (held-back text, a piece) to (ids, their spans, held-back text). Text can be cut:
 
-- At the ends of pre-tokens, the pieces that Qwen3's regular expression splits text into: ids never reach across. It
-  looks ahead and not back, so a pre-token is settled once something follows that cannot belong to it; white space,
-  once something else does.
+- At the ends of pre-tokens, the pieces into which Qwen3's regular expression splits text: no token reaches across. The
+expression looks ahead and not back, so a pre-token is final once a character follows that cannot belong to it; white
+space is final once something else follows.
 - Between two letters, not both ASCII, that no token of the vocabulary has side by side: no merge can join them.
-  Chinese and Japanese would else wait for the next punctuation mark.
-- Only where Unicode normalization (NFC) joins nothing across: never before a combining mark, and the last character is
-  held if a mark may follow it.
-- By force, after MAX_HELD characters without any such place. What follows is tokenized as if a text began there, so
-  only there can ids differ from those of the whole text.
+Without this, Chinese and Japanese would wait for the next punctuation mark.
+- Only where Unicode normalization (NFC) joins nothing across the cut: never before a combining mark, and the last
+character is held back if a mark may follow it.
+- By force, after MAX_HELD characters without any such place. The text after it is tokenized like the beginning of a
+text, so only there can ids differ from those of the whole text.
 
-Where it cuts by force depends on the text alone, so ids never depend on how it came in pieces. Held text is looked at
-again with every piece, which costs no more than MAX_HELD characters do.
+Forced cuts depend on the text alone, so the ids never depend on how the text was cut into pieces. Held-back text is
+looked at again with every piece, which costs no more than MAX_HELD characters.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ _MAX_CACHED_CHARS = 24
 # Qwen3's split pattern over CharClasses' letters.
 _PRE_TOKENS = re.compile(r"'(?:s|re|ll)|[O' _]?[Lsrel]+|N| ?[O']+n*|[ _n]*n+|[ _n]+(?![^ _n])|[ _n]+")
 _LETTERS = frozenset("Lsrel")
-_FIRST_UNSPACED = "\u2e80"  # scripts that are written without spaces, from here on
+_FIRST_UNSPACED = "\u2e80"  # from here on, scripts are written without spaces
 
 
 class Fed(NamedTuple):
-    """Ids that are settled, the span of each, and what is held back."""
+    """Ids that are final, the span of each, and the text that is held back."""
 
     token_ids: list[int]
     spans: list[Offsets]
     held: HeldText
 
 
-# A pre-token's ids, where each stands in its text, and how many characters and bytes that has.
+# The ids of a pre-token, the place of each in its text, and how many characters and bytes the text has.
 _Piece = tuple[tuple[int, ...], tuple[Offsets, ...], int, int]
 
 
 class Retokenizer:
-    """Makes ids of text that comes in pieces. Immutable but for what it remembers of text; for one thread at a time."""
+    """Makes ids of text that comes in pieces. It keeps only a cache; for one thread at a time."""
 
     def __init__(self, tokenizer: Tokenizer, max_held: int = MAX_HELD) -> None:
         """Takes 0.1 to 0.2 s. Raises CheckpointError for a tokenizer.json that splits text in another way than
         Qwen3's."""
         if not tokenizer.splits_as_qwen3:
             raise CheckpointError(
-                "tokenizer.json has another normalizer or pre_tokenizer than Qwen3's, so where text may be cut is "
-                "not known; append Qwen3 token ids, or use the released tokenizer.json"
+                "tokenizer.json has another normalizer or pre_tokenizer than Qwen3's, so it is not known "
+                "where text can be cut; append Qwen3 token ids, or use the released tokenizer.json"
             )
         self._tokenizer, self._max_held = tokenizer, max_held
         self._classes = CharClasses(tokenizer.split)
@@ -66,10 +66,16 @@ class Retokenizer:
         self._pieces: dict[str, _Piece] = {}
 
     def feed(self, held: HeldText, delta: str | bytes, *, is_final: bool = False) -> Fed:
-        """What `delta` settles of the text before it and its own; with `is_final` all of it.
+        """The ids that become final with more text.
 
-        Bytes are UTF-8, which may be cut anywhere; what is not UTF-8 becomes U+FFFD, as readers see it. Raises
-        InvalidText for other types and for lone surrogates.
+        Args:
+            held: The text that was held back before.
+            delta: More text. Bytes are UTF-8 and may be cut anywhere; bytes that are not UTF-8 become U+FFFD, as
+                readers see it.
+            is_final: The text ends here, so nothing is held back.
+
+        Raises:
+            InvalidText: `delta` has another type, or lone surrogates.
         """
         text, partial = self._decode(held.partial, delta, is_final)
         text = held.text + text
@@ -90,18 +96,18 @@ class Retokenizer:
         return Fed(fed.token_ids, fed.spans, HeldText(text[start:], partial, num_chars, num_bytes))
 
     def hold(self, held: HeldText, delta: str | bytes) -> HeldText:
-        """What is held back when `delta` is not to settle anything yet. Raises as `feed`."""
+        """Append `delta` to the held-back text without making ids. Raises InvalidText like `feed`."""
         text, partial = self._decode(held.partial, delta, False)
         return held._replace(text=held.text + text, partial=partial)
 
     def forget(self) -> None:
-        """Forget the ids of pre-tokens. For benchmarks."""
+        """Empty the cache of pre-tokens. For benchmarks."""
         self._pieces.clear()
 
     # -- internals -----------------------------------------------------------------------------------------
 
     def _decode(self, partial: bytes, delta: str | bytes, is_final: bool) -> tuple[str, bytes]:
-        """The whole characters, and the bytes of one that is not."""
+        """The whole characters in `delta`, and the bytes of an incomplete one."""
         if isinstance(delta, bytes | bytearray | memoryview):
             data = partial + bytes(delta)
             text, num_read = codecs.utf_8_decode(data, "replace", is_final)
@@ -112,7 +118,7 @@ class Retokenizer:
         )
 
     def _cut(self, text: str, *, is_final: bool) -> tuple[list[int], int, str]:
-        """Where the settled pre-tokens of `text` end in its normal form, how many characters of `text` that is, and
+        """The ends of the final pre-tokens of `text` in its normal form, how many characters of `text` they are, and
         the normal form."""
         normal = text if text.isascii() or is_plain(text) else self._tokenizer.normalize(text)
         classes = normal.translate(self._classes)
@@ -148,12 +154,12 @@ class Retokenizer:
     def _encode(
         self, text: str, normal: str, ends: list[int], num_chars: int, num_bytes: int, fed: Fed
     ) -> tuple[int, int]:
-        """Append the ids and spans of `text`, whose normal form begins with pre-tokens that end at `ends`; returns how
-        many characters and bytes the reply has by then."""
+        """Append the ids and spans of `text`, whose normal form begins with pre-tokens that end at `ends`. Returns how
+        many characters and bytes the reply has then."""
         words = self._words(normal, ends)
         pieces: list[_Piece | None] = list(map(self._pieces.get, words))
         num_unknown = pieces.count(None)
-        if num_unknown > 1:  # one call of the library costs as much as two words
+        if num_unknown > 1:  # a call of the library costs as much as two words
             known = self._learn(words)
         else:
             known = [piece or self._learn([word])[0] for piece, word in zip(pieces, words, strict=True)]
@@ -190,7 +196,8 @@ class Retokenizer:
         return num_chars + len(text), num_bytes + bytes_at[-1]
 
     def _words(self, normal: str, ends: list[int]) -> list[str]:
-        """The pre-tokens, cut further where no token reaches across: Chinese ones are clauses, which do not recur."""
+        """The pre-tokens, cut further where no token reaches across. Chinese pre-tokens are whole clauses, which
+        hardly ever occur twice."""
         words, start = [], 0
         for end in ends:
             words.append(normal[start:end])
@@ -204,9 +211,9 @@ class Retokenizer:
         ]
 
     def _learn(self, words: list[str]) -> list[_Piece]:
-        """Encode successive words in one call, and remember each that is not too long."""
+        """Encode consecutive words in one call, and cache each that is not too long."""
         if len(words) > 1 and words[-1].isspace() and words[-2].isspace():
-            # A digit or the like follows, or else they were one word; without it they would be.
+            # They are two words because of what follows, such as a digit; encoded alone they would be one.
             return self._learn(words[:-1]) + self._learn(words[-1:])
         if len(self._pieces) >= _MAX_CACHED:
             self._pieces.clear()
@@ -231,19 +238,20 @@ class Retokenizer:
 
 
 def _unit_start(normal: str, units: dict[int, int] | None, at: int) -> int:
-    """The place in the text of place `at` in its normal form if normalization joins nothing across, else 0."""
+    """The place in the text for the place `at` in its normal form, when normalization joins nothing across it; else
+    0."""
     if units is not None:
         return units.get(at, 0)
     return at if starts_unit(normal, at) else 0
 
 
 def _units(text: str) -> list[int]:
-    """Where the pieces of a text end that are normalized independently."""
+    """The ends of the pieces of a text that are normalized independently."""
     return [at for at in range(1, len(text)) if starts_unit(text, at)] + [len(text)]
 
 
 def _unit_starts(text: str, tokenizer: Tokenizer) -> dict[int, int]:
-    """Places in the normal form where a unit starts -> in the text."""
+    """Places in the normal form where a unit starts -> their places in the text."""
     found, start, at = {}, 0, 0
     for end in _units(text):
         if start:
@@ -254,8 +262,8 @@ def _unit_starts(text: str, tokenizer: Tokenizer) -> dict[int, int]:
 
 
 def _alignment(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
-    """For each character of the normal form where it starts and ends in the text, or the unit that it is a part of
-    where that is composed or reordered; and the byte offset of each of the text's characters."""
+    """For each character of the normal form where it starts and ends in the text (a composed or reordered unit counts
+    as a whole); and the byte offset of each character of the text."""
     starts: list[int] = []
     ends: list[int] = []
     start = 0
@@ -272,7 +280,7 @@ def _alignment(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int], l
 
 
 def _byte_offsets(text: str) -> list[int]:
-    """The byte offset of each character in UTF-8, and of the end."""
+    """The byte offset in UTF-8 of each character, and of the end."""
     if text.isascii():
         return list(range(len(text) + 1))
     offsets = [0]

@@ -1,7 +1,7 @@
-"""Chat templates as programs: found in a checkpoint folder, compiled in a sandbox, their output marked.
+"""Chat templates as programs: read from a checkpoint folder, compiled in a sandbox, with markers in their output.
 
 Templates come with checkpoints and are not trusted: they run in jinja2's immutable sandbox, with the names and
-extensions that transformers offers them. Knows no messages and no token ids.
+extensions that transformers gives them. Knows no messages and no token ids.
 """
 
 from __future__ import annotations
@@ -29,10 +29,8 @@ _MEND = "use the files of the released Qwen3Guard checkpoint, or delete the temp
 def read_template(
     folder: Path, tokenizer: Tokenizer, shipped_name: str
 ) -> tuple[str, Tokenizer, str, dict[str, str]]:
-    """A checkpoint's template as ChatTemplate takes it: source, tokenizer, name for errors, variables.
-
-    Raises CheckpointError for files that cannot be read.
-    """
+    """The arguments of ChatTemplate for a checkpoint folder: source, tokenizer, name for errors, variables. Raises
+    CheckpointError for files that cannot be read."""
     file = folder / "tokenizer_config.json"
     try:
         config = json.loads(file.read_bytes()) if file.exists() else {}
@@ -70,34 +68,40 @@ def read_template(
 
 @dataclass(frozen=True, slots=True)
 class MarkedTemplate:
-    """A compiled template whose output has a marker for each added token that the template itself writes.
+    """A compiled template that writes a marker in place of each added token that the template itself has.
 
-    Markers hold a nonce of 128 random bits, which no content can know; it is never shown to anybody. Brackets make
-    them unambiguous: none can begin inside another or reach beyond its end.
+    A marker has a nonce of 128 random bits, which content cannot guess because it is never shown. Its brackets make it
+    unambiguous: no marker can begin inside another or reach beyond its end.
+
+    Attributes:
+        program: The compiled template.
+        variables: The variables, marked as well.
+        tokens: The added tokens.
+        markers: Token -> marker.
+        pattern: Matches a marker; group 1 is the index of its token.
+        nonce: The nonce.
     """
 
     program: jinja2.Template
-    variables: Mapping[str, str]  # marked as well
+    variables: Mapping[str, str]
     tokens: tuple[str, ...]
-    markers: Mapping[str, str]  # token -> marker
-    pattern: re.Pattern[str]  # finds a marker; group 1 is the index of its token
+    markers: Mapping[str, str]
+    pattern: re.Pattern[str]
     nonce: str
 
     def run(self, messages: list[dict[str, str]], **flags: bool) -> str:
-        """Render to marked text. Raises whatever the template raises.
-
-        Finished conversations are rendered with enable_thinking=False, as the released eval scripts do.
-        """
+        """Render to marked text. Raises whatever the template raises. Finished conversations are rendered with
+        enable_thinking=False, as in the released evaluation scripts."""
         variables = {"add_generation_prompt": False, "enable_thinking": False, **self.variables, **flags}
         return self.program.render(messages=messages, tools=None, documents=None, **variables)
 
     def unmark(self, text: str) -> str:
-        """Marked text as the template would have written it."""
+        """Marked text in the form that the template itself would have written."""
         return self.pattern.sub(lambda match: self.tokens[int(match[1])], text)
 
 
 def compile_plain(source: str, name: str, variables: Mapping[str, str]) -> MarkedTemplate:
-    """Compile a template as it is, without markers. Raises CheckpointError with the line of a syntax error."""
+    """Compile a template without markers. Raises CheckpointError with the line of a syntax error."""
     return MarkedTemplate(_compile(source, name, str), variables, (), {}, re.compile(r"(?!)"), "")
 
 
@@ -106,8 +110,8 @@ def compile_marked(
 ) -> MarkedTemplate:
     """Compile a template with fresh markers in place of `tokens` in each literal that it outputs or assigns.
 
-    Literals that are only looked at (arguments of calls, filters and tests, comparisons, subscripts) stay as they
-    are, so that `'</think>' in content` sees content. Raises CheckpointError with the line of a syntax error.
+    Literals that are only compared (arguments of calls, filters and tests, comparisons, subscripts) stay unchanged, so
+    that `'</think>' in content` looks at content. Raises CheckpointError with the line of a syntax error.
     """
     nonce = secrets.token_hex(16)
     markers = {token: f"[{nonce}:{index}]" for index, token in enumerate(tokens)}
@@ -127,7 +131,7 @@ def compile_marked(
 
 
 def token_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
-    """Finds added tokens in text; of two at one place the longer."""
+    """Matches added tokens in text; of two at the same place, the longer."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
@@ -149,9 +153,7 @@ def _compile(source: str, name: str, mark: Callable[[str], str]) -> jinja2.Templ
         raise CheckpointError(
             f"chat template ({name}): line {error.lineno}: {error.message}; {_MEND}"
         ) from None
-    except (
-        Exception
-    ) as error:  # literals are folded at compile time, and `{{ 1 / 0 }}` fails as it would at run time
+    except Exception as error:  # literals are folded at compile time, so `{{ 1 / 0 }}` fails here
         raise CheckpointError(f"chat template ({name}): cannot be compiled ({error}); {_MEND}") from None
 
 
@@ -186,7 +188,8 @@ def _mark_literals(node: nodes.Node | None, mark: Callable[[str], str]) -> None:
 
 
 class _GenerationBlock(ext.Extension):
-    """`{% generation %}`, with which trainers find an assistant's tokens: here its body, in a scope of its own."""
+    """`{% generation %}`, with which trainers mark an assistant's tokens. Here its body is rendered, in a scope of its
+    own."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]
 
@@ -210,7 +213,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without the HTML escapes of jinja2's own filter, with the options that transformers gives it."""
+    """JSON without the HTML escapes of jinja2's own filter, with the options that transformers offers."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

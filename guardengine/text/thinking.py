@@ -1,4 +1,4 @@
-"""split_thinking(): what an assistant said to itself, and what it said. Knows no template and no engine."""
+"""split_thinking(): the reasoning and the answer in an assistant's reply. Knows no template and no engine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ _TAG = re.compile(r"</?think>")
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:
-    """The thinking and the output in one reply of a reasoning model.
+    """Split a reply of a reasoning model into its reasoning and its answer.
 
-    The output is what follows the last </think>; everything before it is thinking, whether a <think> opened it or the
-    prompt did, so that no text is in neither. A <think> that nothing closes is thinking to the end, with the output "".
-    A text with no such tag is output, and the thinking is None; thinking that is only white space counts as none.
+    The answer is the text after the last </think>. Everything before it is reasoning, whether a <think> in the reply
+    opened it or the prompt did. A <think> that is never closed makes everything reasoning, and the answer is "". A
+    text without such a tag is all answer. Tags inside the reasoning become line breaks, and newlines around both parts
+    are removed, as in Qwen3's template.
 
-    Tags inside the thinking become line breaks, and newlines around both parts are dropped, as Qwen3's template does.
+    Args:
+        text: The whole reply.
+
+    Returns:
+        The reasoning, None where there is none or only white space; and the answer.
     """
     before, closing, output = text.rpartition("</think>")
     if not closing:

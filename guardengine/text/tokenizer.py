@@ -1,8 +1,8 @@
-"""Tokenizer: text to Qwen3 token ids, where text is only ever text.
+"""Tokenizer: text to Qwen3 token ids, where text is always only text.
 
-Reads a checkpoint's tokenizer.json and keeps its added tokens (<|im_end|>, <think>, ...) out of the encoder:
-text that spells one is encoded as ordinary bytes. Which added tokens a conversation has is the chat template's
-business, see guardengine/chat.py. Knows no messages and no roles.
+Reads a checkpoint's tokenizer.json and keeps its added tokens (<|im_end|>, <think>, ...) out of the encoder: text that
+spells one is encoded as ordinary bytes. Which added tokens a conversation has is decided by the chat template, see
+chat_template.py. Knows no messages and no roles.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ PRE_TOKENIZER: dict[str, Any] = {
 
 
 def byte_letters() -> list[str]:
-    """The printable character that byte-level BPE files write for each byte (GPT-2's table)."""
+    """The printable character that byte-level BPE files write for each byte (the table of GPT-2)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 _MEND = "copy the tokenizer.json of the released Qwen3Guard checkpoint into the folder"
-# Of the model, beside its vocabulary and merges; `dropout` is refused.
+# Options of the BPE model beside its vocabulary and merges; `dropout` is refused.
 _BPE_OPTIONS = (
     *("unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
     *("fuse_unk", "byte_fallback", "ignore_merges"),
@@ -54,11 +54,12 @@ _NFC_SHRINKS_BY = 4
 
 
 class Tokenizer:
-    """Encodes text as plain bytes-level BPE and decodes any ids. Made by `from_dir`; immutable.
+    """Encodes text as plain byte-level BPE, and decodes any ids. Made by `from_dir`; immutable.
 
-    added_tokens: text -> id of every added token; encoding never yields one of these ids.
-    control_ids: those of them that the file marks as special (Qwen3: 151643 to 151656).
-    vocab_size: one more than the largest id.
+    Attributes:
+        added_tokens: Text -> id of every added token. Encoding never yields one of these ids.
+        control_ids: The added tokens that the file marks as special (Qwen3: 151643 to 151656).
+        vocab_size: The largest id, plus one.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Tokenizer:
 
     @staticmethod
     def from_dir(path: Path) -> Tokenizer:
-        """Read `path`/tokenizer.json. Raises CheckpointError naming the file, what is wrong and the mend."""
+        """Read `path`/tokenizer.json. Raises CheckpointError naming the file, what is wrong and what to do."""
         file = Path(path) / "tokenizer.json"
         try:
             raw = json.loads(file.read_bytes())
@@ -87,7 +88,7 @@ class Tokenizer:
             raise CheckpointError(f"{file}: no such file; {_MEND}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: cannot be read as JSON ({error}); {_MEND}") from None
-        added_tokens, control_ids = _take_added_tokens(raw, file)
+        added_tokens, control_ids = _read_added_tokens(raw, file)
         _check_model(raw, added_tokens, file)
         try:
             bpe = _build(raw)
@@ -96,42 +97,59 @@ class Tokenizer:
         return Tokenizer(bpe, raw["model"]["vocab"], added_tokens, control_ids)
 
     def encode_text(self, text: str, *, max_tokens: int | None = None) -> list[int]:
-        """Encode plain text; added tokens spelled in it become ordinary tokens.
+        """Encode plain text. Added tokens that it spells become ordinary tokens.
 
-        Raises InvalidText for non-str and for lone surrogates, and StreamTooLong, before any work, for text that
-        cannot possibly fit into `max_tokens` (longer text than that may still be encoded: check the result).
+        Args:
+            text: Any text.
+            max_tokens: Refuse early, before any work, text that cannot possibly fit. Text that is a little longer may
+                still be encoded: check the length of the result.
+
+        Raises:
+            InvalidText: It is not a str, or has lone surrogates.
+            StreamTooLong: It cannot fit into max_tokens.
         """
         self._check(text, max_tokens)
         ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_with_ends(self, text: str, *, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
-        """Encode plain text; also returns for each token the index in `text` just past its last character.
+        """Encode plain text, and find where tokens end.
 
-        Of letters that NFC composes the first counts: "e\u0301" ends at 1. Raises as `encode_text` does.
+        Args:
+            text: Any text.
+            max_tokens: See `encode_text`.
+
+        Returns:
+            The ids, and for each the index in `text` just past its last character. Of letters that NFC composes the
+                first counts: "e\\u0301" ends at 1.
+
+        Raises:
+            InvalidText: It is not a str, or has lone surrogates.
+            StreamTooLong: It cannot fit into max_tokens.
         """
         self._check(text, max_tokens)
         encoding = self._bpe.encode(text, add_special_tokens=False)
         return encoding.ids, [end for _, end in encoding.offsets]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Encode plain text that is valid and in NFC; also returns for each token which characters it has bytes of."""
+        """Encode plain text that is valid and in NFC. Returns the ids, and for each the range of the characters of
+        which it has a byte."""
         encoding = self._bpe.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def normalize(self, text: str) -> str:
-        """What `encode_text` makes of text before anything else."""
+        """The normal form (NFC) of a text, which is what `encode_text` encodes."""
         normal: str = self._bpe.normalizer.normalize_str(text)
         return normal
 
     def split(self, text: str) -> list[tuple[str, tuple[int, int]]]:
-        """Normalized text in the pieces that are encoded each by itself, with their places."""
+        """The pre-tokens of normalized text, which are encoded independently, with their places."""
         pieces: list[tuple[str, tuple[int, int]]] = self._bpe.pre_tokenizer.pre_tokenize_str(text)
         return pieces
 
     @property
     def splits_as_qwen3(self) -> bool:
-        """Whether text is normalized and split as Qwen3's released file has it."""
+        """Whether text is normalized and split in the same way as in Qwen3's released file."""
         rules = (self._bpe.normalizer, self._bpe.pre_tokenizer)
         return None not in rules and [json.loads(rule.__getstate__()) for rule in rules] == [
             NORMALIZER,
@@ -140,13 +158,13 @@ class Tokenizer:
 
     @property
     def vocabulary(self) -> Iterator[bytes]:
-        """The bytes of every token that text is encoded into."""
+        """The bytes of every token into which text can be encoded."""
         table = {ord(letter): byte for byte, letter in enumerate(byte_letters())} | {ord("\n"): 0x100}
         for token in self._letters.translate(table).split("\u0100"):
             yield token.encode("latin-1")
 
     def check_fits(self, num_chars: int, max_tokens: int) -> None:
-        """Raise StreamTooLong for a text of so many characters, which cannot possibly fit into `max_tokens`."""
+        """Raise StreamTooLong when a text of so many characters cannot possibly fit into `max_tokens`."""
         if num_chars > max_tokens * self._longest_token * _NFC_SHRINKS_BY:
             raise StreamTooLong(
                 f"text of {num_chars} characters cannot fit into {max_tokens} tokens; shorten it, or split the "
@@ -159,7 +177,7 @@ class Tokenizer:
             self.check_fits(len(text), max_tokens)
 
     def check_text(self, text: str) -> None:
-        """Raise InvalidText, saying where, for what is not a str of valid Unicode."""
+        """Raise InvalidText, with the place, for a value that is not a str of valid Unicode."""
         if not isinstance(text, str):
             raise InvalidText(f"text is {type(text).__name__}, not str; decode bytes as UTF-8 first")
         try:
@@ -171,8 +189,8 @@ class Tokenizer:
             ) from None
 
     def decode_text(self, ids: Iterable[int]) -> str:
-        """Text of ids that a model generated, without control tokens and ids that the vocabulary does not have, as
-        transformers decodes with skip_special_tokens."""
+        """The text of ids that a model generated, without control tokens and without ids that the vocabulary does not
+        have, like transformers with skip_special_tokens."""
         return self.decode(
             token_id
             for token_id in ids
@@ -181,10 +199,8 @@ class Tokenizer:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of any ids, added tokens as they are written; bytes that are not UTF-8 become U+FFFD.
-
-        Raises InvalidTokens for ids that the vocabulary does not have.
-        """
+        """The text of any ids. Added tokens are written out; bytes that are not UTF-8 become U+FFFD. Raises
+        InvalidTokens for ids that the vocabulary does not have."""
         pieces: list[str] = []
         run: list[int] = []
         for index, token_id in enumerate(ids):
@@ -202,7 +218,7 @@ class Tokenizer:
 
 
 def _build(raw: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The encoder of a checked file. Raises what the library raises."""
+    """The encoder for a checked file. Raises whatever the library raises."""
     model = raw["model"]
     pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     options = {name: model[name] for name in _BPE_OPTIONS if model.get(name) is not None}
@@ -215,7 +231,7 @@ def _build(raw: dict[str, Any]) -> tokenizers.Tokenizer:
     return bpe
 
 
-def _take_added_tokens(raw: Any, file: Path) -> tuple[dict[str, int], frozenset[int]]:
+def _read_added_tokens(raw: Any, file: Path) -> tuple[dict[str, int], frozenset[int]]:
     entries = raw.get("added_tokens") if isinstance(raw, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise CheckpointError(f"{file}: `added_tokens` is not a list of objects; {_MEND}")
@@ -235,7 +251,7 @@ def _take_added_tokens(raw: Any, file: Path) -> tuple[dict[str, int], frozenset[
         for flag in ("single_word", "lstrip", "rstrip"):
             if entry.get(flag):
                 raise CheckpointError(
-                    f"{file}: added token {text!r} has {flag}=true, which Qwen3 has not; {_MEND}"
+                    f"{file}: added token {text!r} has {flag}=true, which Qwen3 does not use; {_MEND}"
                 )
         added_tokens[text] = token_id
         if entry.get("special"):
@@ -256,7 +272,7 @@ def _check_model(raw: dict[str, Any], added_tokens: dict[str, int], file: Path) 
             f"{file}: `model.dropout` is {model['dropout']!r}: encoding would be random; {_MEND}"
         )
     for text in vocab.keys() & added_tokens.keys():
-        # Text spelling it could be merged into the special id.
+        # Ordinary text could otherwise be merged into the special id.
         raise CheckpointError(f"{file}: added token {text!r} is in `model.vocab` too; {_MEND}")
     clash = set(vocab.values()) & set(added_tokens.values())
     if clash:

@@ -1,8 +1,8 @@
-"""What the retokenizer asks about single characters and pairs of them: the classes of Qwen3's split pattern, what
-Unicode normalization may join, and which letters stand side by side in a token.
+"""Properties of single characters and of pairs of them: the classes of Qwen3's split pattern, what Unicode
+normalization may join, and which letters are side by side in a token.
 
-Classes are asked of the tokenizers library itself, whose Unicode version need not be Python's. Of normalization
-Python's tables are used, and a character that they do not know may do anything.
+The classes come from the tokenizers library itself, whose version of Unicode may differ from Python's. For
+normalization Python's tables are used, and a character that they do not have is assumed to join with anything.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ _BLOCK = 256
 
 
 class CharClasses(dict[int, str]):
-    """Code point -> the letter that stands for its class, filled in as they are met. For str.translate.
+    """Code point -> the letter of its class, filled in as characters occur. For str.translate.
 
-    L letter, N number, O other, ' ' space, _ other white space, n carriage return or newline, ' apostrophe; letters of
-    the contractions that the pattern knows, in either case: s for s, t, m and d, r for r and v, e, l.
+    L is a letter, N a number, O any other character, ' ' a space, _ other white space, n a carriage return or newline,
+    ' an apostrophe. The letters of the contractions that the pattern knows have classes of their own, in either case:
+    s for s, t, m and d; r for r and v; e; l.
     """
 
     def __init__(self, split: Split) -> None:
@@ -42,8 +43,8 @@ class CharClasses(dict[int, str]):
             if self._first("x" + "".join(map(chr, block))) == len(block) + 1:
                 self.update(dict.fromkeys(block, "L"))
                 return "L"
-        found = self[code] = self._ask(chr(code))
-        return found
+        self[code] = kind = self._ask(chr(code))
+        return kind
 
     def _ask(self, char: str) -> str:
         first = self._first
@@ -69,11 +70,11 @@ class CharClasses(dict[int, str]):
 
 class PairCuts(dict[str, bool]):
     """Two characters -> whether text may be cut between them, because they are not both ASCII and no token of the
-    vocabulary has them side by side; filled in as they are met."""
+    vocabulary has them side by side. Filled in as pairs occur."""
 
     def __init__(self, vocabulary: Iterable[bytes]) -> None:
         super().__init__()
-        # Bytes of characters that are only partly in a token become lone surrogates, one for each byte.
+        # Where a token has only a part of a character, each of its bytes becomes a lone surrogate.
         text = b"\xff".join(token for token in vocabulary if not token.isascii())
         chars = text.decode("utf-8", "surrogateescape")
         self._pairs = {pair for pair in map(operator.add, chars, chars[1:]) if not pair.isascii()}
@@ -81,19 +82,19 @@ class PairCuts(dict[str, bool]):
     def __missing__(self, pair: str) -> bool:
         if len(self) >= _MAX_KNOWN:
             self.clear()
-        found = self[pair] = not (pair.isascii() or self._may_join(*pair))
-        return found
+        self[pair] = may_cut = not (pair.isascii() or self._may_join(*pair))
+        return may_cut
 
     def split(self, text: str) -> list[str]:
-        """A text cut wherever it may be."""
+        """A text cut at every place where it may be."""
         cuts = list(compress(count(1), map(self.__getitem__, map(operator.add, text, text[1:]))))
         if not cuts:
             return [text]
         return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
     def _may_join(self, before: str, after: str) -> bool:
-        """Whether some token may hold the last byte of `before` and the first of `after`: one that does holds
-        `before` or else begins within it, and `after` or else ends within it."""
+        """Whether some token may have both the last byte of `before` and the first byte of `after`. Such a token has
+        `before` or begins within it, and has `after` or ends within it."""
         pairs = self._pairs
         if before + after in pairs:
             return True
@@ -103,7 +104,7 @@ class PairCuts(dict[str, bool]):
 
 
 def starts_unit(text: str, at: int) -> bool:
-    """Whether NFC leaves text[:at] and text[at:] alone of each other, whatever comes after them."""
+    """Whether NFC treats text[:at] and text[at:] independently, whatever follows."""
     char = text[at]
     if "0" <= text[at - 1] <= "9":  # nothing composes with a digit, and nothing moves before one
         return True
@@ -112,8 +113,8 @@ def starts_unit(text: str, at: int) -> bool:
     return not _may_join_back(char) and not _is_unknown(text[at - 1])
 
 
-# Characters that NFC leaves as they are and that nothing composes with unless it is not one of them: without
-# combining marks, vowels and finals of Hangul, and what has a canonical decomposition that is not undone.
+# Characters that NFC leaves unchanged, and that compose with none of each other: no combining marks, no vowels and
+# finals of Hangul, and no characters whose canonical decomposition is not composed again.
 _PLAIN = re.compile(
     "[\x00-\u02ff\u0400-\u0482\u2010-\u2027\u2030-\u205e\u3001-\u3029\u3041-\u3096\u309b-\u30ff"
     "\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff60]*"
@@ -121,12 +122,13 @@ _PLAIN = re.compile(
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text is its own normal form, because it has ordinary characters only. Much faster than to ask."""
+    """Whether a text is its own normal form because it has ordinary characters only. Much faster than normalizing
+    it."""
     return _PLAIN.fullmatch(text) is not None
 
 
 def is_ideograph(char: str) -> bool:
-    """Whether this is one of the common Chinese characters, which no mark composes with."""
+    """Whether this is one of the common Chinese characters, with which no mark composes."""
     return "\u4e00" <= char <= "\u9fff"
 
 
@@ -137,7 +139,7 @@ def _is_unknown(char: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _may_join_back(char: str) -> bool:
-    """Whether NFC may compose this with what is before it, or move it."""
+    """Whether NFC may compose this character with the one before it, or move it."""
     return (
         unicodedata.combining(char) != 0
         or "\u1160" <= char <= "\u11ff"  # vowels and finals of Hangul, which compose by rule

@@ -1,8 +1,8 @@
-"""Write Qwen3's tokenizer files from the public byte-pair ranks that PyPI's `dashscope` ships.
+"""Write Qwen3's tokenizer files from the public byte-pair ranks that the package `dashscope` on PyPI contains.
 
-For checkpoints made here (random weights), which come without a tokenizer. In: the ranks file of the installed
-package, found without importing it. Out: tokenizer.json and tokenizer_config.json as the released models have
-them. Nothing is downloaded, and nothing kept but the last tokenizer.json.
+For checkpoints with random weights, which come without a tokenizer. The ranks file of the installed package is read
+without importing the package; tokenizer.json and tokenizer_config.json are written like those of the released models.
+Nothing is downloaded, and only the last tokenizer.json is cached.
 """
 
 from __future__ import annotations
@@ -60,10 +60,18 @@ _MARKUP_TOKENS = (
 def write_tokenizer_files(
     directory: Path, model_max_length: int, kind: Literal["stream", "gen"] = "stream"
 ) -> bool:
-    """Write tokenizer.json and tokenizer_config.json into `directory`; takes a few seconds the first time.
+    """Write tokenizer.json and tokenizer_config.json. Takes a few seconds the first time.
 
-    Returns False, having written nothing, when the package with the ranks is not installed.
-    Raises CheckpointError when its file is not the vocabulary expected.
+    Args:
+        directory: The checkpoint's folder.
+        model_max_length: The longest context, in tokens.
+        kind: "stream" or "gen"; decides the chat template.
+
+    Returns:
+        False, with nothing written, when the package with the ranks is not installed.
+
+    Raises:
+        CheckpointError: The package's file is not the expected vocabulary.
     """
     path = _ranks_file()
     if path is None:
@@ -79,7 +87,7 @@ def write_tokenizer_files(
 
 @lru_cache(maxsize=1)
 def _tokenizer_text(path: Path, modified_ns: int) -> str:
-    """tokenizer.json of a ranks file. Kept: whoever makes one checkpoint often makes another."""
+    """The tokenizer.json for a ranks file. It is cached, because one checkpoint is often followed by another."""
     return _as_text(tokenizer_json(_read_ranks(path)))
 
 
@@ -175,7 +183,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge made `token`: byte-pair encode it with the lower ranks only."""
+    """The two tokens whose merge made `token`, found by byte-pair encoding it with the lower ranks only."""
     parts = [token[i : i + 1] for i in range(len(token))]
     # Ranks of parts[i] + parts[i + 1]; only the two beside a merge change.
     pairs = [ranks.get(token[i : i + 2], NUM_RANKS) for i in range(len(token) - 1)]
