@@ -1,4 +1,4 @@
-"""Checkpoints: from files to a ModelConfig and weights, and random ones for machines without weights."""
+"""Checkpoints: from files to a ModelConfig and weights; and random ones for machines without real weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checkpoint: a folder with config.json and safetensors files, opened without trusting any of it.
 
-The safetensors header is read and checked here in full before anything is mapped: no pickle, no code from the
-checkpoint, no allocation sized by what a file claims. Tensors are views on the mapped files. Knows no model.
+The header of a safetensors file is read and checked completely before anything is mapped: no pickle, no code from the
+checkpoint, no allocation whose size a file claims. Tensors are views on the mapped files. Knows no model.
 """
 
 from __future__ import annotations
@@ -41,20 +41,28 @@ _READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: checked against the file's size before it is handed out."""
+    """The place of one tensor, checked against the size of the file.
+
+    Attributes:
+        path: The file.
+        dtype: The dtype by its name in the file.
+        shape: The shape.
+        offset: Index of its first byte in the file.
+        size_bytes: Its size.
+    """
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
-    offset: int  # of the first byte, from the start of the file
+    offset: int
     size_bytes: int
 
 
 class Checkpoint:
     """An open checkpoint folder. Made by `open_checkpoint`; use it in a `with` block.
 
-    A view stays valid after `close`: its mapping lives as long as the view. The files must not be cut short
-    while views are in use (the operating system then stops the process); deleting them is fine.
+    A view stays valid after `close`, because its mapping lives as long as the view. The files must not be truncated
+    while views are in use (the operating system would stop the process); they may be deleted.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class Checkpoint:
         return tuple(self._maps)
 
     def entry(self, name: str) -> TensorEntry:
-        """Look one tensor up. Raises CheckpointError when it is not stored."""
+        """The entry of a tensor. Raises CheckpointError when the tensor is not stored."""
         entry = self._entries.get(name)
         if entry is None:
             raise CheckpointError(
@@ -85,14 +93,21 @@ class Checkpoint:
         return entry
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """View one stored tensor on the mapped file, without a copy.
+        """A view of one stored tensor on the mapped file, without a copy. Writing to it never changes the file.
 
-        Dtypes: float32, float16 or bfloat16, as stored. Writing to the view never reaches the file.
-        Raises: CheckpointError when it is not stored, of another shape or dtype, or the checkpoint is closed.
+        Args:
+            name: The stored name.
+            shape: The shape that config.json implies.
+
+        Returns:
+            float32, float16 or bfloat16, as stored.
+
+        Raises:
+            CheckpointError: It is not stored, has another shape or dtype, or the checkpoint is closed.
         """
         entry = self.entry(name)
         if not self._is_open:
-            raise CheckpointError(f"{self.path}: tensor {name} wanted after close(); open it again")
+            raise CheckpointError(f"{self.path}: tensor {name} was asked for after close(); open it again")
         dtype = _READABLE.get(entry.dtype)
         if dtype is None:
             raise CheckpointError(
@@ -115,7 +130,7 @@ class Checkpoint:
         return flat.view(shape)
 
     def close(self) -> None:
-        """Let go of the files; safe to call twice. Views that are still held stay valid."""
+        """Release the files; safe to call twice. Views that are in use stay valid."""
         self._is_open = False
         # Not mmap.close(): that would unmap the memory under views that are still alive.
         self._maps = {}
@@ -132,8 +147,8 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a folder with config.json and model.safetensors (or model.safetensors.index.json and its shards).
 
-    Reads the JSON and the safetensors headers and maps the files; no weight is read.
-    Raises: CheckpointError naming the file, the tensor or key where there is one, and the mend.
+    Reads the JSON files and the safetensors headers and maps the files; no weight is read. Raises CheckpointError
+    naming the file, the tensor or key, and what to do.
     """
     try:
         return _open(Path(path))
@@ -144,9 +159,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open(path: Path) -> Checkpoint:
     if not os.path.isdir(path):  # not path.is_dir(): that raises for a name that is too long
         what = "is a file" if os.path.exists(path) else "does not exist"
-        raise CheckpointError(
-            f"{path} {what}; give the folder that holds config.json and the *.safetensors files"
-        )
+        raise CheckpointError(f"{path} {what}; give the folder with config.json and the *.safetensors files")
     config_path = path / "config.json"
     if not config_path.exists():
         raise CheckpointError(
@@ -163,7 +176,7 @@ def _open(path: Path) -> Checkpoint:
 
 
 def _no_weights(path: Path) -> str:
-    missing = f"{path} holds neither model.safetensors nor model.safetensors.index.json"
+    missing = f"{path} has neither model.safetensors nor model.safetensors.index.json"
     try:
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
@@ -186,11 +199,11 @@ def _open_shards(path: Path, config: ModelConfig, index: Path) -> Checkpoint:
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"{index}: `weight_map` is not an object that maps tensors to files; {_AGAIN}")
     for name, shard in weight_map.items():
-        # Only plain names: what a name leads to (a symlink into a download cache) is the owner's business,
-        # but the index, which may come from anywhere, must not choose a file outside the folder.
+        # Only plain names. A file in the folder may be a symlink, because its owner made it so; but the index, which
+        # may come from anywhere, must not choose a file outside the folder.
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
             raise CheckpointError(
-                f"{index}: tensor {shorten(name)} is said to lie in {shorten(shard)}, but only the names of "
+                f"{index}: tensor {shorten(name)} is said to be in {shorten(shard)}, but only the names of "
                 f"*.safetensors files in the same folder are allowed; {_AGAIN}"
             )
     shards = sorted(set(weight_map.values()))
@@ -213,7 +226,7 @@ def _open_shards(path: Path, config: ModelConfig, index: Path) -> Checkpoint:
             if weight_map.get(name) != shard:
                 where = shorten(weight_map[name]) if name in weight_map else "no file"
                 raise CheckpointError(
-                    f"{path / shard}: tensor {shorten(name)} lies here, but {index.name} says in {where}; "
+                    f"{path / shard}: tensor {shorten(name)} is stored here, but {index.name} says in {where}; "
                     "download the index and all shards again from one revision"
                 )
             entries[name] = entry
@@ -267,7 +280,7 @@ def _read_header(path: Path, file: BinaryIO) -> dict[str, TensorEntry]:
 
 
 def _entry(path: Path, name: str, raw: Any, data_start: int) -> TensorEntry:
-    """Check one tensor's header against itself."""
+    """Check that one tensor's header is consistent."""
 
     def fail(problem: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {shorten(name)} {problem}; {_AGAIN}")
@@ -293,7 +306,7 @@ def _entry(path: Path, name: str, raw: Any, data_start: int) -> TensorEntry:
 
 
 def _check_spans(path: Path, entries: dict[str, TensorEntry], data_start: int, file_bytes: int) -> None:
-    """The tensors must fill the rest of the file: in some order, with no gap, overlap or trailing byte."""
+    """The tensors must fill the rest of the file, in some order, with no gap, overlap or trailing byte."""
     expected = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
         if entry.offset + entry.size_bytes > file_bytes:
@@ -328,10 +341,8 @@ def _read_json(path: Path) -> Any:
 
 
 def stop_ids(folder: Path) -> frozenset[int]:
-    """The tokens that end what a language model generates: generation_config.json's, else config.json's.
-
-    Raises CheckpointError where neither names any.
-    """
+    """The ids that end what a language model generates, from generation_config.json or else config.json. Raises
+    CheckpointError when neither has any."""
     for file in (folder / "generation_config.json", folder / "config.json"):
         raw = _read_json(file) if file.exists() else {}
         ids = raw.get("eos_token_id") if isinstance(raw, Mapping) else None
@@ -362,7 +373,7 @@ def _parse_json(path: Path, text: bytes) -> Any:
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds no valid JSON ({error}); {_AGAIN}") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
 
 
 def _refuse_special(path: Path) -> None:
@@ -379,6 +390,6 @@ def _refuse_git_lfs(path: Path, start: bytes) -> None:
 
 
 def shorten(value: Any) -> str:
-    """Quote something that a file says: escaped, and short enough for a message."""
+    """Quote a value from a file: escaped, and short enough for a message."""
     text = value if isinstance(value, str) and value.isascii() and value.isprintable() else repr(value)
     return text if len(text) <= 160 else f"{text[:157]}..."

@@ -1,10 +1,10 @@
-"""Fingerprint: which weights an engine runs, and in which arithmetic. Labels of equal fingerprints belong together.
+"""Fingerprint: the weights that an engine runs, and its arithmetic. Labels with equal fingerprints can be compared.
 
-The digest is that of the files as they lie in the folder, so anybody can compute it:
+The digest is over the files in the folder, so that anybody can compute it:
 
     cd CHECKPOINT && sha256sum config.json model*.safetensors | sha256sum
 
-config.json counts because it names the classes and says how the weights are used. Knows no tensors.
+config.json is included because it names the classes and says how the weights are used. Knows no tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from guardengine.errors import CheckpointError
 
 
 class Numerics(NamedTuple):
-    """What is rounded, and to what. Two engines that differ here give other logits for the same weights."""
+    """The precision of an engine. Two engines that differ here compute different logits from the same weights.
+
+    Attributes:
+        dtype: The dtype of the activations.
+        quantization: The quantization of the weights, or None.
+        kv_dtype: The dtype of the KV cache.
+    """
 
     dtype: str
     quantization: str | None
@@ -27,7 +33,7 @@ class Numerics(NamedTuple):
 
 
 class Fingerprint:
-    """The files that an engine was loaded from, and its arithmetic."""
+    """The files from which an engine was loaded, and its arithmetic."""
 
     def __init__(self, files: Iterable[Path], numerics: Numerics) -> None:
         self.numerics = numerics
@@ -35,10 +41,12 @@ class Fingerprint:
         self._weights: str | None = None
 
     def weights(self) -> str:
-        """sha256 over config.json and the safetensors files, in hex. Reads all of them, once.
+        """The sha256 over config.json and the safetensors files, in hex. All of them are read, once.
 
-        A sample of the bytes would be cheaper, but would not notice that one layer was exchanged.
-        Raises CheckpointError when a file is not the one any more that the engine was loaded from.
+        Reading only a sample would be faster, but would not notice that one layer was exchanged.
+
+        Raises:
+            CheckpointError: A file has changed since the engine was loaded.
         """
         if self._weights is None:
             lines = []
@@ -61,6 +69,6 @@ class Fingerprint:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """What a file is known by while nobody writes to it or puts another in its place."""
+    """Device, inode, size and time of a file, which change when it is written or replaced."""
     status = os.stat(path)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,6 +1,6 @@
-"""resolve_checkpoint: turn what the user names (a folder or a Hugging Face id) into a folder on this machine.
+"""resolve_checkpoint(): from a folder or a Hugging Face id to a folder on this machine.
 
-Downloads data files only, at one pinned commit, into Hugging Face's own cache. Never runs or fetches code.
+Downloads data files only, at one pinned commit, into Hugging Face's own cache. Never runs or downloads code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from guardengine.errors import CheckpointError
 
-# The commits this engine is written against: the same id always means the same bytes.
+# The commits for which this engine is written, so that an id always means the same bytes.
 PINNED_REVISIONS = {
     "Qwen/Qwen3Guard-Stream-0.6B": "419364a715de9840d47b1457982f64ff37f90ed4",
     "Qwen/Qwen3Guard-Stream-4B": "27a8f4e52e66dc01a03d20f41e362bb9c9bda7bf",
@@ -33,11 +33,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolve_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """Find a checkpoint's folder, downloading it first when a hub id is given that the cache does not hold.
+    """Find the folder of a checkpoint. When a hub id is given and the cache does not have it, download it first.
 
-    path_or_id: an existing folder (which wins) or a hub id `org/name`. revision: the full commit of a hub id;
-    only those in PINNED_REVISIONS may go without. A folder has no revision, so it is not used there.
-    Raises: CheckpointError when there is no such folder, no pinned commit, or the hub cannot deliver.
+    Args:
+        path_or_id: An existing folder, which takes precedence, or a hub id `org/name`.
+        revision: The full commit for a hub id; may be left out for the ids in PINNED_REVISIONS. Not used for a folder.
+
+    Raises:
+        CheckpointError: There is no such folder, no commit is known, or the hub cannot deliver.
     """
     name = str(path_or_id)
     if not name:
@@ -47,7 +50,7 @@ def resolve_checkpoint(path_or_id: str | Path, revision: str | None = None) -> P
     if os.path.isdir(path):
         return path
     if os.path.exists(path):
-        raise CheckpointError(f"{path} is a file; give the folder that holds it")
+        raise CheckpointError(f"{path} is a file; give the folder that contains it")
     is_path = isinstance(path_or_id, Path) or name.startswith((".", "/", "~"))
     if is_path or not _HUB_ID.fullmatch(name):
         raise CheckpointError(
@@ -61,7 +64,7 @@ def resolve_checkpoint(path_or_id: str | Path, revision: str | None = None) -> P
         )
     if not _COMMIT.fullmatch(commit):
         raise CheckpointError(
-            f"{name}: revision={commit!r} may come to mean other files; give the full commit: 40 digits 0-9a-f"
+            f"{name}: revision={commit!r} may mean other files later; give the full commit: 40 digits 0-9a-f"
         )
     return _download(name, commit)
 
@@ -72,12 +75,12 @@ def _download(name: str, commit: str) -> Path:
     from huggingface_hub import constants
 
     cache = Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
-    # A commit never changes, so a complete copy needs no question to the hub.
+    # A commit never changes, so for a complete copy the hub need not be asked.
     cached = cache / f"models--{name.replace('/', '--')}" / "snapshots" / commit
     if _is_complete(cached):
         return cached
     try:
-        # First a small question with a short timeout: downloads retry for long before they give up.
+        # First a small request with a short timeout, because downloads retry for a long time.
         huggingface_hub.HfApi().model_info(name, revision=commit, timeout=_TIMEOUT_S)
         folder = Path(
             huggingface_hub.snapshot_download(
@@ -88,7 +91,7 @@ def _download(name: str, commit: str) -> Path:
                 etag_timeout=_TIMEOUT_S,
             )
         )
-    # Its versions raise errors of two different HTTP libraries, of its own and of the operating system.
+    # Depending on its version it raises errors of two HTTP libraries, its own, and those of the operating system.
     except Exception as error:
         raise _explain(name, commit, cache, error) from error
     if not (folder / "config.json").is_file():
@@ -97,7 +100,7 @@ def _download(name: str, commit: str) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether an earlier download left everything that a checkpoint needs."""
+    """Whether an earlier download has left everything that a checkpoint needs."""
     files = {"config.json", "tokenizer.json", "tokenizer_config.json"}
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -111,7 +114,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _explain(name: str, commit: str, cache: Path, error: Exception) -> CheckpointError:
-    """Say in plain words what stopped a download, and what to do."""
+    """The error that says what stopped a download, and what to do."""
     from huggingface_hub import errors
 
     start = f"{name} at {commit} is not complete in the cache {cache}, and"

@@ -134,12 +134,12 @@ class _Reader:
         if value is None:
             raise self.fail(key, "is missing", "restore the key from the published config.json")
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
-            raise self.fail(key, f"is {value!r}", f"a whole number from 1 to {largest} is needed")
+            raise self.fail(key, f"is {value!r}", f"it must be a whole number from 1 to {largest}")
         return value
 
     def positive_float(self, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_FLOAT:
-            raise self.fail(key, f"is {value!r}", f"a number above 0 and below {_LARGEST_FLOAT:g} is needed")
+            raise self.fail(key, f"is {value!r}", f"it must be a number above 0 and below {_LARGEST_FLOAT:g}")
         return float(value)
 
     def must_be(self, key: str, supported: Any, why: str) -> None:
@@ -154,7 +154,7 @@ class _Reader:
             if rope is None:
                 continue
             if not isinstance(rope, Mapping):
-                raise self.fail(key, f"is {rope!r}", "an object with `rope_theta` is needed")
+                raise self.fail(key, f"is {rope!r}", "it must be an object with `rope_theta`")
             kind = rope.get("rope_type", rope.get("type", "default"))
             if kind != "default":
                 raise self.fail(key, f"has rope_type {kind!r}", "only 'default' (unscaled) RoPE is supported")
@@ -171,7 +171,7 @@ class _Reader:
         key = "torch_dtype" if self.raw.get("dtype") is None else "dtype"
         value = self.raw.get(key, "bfloat16")
         if value not in ("float32", "bfloat16", "float16"):
-            raise self.fail(key, f"is {value!r}", "float32, bfloat16 or float16 is needed")
+            raise self.fail(key, f"is {value!r}", "it must be float32, bfloat16 or float16")
         return value  # type: ignore[no-any-return]
 
     def label_names(self, key: str, count_key: str, default: tuple[str, ...]) -> tuple[str, ...]:
@@ -184,11 +184,11 @@ class _Reader:
                 raise self.fail(count_key, f"is {count}", f"add `{key}` to name the {count} classes")
             return default
         if not isinstance(names, Mapping) or not all(isinstance(v, str) and v for v in names.values()):
-            raise self.fail(key, f"is {names!r}", 'an object such as {"0": "Safe", ...} is needed')
+            raise self.fail(key, f"is {names!r}", 'it must be an object such as {"0": "Safe", ...}')
         by_index = {str(index): name for index, name in names.items()}
         labels = tuple(by_index.get(str(index), "") for index in range(len(names)))
         if len(labels) != count or "" in labels or len(set(labels)) != count:
-            mend = f"distinct names for the indices 0 to {count - 1} (`{count_key}`) are needed"
+            mend = f"it must have distinct names for the indices 0 to {count - 1} (`{count_key}`)"
             raise self.fail(key, f"names {names!r}", mend)
         return labels
 
@@ -244,7 +244,7 @@ class _Reader:
             raise self.fail("head_dim", f"is {head_dim}", "rotary embeddings need an even number")
         tied = self.raw.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
-            raise self.fail("tie_word_embeddings", f"is {tied!r}", "true or false is needed")
+            raise self.fail("tie_word_embeddings", f"is {tied!r}", "it must be true or false")
         kind = ARCHITECTURES[name]
         return ModelConfig(
             kind=kind,

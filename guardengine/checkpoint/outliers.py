@@ -1,23 +1,24 @@
-"""Outliers for random weights: what makes trained Qwen3 models hard to quantize, planted into a random one.
+"""Outliers for random weights: the property that makes trained Qwen3 models hard to quantize, planted into a random
+one.
 
-Independent normal weights give activations without structure, and rounding them to int8 costs almost nothing.
-In a trained model a few channels of the residual stream and a few neurons of the MLPs are 10 to 100 times larger
-than the rest, nearly the same at every token, and the signal is in the small ones; the first token's channels are
-larger still, and the norms' weights differ from channel to channel. Here the same comes about by the same loop:
+Independent normal weights give activations without structure, and rounding them to int8 costs almost nothing. In a
+trained model a few channels of the residual stream and a few neurons of the MLPs are 10 to 100 times larger than the
+rest and nearly the same at every token, while the signal is in the small ones. The first token's channels are larger
+still, and the weights of norms differ from channel to channel. Here this is reproduced by the same mechanism:
 
-- Embeddings have standard deviation 1, so that what the layers add does not drown which token it was.
-- 1 in 256 channels of the residual stream (at least 2; the same in all layers) starts at 40, with a sign of its
-  own. At <|im_start|> (id 0 in a vocabulary without it), which every rendered conversation begins with, it starts
-  50 times higher: the massive first token.
-- 1 in 256 neurons of each MLP (at least 2) reads these channels, gate and up, so that it fires at every token, 10
-  to 100 times as high as its neighbours. The rows of down_proj that write to these channels read these neurons, so
-  each layer pumps the channels up further; RMSNorm bounds what the neurons see of it.
-- All other weights that read these channels or neurons are a fifth as large as their neighbours, as in a model
-  that has learned not to be drowned by them. What rounding takes from the small channels counts all the more.
-- The norms' weights are log-normal (sigma 0.4), half as large in the outlier channels, and next to nothing there
-  in the final norm: labels come from the rest. The keys' norm has 1 in 64 channels 8 times as large.
+- Embeddings have standard deviation 1, so that the additions of the layers do not hide which token it was.
+- 1 in 256 channels of the residual stream (at least 2; the same in all layers) starts at 40, with a sign of its own.
+At <|im_start|> (id 0 in a vocabulary without it), with which every rendered conversation begins, it starts 50 times
+higher: the massive first token.
+- 1 in 256 neurons of each MLP (at least 2) reads these channels through gate and up, so that it fires at every token,
+10 to 100 times as high as its neighbours. The rows of down_proj that write to these channels read these neurons, so
+each layer raises the channels further; RMSNorm bounds what the neurons see of it.
+- All other weights that read these channels or neurons are a fifth as large as their neighbours, as in a model that
+has learned to ignore them. The rounding error of the small channels then counts all the more.
+- The weights of norms are log-normal (sigma 0.4), half as large in the outlier channels, and almost 0 there in the
+final norm, so labels depend on the other channels. The norm of the keys has 1 in 64 channels 8 times as large.
 
-Every planted weight varies by a quarter around its value. All else is drawn as without outliers.
+Every planted weight varies by a quarter around its value. Everything else is drawn as without outliers.
 """
 
 from __future__ import annotations
@@ -39,19 +40,25 @@ _LINEAR_STD = 0.64  # times 1 / sqrt(inputs): make_checkpoint's
 _START, _FIRST_TOKEN = 40.0, 50.0
 _NORM_GAIN, _FINAL_NORM_GAIN, _KEY_GAIN = 0.5, 0.02, 8.0
 _WEAKER = 0.2
-# Where normed outlier channels are at their bound, gate and up of an outlier neuron are 1.2, it fires at about 1.1,
+# When the normed outlier channels reach their bound, gate and up of an outlier neuron are 1.2, it fires at about 1.1,
 # and all of them together add 1 to each outlier channel.
 _DRIVE, _FIRES_AT, _PUMP = 1.2, 1.1, 1.0
 _SPREAD = 0.25
 
 
 def norm_quantiles(normal: Floats) -> Floats:
-    """The values that the weights of a norm are drawn from, given a normal distribution's."""
+    """The values from which the weights of a norm are drawn, given quantiles of the normal distribution."""
     return np.exp(NORM_SIGMA * normal)
 
 
 class Planted(NamedTuple):
-    """Weights of one tensor that are not drawn like the rest: flat indices, ascending, and their distributions."""
+    """The weights of one tensor that are drawn differently.
+
+    Attributes:
+        indices: Flat indices, ascending.
+        means: Mean of each.
+        stds: Standard deviation of each.
+    """
 
     indices: npt.NDArray[np.int64]
     means: Floats
@@ -59,7 +66,7 @@ class Planted(NamedTuple):
 
 
 class Outliers:
-    """Where a model's outliers are and what they weigh. Depends on the sizes and on `key` alone."""
+    """The outliers of a model, and their weights. They depend on its sizes and on `key` alone."""
 
     def __init__(self, config: ModelConfig, key: str) -> None:
         self.config, self.key = config, key
@@ -69,12 +76,12 @@ class Outliers:
         self.signs: Floats = np.where(random >> np.uint64(63), 1.0, -1.0)
 
     def neurons(self, layer: str) -> npt.NDArray[np.int64]:
-        """The outlier neurons of an MLP; layer is such as "model.layers.0"."""
+        """The outlier neurons of an MLP. layer: such as "model.layers.0"."""
         size = self.config.intermediate_size
         return self._choose(f"{layer}.neurons", size, max(2, size // 256))
 
     def planted(self, name: str, shape: tuple[int, ...]) -> Planted | None:
-        """What is planted into a tensor; None where nothing is."""
+        """The planted weights of a tensor; None where it has none."""
         hidden, channels = self.config.hidden_size, self.channels
         if len(shape) == 1:
             if name.endswith("k_norm.weight"):

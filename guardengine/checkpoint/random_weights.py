@@ -1,6 +1,6 @@
-"""make_checkpoint: random weights in the released layout, for machines that have no real ones.
+"""make_checkpoint(): random weights in the layout of the released checkpoints, for machines without real ones.
 
-Same config.json, names, shapes, dtype and files as the published checkpoints; only the numbers mean nothing.
+config.json, names, shapes, dtype and files are those of the published checkpoints; only the numbers are meaningless.
 They depend on (preset, seed, tensor name) alone, so every machine writes the same bytes.
 """
 
@@ -54,7 +54,7 @@ _DTYPES: dict[str, tuple[str, torch.dtype]] = {
 }
 _GENERATION = {"bos_token_id": 151643, "eos_token_id": [151645, 151643], "pad_token_id": 151643}
 _TOKENIZER_IDS = 151669  # ids that the released tokenizer uses
-_CHUNK = 2**20  # values made at a time: small enough to stay in the processor's cache
+_CHUNK = 2**20  # values that are made at a time; they fit into the processor's cache
 _RESERVE_BYTES = 64 * 2**20  # of disk space, for the tokenizer and the JSON files
 
 
@@ -69,16 +69,28 @@ def make_checkpoint(
     progress: bool = False,
     **overrides: Any,
 ) -> Path:
-    """Write a checkpoint with random weights into a new or empty folder, and return the folder.
+    """Write a checkpoint with random weights. The folder appears only when it is complete.
 
-    preset: a key of PRESETS. overrides: config.json keys such as num_hidden_layers=3 or vocab_size=512, the
-    label maps as sequences of names, dtype ("bfloat16", "float16", "float32"), and config_names: "v4" (as
-    published) or "v5" (`rope_parameters` and `dtype` in place of `rope_theta` and `torch_dtype`).
-    weight_std: of the linear layers; None scales with 1 / sqrt(inputs), 0.02 at a width of 1024.
-    outliers: plant the outlier channels of trained models, which are what quantization has to cope with; how is
-    told in guardengine.checkpoint.outliers. Without, weights are independent and rounding them looks better than it is.
-    Files over max_shard_bytes are split into shards with an index. The folder appears only once complete.
-    Raises: ConfigError for unknown names, values that fit no model, a folder in use, too little disk space.
+    Args:
+        directory: A new or empty folder.
+        preset: A key of PRESETS.
+        seed: 0 to 2**64 - 1.
+        max_shard_bytes: Larger weights are split into several files with an index.
+        weight_std: Standard deviation of the linear layers. None: 0.64 / sqrt(inputs), which is 0.02 at a width of
+            1024.
+        outliers: Plant the outlier channels of trained models (see guardengine.checkpoint.outliers), with which
+            quantization has to cope. Without them weights are independent, and quantizing them looks better than it
+            is.
+        progress: Show a progress bar.
+        **overrides: Keys of config.json such as num_hidden_layers=3 or vocab_size=512; the label maps as sequences of
+            names; dtype: "bfloat16", "float16" or "float32"; config_names: "v4" (as published) or "v5"
+            (`rope_parameters` and `dtype` in place of `rope_theta` and `torch_dtype`).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: A name is unknown, a value fits no model, the folder is in use, or the disk is full.
     """
     raw = _config_json(preset, overrides)
     try:
@@ -86,11 +98,11 @@ def make_checkpoint(
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ConfigError(f"seed={seed!r}: a whole number from 0 to 2**64 - 1 is needed")
+        raise ConfigError(f"seed={seed!r}: pass a whole number from 0 to 2**64 - 1")
     if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-        raise ConfigError(f"max_shard_bytes={max_shard_bytes!r}: a whole number of at least 1 is needed")
+        raise ConfigError(f"max_shard_bytes={max_shard_bytes!r}: pass a whole number from 1")
     if weight_std is not None and not 0 < weight_std < 100:
-        raise ConfigError(f"weight_std={weight_std!r}: a number above 0 and below 100 is needed")
+        raise ConfigError(f"weight_std={weight_std!r}: pass a number above 0 and below 100")
     shapes = tensor_shapes(config)
     if config.kind == "gen":
         # The published files store the head even where it is tied to the embedding.
@@ -122,7 +134,9 @@ def make_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and os.path.exists(target):
-            raise ConfigError(f"{target} came into use meanwhile; give a new or empty folder") from error
+            raise ConfigError(
+                f"{target} is in use now; give a new or empty folder"
+            ) from error
         raise ConfigError(
             f"{target} cannot be written ({error}); choose a folder that can be written, with enough room"
         ) from error
@@ -130,12 +144,13 @@ def make_checkpoint(
 
 
 def preset_config(preset: str) -> ModelConfig:
-    """What `make_checkpoint` of a preset would be read as. Raises ConfigError for an unknown name."""
+    """The configuration of a checkpoint that `make_checkpoint` writes for a preset. Raises ConfigError for an unknown
+    name."""
     return ModelConfig.from_dict(_config_json(preset, {}), f"preset {preset}")
 
 
 def _config_json(preset: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Build config.json, in the published form, from a preset and overrides."""
+    """config.json, in the published form, from a preset and overrides."""
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
     is_stream = preset.startswith("stream-")
@@ -152,7 +167,7 @@ def _config_json(preset: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     }
     names = chosen.pop("config_names", "v4")
     if names not in ("v4", "v5"):
-        raise ConfigError(f"config_names={names!r}: 'v4' (as published) or 'v5' is needed")
+        raise ConfigError(f"config_names={names!r}: choose 'v4' (as published) or 'v5'")
     dtype = chosen.pop("dtype", "bfloat16")
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r}: {', '.join(_DTYPES)} are the dtypes of a checkpoint")
@@ -189,7 +204,7 @@ def _config_json(preset: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         for key, (count_key, default) in _LABEL_MAPS.items():
             labels = chosen.pop(key, default)
             if isinstance(labels, str) or not isinstance(labels, Sequence) or not labels:
-                raise ConfigError(f"{key}={labels!r}: a sequence of label names is needed")
+                raise ConfigError(f"{key}={labels!r}: pass a sequence of label names")
             raw[key] = {str(index): label for index, label in enumerate(labels)}
             raw[count_key] = len(labels)
     return dict(sorted((raw | chosen).items()))
@@ -210,7 +225,7 @@ def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
 
     if not write_tokenizer_files(folder, config.max_position_embeddings, config.kind):
         logger.warning(
-            "no tokenizer written, as the public Qwen vocabulary is not at hand: the checkpoint takes token "
+            "no tokenizer written, because the public Qwen vocabulary is not installed: the checkpoint takes token "
             "ids, not text; for text `pip install dashscope` and make it again, or add Qwen3's tokenizer.json"
         )
 
@@ -274,7 +289,8 @@ def _write_safetensors(
 
 
 class _WeightSource:
-    """Random values for every tensor, scaled so that activations and logits are of a trained model's size."""
+    """Random values for every tensor, scaled so that activations and logits have the size of those of a trained
+    model."""
 
     def __init__(self, config: ModelConfig, key: str, weight_std: float | None, outliers: bool) -> None:
         self.config, self.key, self.weight_std = config, key, weight_std
@@ -282,7 +298,7 @@ class _WeightSource:
         self.outliers = Outliers(config, key) if outliers else None
 
     def chunks(self, name: str, shape: tuple[int, ...]) -> Iterable[npt.NDArray[Any]]:
-        """Yield the tensor's stored values, in order."""
+        """The stored values of a tensor, in order."""
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
             name = "model.embed_tokens.weight"
         table = self._table(name, shape)
@@ -303,7 +319,7 @@ class _WeightSource:
             yield chunk
 
     def _table(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """The 65536 values that the tensor draws from: a normal distribution's quantiles."""
+        """The 65536 values from which a tensor is drawn: quantiles of a normal distribution."""
         mean, std = 0.0, self.weight_std or 0.64 / shape[-1] ** 0.5
         if len(shape) == 1:
             if self.outliers is not None:
@@ -312,7 +328,7 @@ class _WeightSource:
         elif name.endswith("_pre.weight"):
             std = 1.0 / shape[-1] ** 0.5
         elif name.endswith(("_head.weight", "embed_tokens.weight")):
-            std = 2.0 / shape[-1] ** 0.5  # logits of standard deviation 2: lively, and labels differ
+            std = 2.0 / shape[-1] ** 0.5  # logits get a standard deviation of 2, so labels differ
         if self.outliers is not None and name.endswith("embed_tokens.weight"):
             std = EMBEDDING_STD
         return self._as_stored(mean + std * _normal_quantiles())

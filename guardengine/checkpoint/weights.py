@@ -1,7 +1,7 @@
-"""Weights: the tensors the model runs on, fused and in one dtype on one device.
+"""Weights: the tensors that the model runs on, fused, in one dtype on one device.
 
-Knows which tensors a ModelConfig asks for. Every tensor is written once, from the mapped file into its final
-place, so loading costs the weights' own memory and little more.
+Knows which tensors a ModelConfig needs. Every tensor is copied once, from the mapped file to its final place, so
+loading takes little more memory than the weights themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from guardengine.kernels.quantization import QuantizedWeight, quantize_weight
 
 _NUM_NAMES_SHOWN = 8
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-# Config keys that size a tensor, by the part of its name before ".weight": named when a shape is wrong.
+# The keys of config.json that give a tensor its size, by the part of its name before ".weight". For errors.
 _SIZED_BY = {
     "embed_tokens": "vocab_size, hidden_size",
     "lm_head": "vocab_size, hidden_size",
@@ -50,7 +50,8 @@ Matrix: TypeAlias = "Tensor | QuantizedWeight"
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer."""
+    """The weights of one decoder layer. Shapes: E hidden_size, H heads, Hkv key and value heads, D head_dim, F
+    intermediate_size."""
 
     input_norm: Tensor  # [E]
     qkv: Matrix  # [(H + 2 * Hkv) * D, E]: query, key, value rows
@@ -64,7 +65,8 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class HeadWeights:
-    """The guard heads of a Stream checkpoint. G is guard_inner_size; response comes before query."""
+    """The guard heads of a Stream checkpoint. G is guard_inner_size, R and C the numbers of risks and categories;
+    response comes before query."""
 
     pre: Tensor  # [2 * G, E]: response, query rows
     norm: Tensor  # [2, G]: response, query
@@ -74,7 +76,7 @@ class HeadWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All weights of one model. Every tensor owns its memory: the files may go once this exists."""
+    """All weights of one model. Every tensor owns its memory, so the files may be closed. V is vocab_size."""
 
     embed: Tensor  # [V, E]
     layers: tuple[LayerWeights, ...]
@@ -85,7 +87,7 @@ class Weights:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """List the tensors that a checkpoint of this config must hold: stored name -> shape, in model order."""
+    """The tensors that a checkpoint with this config must have: stored name -> shape, in the order of the model."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
@@ -119,7 +121,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def num_weights(config: ModelConfig) -> int:
-    """How many numbers `load_weights` keeps."""
+    """How many numbers `load_weights` keeps in memory."""
     return sum(math.prod(shape) for shape in tensor_shapes(config).values())
 
 
@@ -131,16 +133,22 @@ def load_weights(
     quantization: str | None = None,
     progress: bool = False,
 ) -> Weights:
-    """Copy an open checkpoint's tensors into their final form, the layers' matrices rounded to int8 where a
-    `quantization` scheme is given.
+    """Copy the tensors of an open checkpoint into their final form. Peak memory is the result and at most one more
+    tensor.
 
-    Peak memory: the result plus at most one tensor.
-    Dtypes: stored float32, float16 or bfloat16, each cast to `dtype` (one of the three) on the way.
-    Raises: CheckpointError for a tensor that is missing, unknown, misshapen or of another dtype, before
-    anything is copied; ConfigError for another `dtype`.
+    Args:
+        checkpoint: An open checkpoint, whose tensors are float32, float16 or bfloat16.
+        dtype: The dtype of the result, one of these three.
+        device: The device of the result.
+        quantization: Round the layers' matrices to int8 by this scheme, or None.
+        progress: Show a progress bar.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown, or has another shape or dtype; found before anything is copied.
+        ConfigError: Another `dtype`.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ConfigError(f"dtype={dtype}: weights are held in float32, bfloat16 or float16")
+        raise ConfigError(f"dtype={dtype}: choose float32, bfloat16 or float16")
     config = checkpoint.config
     check_tensors(checkpoint)
     shapes = tensor_shapes(config)
@@ -191,8 +199,8 @@ def load_weights(
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Compare the stored tensors with the config's. Raises CheckpointError for one that is missing, unknown,
-    misshapen or of another dtype."""
+    """Compare the stored tensors with the config. Raises CheckpointError for one that is missing, unknown, or has
+    another shape or dtype."""
     config, path = checkpoint.config, checkpoint.path
     shapes = tensor_shapes(config)
     stored = checkpoint.tensor_names
@@ -207,7 +215,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     if missing:
         quantized = any(name.endswith((".qweight", ".weight_scale", ".scales", ".absmax")) for name in stored)
         mend = (
-            "the file holds quantized weights, which are not read: use the published bfloat16 checkpoint"
+            "the file has quantized weights, which cannot be read: use the published bfloat16 checkpoint"
             if quantized
             else "the checkpoint is incomplete or of another model: download it again"
         )
@@ -229,7 +237,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def _is_harmless(name: str) -> bool:
-    # A language model head beside guard heads or a tied embedding, and rotary buffers of old exports.
+    # The head of a language model beside guard heads or a tied embedding, and rotary buffers of old exports.
     return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
 
 

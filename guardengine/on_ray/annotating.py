@@ -1,4 +1,4 @@
-"""judging_on(): rows judged by engines all over a cluster, for `annotate`. Imports Ray when it is called."""
+"""judging_on(): let engines on the nodes of a cluster judge rows for `annotate`. Imports Ray when it is called."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ from guardengine.on_ray.cluster import check_fits, connected, resources
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actors:
-    """How many engines, and what each takes of its node. None: one a node, which has the node's CPUs.
+    """The engines on a cluster.
 
-    num_cpus are the engine's threads too. address: of the cluster, see `connected`.
+    Attributes:
+        address: The address of the cluster, see `connected`.
+        num_actors: Number of engines. None: one for each node.
+        num_cpus: CPUs, and threads, of each engine. None: the CPUs of a node, shared by its engines.
+        num_gpus: GPUs of each engine.
     """
 
     address: str | None = None
@@ -32,12 +36,13 @@ class Actors:
     def __post_init__(self) -> None:
         for option, value in (("--ray-actors", self.num_actors), ("--threads", self.num_cpus)):
             if value is not None and value < 1:
-                raise ConfigError(f"{option} {value}: a number from 1 is needed")
+                raise ConfigError(f"{option} {value}: give a number from 1")
         if not 0 <= self.num_gpus < math.inf:
-            raise ConfigError(f"--ray-gpus {self.num_gpus}: a number from 0 is needed")
+            raise ConfigError(f"--ray-gpus {self.num_gpus}: give a number from 0")
 
     def fitted(self, nodes: list[dict[str, Any]]) -> Actors:
-        """With numbers for what is None. nodes: as ray.nodes() has them. Raises ConfigError for what no node has."""
+        """These options with numbers in place of None. nodes: from ray.nodes(). Raises ConfigError for more than any
+        node has."""
         cpus = [int(node["CPU"]) for node in resources(nodes) if node.get("CPU", 0) >= 1] or [0]
         num_actors = self.num_actors or len(cpus)
         num_cpus = self.num_cpus or max(1, min(cpus) // math.ceil(num_actors / len(cpus)))
@@ -46,7 +51,13 @@ class Actors:
 
 
 def judging_on(actors: Actors, checkpoint: str, options: Options) -> Judging:
-    """checkpoint, options: those that `annotate` is given. Every node looks for the checkpoint by itself."""
+    """The `judging` of `annotate` on a cluster.
+
+    Args:
+        actors: The engines.
+        checkpoint: The checkpoint of `annotate`. Each node looks for it on its own disk or on the hub.
+        options: The options of `annotate`.
+    """
 
     @contextmanager
     def judging(rows: Rows, folder: Path, digest: str) -> Iterator[Iterable[Judged]]:
@@ -54,7 +65,7 @@ def judging_on(actors: Actors, checkpoint: str, options: Options) -> Judging:
             from guardengine.on_ray.pipeline import judged
 
             fitted = actors.fitted(ray.nodes())
-            # A folder from the root, as actors work elsewhere; a hub id as it is.
+            # A folder as an absolute path, because actors have other working folders; a hub id unchanged.
             name = str(folder.absolute()) if Path(checkpoint).expanduser().is_dir() else checkpoint
             yield judged(fitted, rows, (name, options, digest, __version__))
 

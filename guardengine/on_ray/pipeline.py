@@ -1,11 +1,11 @@
-"""judged(): rows through engines all over a cluster, as a Ray Data pipeline.
+"""judged(): rows through engines on all nodes of a cluster, as a Ray Data pipeline.
 
     read task, on this machine     calls (Rows.calls), each a block
-    actors, on any                 one engine each: a call -> lines of the journal, and how many tokens
+    actors, on any machine         one engine each: a call -> lines of the journal, and the number of tokens
     this process                   entries, in the order in which they come
 
-So the input and what is written lie on this machine only. A call whose actor has died is judged by another one, and
-none is judged again once it is answered: Ray keeps the answer until it is taken.
+So the input and the output are files of this machine only. When an actor dies, another one judges its call. No call is
+judged again once it is answered, because Ray keeps the answer until it is read.
 """
 
 from __future__ import annotations
@@ -32,15 +32,14 @@ from guardengine.errors import CheckpointError, ConfigError
 from guardengine.on_ray.annotating import Actors
 from guardengine.on_ray.cluster import named
 
-Judges = tuple[str, Options, str, str]  # what a _Judge is made of
+Judges = tuple[str, Options, str, str]  # the arguments of _Judge
 
 
 def judged(actors: Actors, rows: Rows, judges: Judges) -> Iterator[Judged]:
-    """Raises what an actor raises, and ConfigError where Ray gives up."""
+    """The entries of rows. Raises the errors of actors, and ConfigError when Ray gives up."""
     context = DataContext.get_current().copy()
-    context.target_max_block_size = (
-        1  # bytes, so a call is judged when it is read, and recorded when it is judged
-    )
+    # In bytes. So small that every call is a block, which is judged as soon as it is read and recorded once judged.
+    context.target_max_block_size = 1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     with DataContext.current(context):
@@ -58,11 +57,11 @@ def judged(actors: Actors, rows: Rows, judges: Judges) -> Iterator[Judged]:
                 for answer in batch.to_pylist():
                     yield [of_line(line) for line in answer["lines"].splitlines()], answer["num_tokens"]
         except ray.exceptions.RayError as error:
-            raise named(str(error), "the cluster has given up on the rows that are left") from error
+            raise named(str(error), "the cluster has given up on the remaining rows") from error
 
 
 class _Calls(Datasource):  # type: ignore[misc]
-    """A row is a call, as JSON."""
+    """The source of the pipeline: each of its rows is a call, as JSON."""
 
     supports_distributed_reads = False
 
@@ -84,13 +83,13 @@ class _Calls(Datasource):  # type: ignore[misc]
 
 
 class _Judge:
-    """An actor: one engine for all of its calls."""
+    """An actor with one engine for all of its calls."""
 
     def __init__(self, checkpoint: str, options: Options, digest: str, version: str) -> None:
         if version != __version__:
             raise ConfigError(
-                f"a node of the cluster has guardengine {__version__} and this command is of {version}; install one "
-                "release everywhere"
+                f"a node of the cluster has guardengine {__version__} and this command has {version}; install the "
+                "same release everywhere"
             )
         folder = resolve_checkpoint(checkpoint, options.revision)
         if checkpoint_digest(folder) != digest:

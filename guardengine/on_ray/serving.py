@@ -1,7 +1,7 @@
-"""Guard: the server's ASGI application as a Ray Serve deployment. application(): what Ray Serve runs.
+"""Guard: the ASGI application of the server as a Ray Serve deployment. application(): the argument of serve.run.
 
-A replica is a process with engines of its own, and the application of `guardengine serve`. Ray's proxies take the
-connections and give each to the replica that has the fewest; a WebSocket stays where it is.
+A replica is a process with its own engines and the application of `guardengine serve`. Ray's proxies accept the
+connections and give each to the replica with the fewest; a WebSocket stays on its replica.
 """
 
 from __future__ import annotations
@@ -29,9 +29,16 @@ _MAX_LOADS = 3  # attempts at starting replicas before Ray gives the deployment 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What every replica serves. Checkpoints are folders or hub ids, which each node looks for by itself.
+    """What every replica serves.
 
-    options: of Engine.from_pretrained, for both checkpoints.
+    Attributes:
+        checkpoint: The folder or hub id of a checkpoint. Each node looks for it on its own disk or on the hub.
+        revision: The revision of `checkpoint` on the hub.
+        gen: The folder or hub id of a Gen checkpoint.
+        gen_revision: The revision of `gen` on the hub.
+        options: Options of `AsyncEngine.from_pretrained`, for both checkpoints.
+        settings: Names, defaults and limits of the server.
+        log_level: The least level of messages on stderr.
     """
 
     checkpoint: str
@@ -43,11 +50,11 @@ class Served:
     log_level: str = "info"
 
     def paths(self) -> dict[str, Path]:
-        """On this node, by kind. Raises CheckpointError and ConfigError."""
+        """The folders on this node, by kind. Raises CheckpointError and ConfigError."""
         return by_kind(resolve_checkpoint(self.checkpoint, self.revision), self.gen, self.gen_revision)
 
     def with_whole_paths(self) -> Served:
-        """With folders from the root, as replicas work elsewhere."""
+        """With absolute paths, because replicas have other working folders."""
         names = {
             name: os.path.abspath(os.path.expanduser(value))
             for name in ("checkpoint", "gen")
@@ -59,7 +66,7 @@ class Served:
 @serve.deployment(max_constructor_retry_count=_MAX_LOADS)
 @serve.ingress()
 class Guard:
-    """One replica. Ray calls all of it in one event loop, which is the engines'."""
+    """One replica. Ray calls all of its methods in one event loop, which is also the engines'."""
 
     async def __init__(self, served: Served, num_threads: int) -> None:  # type: ignore[misc]
         log_to_stderr(served.log_level)
@@ -80,19 +87,24 @@ class Guard:
         )
 
     async def check_health(self) -> None:
-        """Ray replaces a replica that raises this time and again: an engine that hangs or fails."""
+        """Raise when an engine hangs or fails. Ray replaces a replica for which this raises repeatedly."""
         for kind, engine in self._engines.items():
             report = await engine.health(self._served.settings.health_timeout_s)
             if report["status"] != "ok":
                 raise ServerError(f"the {kind} engine is {report['status']}: {report['note']}")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What LagPolicy goes by."""
+        """The lag of the slowest engine, for LagPolicy."""
         return {LAG: max([(await engine.stats())["lag_s"] for engine in self._engines.values()])}
 
 
 def application(served: Served, scale: Scale) -> serve.Application:
-    """To be given to serve.run."""
+    """The application for serve.run.
+
+    Args:
+        served: What every replica serves.
+        scale: The number of replicas, and their resources.
+    """
     settings = served.settings
     options: dict[str, Any] = {"num_replicas": scale.least}
     if scale.most > scale.least:

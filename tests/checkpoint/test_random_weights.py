@@ -395,7 +395,7 @@ def test_folder_that_fills_up_meanwhile_is_kept(tmp_path: Path, monkeypatch: pyt
         return True
 
     monkeypatch.setattr(guardengine.text.vocabulary, "write_tokenizer_files", fill)
-    with pytest.raises(ConfigError, match="came into use meanwhile"):
+    with pytest.raises(ConfigError, match="is in use now"):
         make_checkpoint(tmp_path / "x", "stream-tiny")
     assert [file.name for file in tmp_path.rglob("*")] == ["x", "notes.txt"]
 

@@ -51,19 +51,19 @@ def response_text(chat: ChatTemplate, rendered: Rendered) -> str:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        (None, "messages is NoneType None; a non-empty list"),
-        ("hello", "messages is str 'hello'; a non-empty list"),
-        ([], r"messages is list \[\]; a non-empty list"),
+        (None, "messages is NoneType None; pass a non-empty list"),
+        ("hello", "messages is str 'hello'; pass a non-empty list"),
+        ([], r"messages is list \[\]; pass a non-empty list"),
         ({"role": "user", "content": "a"}, "messages is dict"),
-        (["hello"], r"messages\[0\] is str 'hello'; a mapping"),
+        (["hello"], r"messages\[0\] is str 'hello'; pass a mapping"),
         (
             [GOLDEN_MESSAGES[0], {"content": "a"}],
             r"messages\[1\]: role is NoneType None; use one of system, user",
         ),
         ([{"role": "human", "content": "a"}], r"messages\[0\]: role is str 'human'; use one of"),
         ([{"role": ["user"], "content": "a"}], r"messages\[0\]: role is list"),
-        ([{"role": "user"}], r"messages\[0\]: content is NoneType None; a str"),
-        ([{"role": "user", "content": None}], r"messages\[0\]: content is NoneType None; a str"),
+        ([{"role": "user"}], r"messages\[0\]: content is NoneType None; pass a str"),
+        ([{"role": "user", "content": None}], r"messages\[0\]: content is NoneType None; pass a str"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]: content is list"),
         ([{"role": "user", "content": b"a"}], r"messages\[0\]: content is bytes"),
         (
