@@ -39,10 +39,10 @@ _MODEL_STATS = ("dtype", "quantization", "kv_dtype", "backend", "isa", "device",
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _KV_ITEM_BYTES = {**_ITEM_BYTES, "int8": 1}
 _BLOCK_SIZE = 16
-_POINT_COST_STREAMS = 16  # what a point costs however few its streams, in streams: for sharing out the time
+_POINT_COST_STREAMS = 16  # the fixed cost of a point, in streams; for sharing out the time
 _CHECK_TOKENS = 64  # room for the conversation that is checked first
 
-# For the default points, weights made meanwhile included: under 3 minutes on 2 cores also when they are busy.
+# For the default points, making the weights included: under 3 minutes on 2 cores, also when they are busy.
 _TIME_LIMIT_S = 140.0
 
 # (default, --quick)
@@ -125,7 +125,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
-    """Measure what the options ask for; returns the record. Raises GuardEngineError."""
+    """Measure what the options ask for. Returns the record. Raises GuardEngineError."""
     deadline = time.perf_counter() + options.time_limit
     for path in (options.json, options.plot):
         if path is not None:
@@ -135,7 +135,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
     if options.compare:
         import_transformers()
     if options.threads:
-        torch.set_num_threads(options.threads)  # transformers' threads; the engine is told its own
+        torch.set_num_threads(options.threads)  # for transformers; the engine has an option for this
     points = [
         Point(count, options.prompt_len, options.response_len, options.k, options.arrival, options.rate)
         for count in options.streams
@@ -195,7 +195,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0; 2 for options that cannot be run; 1 where the labels are wrong."""
+    """Run the benchmark. Returns the exit status: 0; 2 for options that cannot be run; 1 when the labels are wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     for option, other_main in (("--predict", predict.main), ("--soak", soak.main)):
         if any(argument.partition("=")[0] == option for argument in arguments):
@@ -223,7 +223,7 @@ def _measure(
             bar.set_postfix_str(f"{point.num_streams} streams")
             row = None
             now = time.perf_counter()
-            # Points share the time that is left by their size; a fast one leaves more to the next.
+            # Points share the remaining time by their size; a fast one leaves more to the next.
             sizes = [_POINT_COST_STREAMS + other.num_streams for other in points[index:]]
             own = now + max(0.0, deadline - now) * sizes[0] / sum(sizes)
             prompts_s = (
@@ -283,7 +283,7 @@ def _kv_cache_bytes(
             f"a stream would come to {longest} tokens (prompt, {throughput.WARM_UP_TOKENS} to warm up, response), "
             f"the model takes {config.max_position_embeddings}; shorten --prompt-len, --response-len or --contexts"
         )
-    # The checked conversation runs alone, before.
+    # The conversation of the check runs before them, alone.
     blocks = max(count * -(-max(length, _CHECK_TOKENS) // _BLOCK_SIZE) for count, length in needs)
     needed = CacheShape(blocks, _BLOCK_SIZE, kv_dtype).num_bytes(config)
     free = memory_bytes("MemAvailable")

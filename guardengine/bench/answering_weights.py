@@ -1,9 +1,10 @@
-"""Gen checkpoints with random layers that answer mostly by the grammar, and differently: their heads are fitted to.
+"""Gen checkpoints with random layers and a fitted head, whose answers mostly follow the grammar and differ between
+conversations.
 
-Random weights never write "Safety:". Here the layers are random, and the head's rows of the grammar's tokens are the
-ridge regression from the layers' output after each token of many random answers to the token that comes next, plus a
-part that tells conversations apart: a direction in which the outputs after one and the same token differ. All other
-rows are 0. How often a greedy answer then keeps to the grammar, tests/gen/test_gen.py says.
+Purely random weights never write "Safety:". Here the layers are random. The rows of the head for the grammar's tokens
+are the ridge regression from the layers' output after each token of many random answers to the next token, plus a part
+that distinguishes conversations: a direction in which outputs after the same token differ. All other rows are 0.
+tests/gen/test_gen.py measures how often a greedy answer then follows the grammar.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ WORDS = [
 
 
 def conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
-    """Prompts and responses, by turns."""
+    """Random prompts and responses."""
     rng = random.Random(seed)
 
     def text() -> str:
@@ -74,10 +75,17 @@ def random_answer(rng: random.Random, role: str) -> str:
 def make_answering_checkpoint(
     folder: Path, preset: str, *, num_learned: int = 120, seed: int = 0, **overrides: Any
 ) -> Path:
-    """Write a Gen preset with such a head into a new folder. overrides: as `make_checkpoint` takes them.
+    """Write a Gen preset with a fitted head into a new folder, which appears only when it is complete.
 
-    num_learned: conversations that the head is fitted to, each of which is computed once. The folder is there once
-    all of it is. Raises ConfigError.
+    Args:
+        folder: The new folder.
+        preset: A Gen preset.
+        num_learned: Number of conversations to which the head is fitted; each is computed once.
+        seed: Seed of weights and conversations.
+        **overrides: See `make_checkpoint`.
+
+    Raises:
+        ConfigError: The folder exists, or an override is not valid.
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists: name a new folder")

@@ -1,4 +1,4 @@
-"""Correctness before speed: the engine's labels against transformers on one small conversation."""
+"""Correctness before speed: compare the engine's labels with transformers on one small conversation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from guardengine.measuring.random_ids import random_ids
 from guardengine.runners.cores import memory_bytes
 
 _PROMPT_LEN, _RESPONSE_LEN = 12, 20
-_FP32_LIMIT = 1e-3  # of logits; two correct float32 computations stay well below, a wrong one is far above
+_FP32_LIMIT = (
+    1e-3  # two correct float32 computations of a logit differ by much less, a wrong one by much more
+)
 
 
 def check_labels(
@@ -31,20 +33,24 @@ def check_labels(
     seed: int,
     num_weights: int,
 ) -> dict[str, Any]:
-    """Compare all logits of one conversation, fed in several pieces. Raises LabelsDiffer.
+    """Compare all logits of one conversation, which the engine is fed in several pieces.
 
-    float32: no logit may differ by more than 1e-3 from transformers'. bfloat16: the mean error against float32
-    may be at most twice that of transformers in bfloat16, and the largest at most three times its largest; rounded to
-    int8, the mean at most eight times (a wrong computation is far above: `guardengine verify-quantization` says what
-    the rounding costs).
-    Where transformers is missing, or float32 weights do not fit, the result says so under "skipped".
+    With float32 no logit may differ from that of transformers by more than 1e-3. With bfloat16 the mean error against
+    float32 may be at most twice the mean error of transformers in bfloat16, and the largest at most three times its
+    largest. With int8 the mean may be eight times that (a wrong computation is far above; `guardengine
+    verify-quantization` measures the cost of rounding).
+
+    Returns:
+        The errors and limits; or "skipped" with the reason where transformers is not installed or float32 weights do
+            not fit.
+
+    Raises:
+        LabelsDiffer: An error is above its limit.
     """
     if importlib.util.find_spec("transformers") is None:
         return {"skipped": "transformers is not installed (pip install guardengine[bench])"}
-    needed, free = (
-        5 * num_weights,
-        memory_bytes("MemAvailable"),
-    )  # and one tensor as stored, meanwhile
+    needed = 5 * num_weights  # 4 bytes for each weight, and room for one tensor as it is stored
+    free = memory_bytes("MemAvailable")
     if needed > free:
         return {
             "skipped": f"transformers in float32 needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -80,7 +86,7 @@ def check_labels(
 
 
 def _engine_logits(engine: Engine, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-    """The prompt label's logits, then each response token's, in one row."""
+    """The logits of the prompt label, then those of each response token, in one row."""
     with engine.open(token_ids=ids[:_PROMPT_LEN], role="user") as stream:
         labels = engine.run()
         for start, end in ((0, 1), (1, 8), (8, _RESPONSE_LEN)):

@@ -1,4 +1,4 @@
-"""The weights that a benchmark runs on: a folder the user names, or random ones kept in a cache folder."""
+"""The checkpoint of a benchmark: a folder that the user names, or random weights in a cache folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cache_folder() -> Path:
 
 
 def cached_checkpoint(preset: str, *, seed: int = 0, progress: bool = True, **overrides: Any) -> Path:
-    """The folder of a preset's random weights, made on first use. Raises ConfigError."""
+    """The folder with a preset's random weights, which are made on first use. Raises ConfigError."""
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r}: choose one of {', '.join(PRESETS)}")
     parts = [preset, f"seed{seed}", *(f"{key}={value}" for key, value in sorted(overrides.items()))]
@@ -29,7 +29,7 @@ def cached_checkpoint(preset: str, *, seed: int = 0, progress: bool = True, **ov
         try:
             make_checkpoint(folder, preset, seed=seed, progress=progress, **overrides)
         except ConfigError:
-            # Another run may have put the same weights there meanwhile.
+            # Another process may have just written the same weights.
             if not (folder / "config.json").is_file():
                 raise
     return folder

@@ -1,9 +1,10 @@
-"""The engine and transformers, side by side: the same tokens, taking turns in one run.
+"""The engine and transformers side by side: the same tokens, taking turns in one run.
 
-Contenders, each advancing all streams by the next k tokens in one measurement:
-engine             one batched step
-hf_incremental_*   one DynamicCache a stream, stepped in turn (sdpa or eager attention)
-hf_released        the released code's way: the whole conversation again for every token, no cache
+In one measurement each contender advances all streams by the next k tokens:
+
+    engine             one batched step
+    hf_incremental_*   a DynamicCache for each stream, stepped in turn (sdpa or eager attention)
+    hf_released        like the released code: the whole conversation again for every token, no cache
 """
 
 from __future__ import annotations
@@ -29,28 +30,30 @@ Chunks = Sequence[Sequence[int]]  # the next tokens of each stream
 
 
 class ComparePoint(NamedTuple):
+    """A measured setting: the number of streams, the tokens before the measurement, and the tokens in it."""
+
     num_streams: int
     context_len: int
     k: int = 1
 
 
 def compare_points(context_lens: Sequence[int], stream_counts: Sequence[int], k: int) -> list[ComparePoint]:
-    """One stream at every context, then more streams at 256 tokens or, without it, the shortest."""
+    """One stream at every context; then more streams at 256 tokens or, without that context, at the shortest."""
     for context_len in context_lens:
         if context_len < 1:
-            raise ConfigError(f"context {context_len}: at least 1 token is needed")
+            raise ConfigError(f"context {context_len}: give at least 1 token")
     shared = 256 if 256 in context_lens else min(context_lens)
     points = [ComparePoint(1, context_len, k) for context_len in context_lens]
     return points + [ComparePoint(count, shared, k) for count in stream_counts if count > 1]
 
 
 def tokens_per_stream(point: ComparePoint, rounds: int) -> int:
-    """The length that one stream of this point comes to."""
+    """The length of one stream at the end of this point."""
     return point.context_len + point.k * (rounds + WARM_UP_ROUNDS)
 
 
 def num_measurements(points: Sequence[ComparePoint], rounds: int) -> int:
-    """Timed measurements and prompts, for a progress bar."""
+    """The number of timed measurements and prompts, for a progress bar."""
     return sum((rounds + WARM_UP_ROUNDS) * (3 + (p.num_streams == 1)) + 2 * p.num_streams for p in points)
 
 
@@ -119,7 +122,7 @@ class _Released:
 
 @dataclass(slots=True)
 class Comparison:
-    """What to measure with; `run` measures one point."""
+    """The contenders, and how to measure them. `run` measures one point."""
 
     engine: Engine
     guard: HFGuard
@@ -131,8 +134,8 @@ class Comparison:
     def run(self, point: ComparePoint) -> list[dict[str, Any]]:
         """One row for each contender. The contender that begins changes from round to round.
 
-        The window of a measurement: from the tokens being there to their labels being there, on every stream.
-        Prompts and the first round are outside.
+        A measurement lasts from when the tokens of all streams are there until all of their labels are there. Prompts
+        and the first round are not measured.
         """
         context_len, k = point.context_len, point.k
         ids = random_ids(point.num_streams, tokens_per_stream(point, self.rounds), self.vocab_size, self.seed)
@@ -177,17 +180,17 @@ class Comparison:
             streams.append(IncrementalStream(self.guard))
             streams[-1].append(prompt, logits_to_keep=1)
             self.progress(1)
-        copies = [stream.fork() for stream in streams]  # the same prompts, not computed twice
+        copies = [stream.fork() for stream in streams]  # so that prompts are not computed twice
         found: list[_Incremental | _Released] = [
             _Incremental(self.guard, "sdpa", streams),
             _Incremental(self.guard, "eager", copies),
         ]
-        # The released code has one stream at a time; several would only add up.
+        # The released code has one stream at a time; the time of several would be the sum.
         return found + ([_Released(self.guard, prompts)] if len(prompts) == 1 else [])
 
 
 def _label(out: GuardOutput) -> None:
-    """What a user of the logits does with them: probabilities and the winning classes, as Python numbers."""
+    """The work of a user of the logits: probabilities and the likeliest classes, as Python numbers."""
     for logits in (out.risk_level_logits, out.category_logits):
         prob, index = logits[0].softmax(-1).max(-1)
         prob.tolist()

@@ -1,8 +1,8 @@
-"""The least time that this machine could take for a step: what must be read over what it can read a second, or
-what must be computed over what it can compute, whichever is longer.
+"""The floor of a step: the least time that this machine could take for it.
 
-Counts only work that no implementation can leave out: every weight once a step, every cached key and value of
-the streams in it once, and the multiplications of the rows that are needed.
+floor = max(bytes that must be read / read bandwidth, operations that must be done / arithmetic peak). Only work that
+no implementation can avoid is counted: every weight once a step, every cached key and value of its streams once, and
+the multiplications of the rows that are needed.
 """
 
 from __future__ import annotations
@@ -16,21 +16,30 @@ from guardengine.labels import Label
 
 
 class Work(NamedTuple):
+    """The least work of a step: bytes to read, and floating-point operations."""
+
     num_bytes: float
     flops: float
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Counts bytes and operations of one model. Scales are left out: a floor stays a floor."""
+    """Counts the least bytes and operations for one model. The scales of quantization are left out, so that it stays a
+    lower bound.
+
+    Attributes:
+        config: The model.
+        weight_bytes: Bytes of one value of the layers' matrices.
+        kv_bytes: Bytes of one value of the KV cache.
+    """
 
     config: ModelConfig
-    weight_bytes: int  # a value of the layers' matrices
-    kv_bytes: int  # a value
+    weight_bytes: int
+    kv_bytes: int
 
     @property
     def num_weights(self) -> int:
-        """All weights, the embedding's included."""
+        """Number of all weights, the embedding included."""
         config = self.config
         return config.vocab_size * config.hidden_size + self._matrices * config.num_layers + self._classifiers
 
@@ -40,9 +49,13 @@ class CostModel:
         return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.kv_bytes
 
     def of_tokens(self, positions: Sequence[Sequence[int]], num_wanted: int | None = None) -> Work:
-        """One step over the tokens at `positions` of each stream in it, `num_wanted` of them labelled (None: all).
+        """The work of one step.
 
-        Past its keys and values the last layer is needed for labelled tokens only.
+        After its keys and values the last layer is needed for labelled tokens only.
+
+        Args:
+            positions: The positions of the tokens of each stream in the step.
+            num_wanted: How many of the tokens get a label; None: all.
         """
         config, tokens = self.config, sum(map(len, positions))
         wanted = tokens if num_wanted is None else num_wanted
@@ -62,7 +75,7 @@ class CostModel:
 
     @property
     def _matrices(self) -> int:
-        """The weights of one layer's matrices."""
+        """Number of weights in the matrices of one layer."""
         config = self.config
         width = config.num_heads * config.head_dim
         return self._qkv + config.hidden_size * (width + 3 * config.intermediate_size)
@@ -73,14 +86,15 @@ class CostModel:
         return heads.inner_size * (2 * self.config.hidden_size + heads.num_logits) if heads else 0
 
     def of_labels(self, labels: Iterable[Label]) -> Work:
-        """The step that computed just these labels."""
+        """The work of the step that computed exactly these labels."""
         positions: dict[str, list[int]] = {}
         for label in labels:
             positions.setdefault(label.stream_id, []).append(label.position)
         return self.of_tokens(list(positions.values()))
 
     def of_prompts(self, num_streams: int, prompt_len: int, num_steps: int) -> Work:
-        """Prompts of equal length in `num_steps` steps, one label each; every step reads the weights."""
+        """The work for prompts of equal length in `num_steps` steps, with one label each. Every step reads the
+        weights."""
         once = self.of_tokens([range(prompt_len)] * num_streams, num_wanted=num_streams)
         no_tokens = self.of_tokens([])
         return Work(once.num_bytes + (num_steps - 1) * no_tokens.num_bytes, once.flops)
@@ -88,15 +102,15 @@ class CostModel:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the machine showed it can do, in the dtype at hand, right beside a measurement."""
+    """The rates that the machine reached beside a measurement, in the dtype of the measurement."""
 
     read_bytes_per_s: float
     flops_per_s: float
 
     @staticmethod
     def best_of(probes: Sequence[Any], dtype: str, quantization: str | None = None) -> Limits:
-        """The best that any of the probes (`guardengine.measuring.machine.Ceilings`) reached with the instructions that
-        the dtype, or w8a8, could use."""
+        """The best rates in any of the probes (`guardengine.measuring.machine.Ceilings`), with the instructions that
+        the dtype, or w8a8, can use."""
         peaks = [
             max(
                 p.fp32_flops or 0.0,
@@ -108,6 +122,6 @@ class Limits:
         return Limits(max(p.read_bytes_per_s for p in probes), max(peaks))
 
     def seconds(self, work: Work) -> tuple[float, str]:
-        """The floor and what sets it: "bandwidth" or "compute"."""
+        """The floor in seconds, and what determines it: "bandwidth" or "compute"."""
         reading, computing = work.num_bytes / self.read_bytes_per_s, work.flops / self.flops_per_s
         return max(reading, computing), "bandwidth" if reading >= computing else "compute"

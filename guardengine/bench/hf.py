@@ -1,7 +1,7 @@
-"""Qwen3Guard-Stream on Hugging Face transformers: what the engine is compared with, for labels and for speed.
+"""Qwen3Guard-Stream on Hugging Face transformers, with which the engine's labels and speed are compared.
 
-transformers' Qwen3Model plus the guard heads, loaded from a folder in the released layout. It shares no code with
-the engine on purpose: neither its loader nor its operators.
+It is transformers' Qwen3Model with the guard heads, loaded from a folder in the released layout. It deliberately
+shares no code with the engine: neither its loader nor its operators.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HEAD_TENSORS = (
 
 @dataclass(slots=True)
 class GuardOutput:
-    """Logits of the kept positions, [B, kept, classes] in the model's dtype, and the cache if one was used."""
+    """The logits of the kept positions, [B, kept, classes] in the model's dtype, and the cache if one was used."""
 
     risk_level_logits: Tensor
     category_logits: Tensor
@@ -55,7 +55,7 @@ class HFGuard:
         attn_implementation: AttnImplementation = "sdpa",
         device: str | torch.device = "cpu",
     ) -> None:
-        """Load the folder `path`. Raises CheckpointError, and ConfigError without transformers."""
+        """Load the folder `path`. Raises CheckpointError, and ConfigError when transformers is not installed."""
         qwen3 = import_transformers()
         folder = Path(path)
         raw = _read_json(folder / "config.json")
@@ -92,9 +92,9 @@ class HFGuard:
         self.set_attn_implementation(attn_implementation)
 
     def set_attn_implementation(self, name: AttnImplementation) -> None:
-        """Choose transformers' attention: "sdpa" or "eager". The weights are kept."""
+        """Choose the attention of transformers, "sdpa" or "eager". The weights stay."""
         if name not in ("sdpa", "eager"):
-            raise ConfigError(f"attn_implementation={name!r}: 'sdpa' or 'eager' is needed")
+            raise ConfigError(f"attn_implementation={name!r}: choose 'sdpa' or 'eager'")
         self.model.set_attn_implementation(name)
         self.attn_implementation = name
 
@@ -127,15 +127,15 @@ class HFGuard:
     __call__ = forward
 
     def released_step(self, ids: Tensor, logits_to_keep: int = 0) -> GuardOutput:
-        """Compute as the released code does for each token: the whole sequence `ids` [N] again, without a cache."""
+        """Compute like the released code for each token: the whole sequence `ids` [N] again, without a cache."""
         return self.forward(ids[None], logits_to_keep=logits_to_keep)
 
     @torch.inference_mode()
     def released_call(self, ids: Tensor, role: Literal["user", "assistant"]) -> dict[str, list[Any]]:
-        """Do what one `stream_moderate_from_ids` of the released code does when the stream has come to `ids` [N].
+        """Do the work of one `stream_moderate_from_ids` of the released code when the stream has the tokens `ids` [N].
 
-        All four heads at all positions, then softmax, maximum and four Python lists over all of them. The causal
-        mask is left to the attention kernel, which is faster than the released code's own.
+        That is all four heads at all positions, then softmax, maximum and four Python lists over all of them. The
+        causal mask is left to the attention kernel, which is faster than the released code's own.
         """
         out = self.released_step(ids)
         query = role == "user"
@@ -152,7 +152,8 @@ class HFGuard:
 
 
 class IncrementalStream:
-    """One conversation on transformers' own KV cache: a DynamicCache, and a forward over each call's new tokens."""
+    """One conversation on transformers' own KV cache: a DynamicCache, and a forward over the new tokens of each
+    call."""
 
     def __init__(self, guard: HFGuard) -> None:
         self._guard = guard
@@ -170,7 +171,7 @@ class IncrementalStream:
         return output
 
     def fork(self) -> IncrementalStream:
-        """Branch off a conversation with its own copy of the cache."""
+        """A branch with its own copy of the cache."""
         branch = IncrementalStream(self._guard)
         branch._cache = copy.deepcopy(self._cache)
         return branch
@@ -181,7 +182,7 @@ class IncrementalStream:
 
 
 class _GuardHeads(nn.Module):
-    """The released code's two branches: project, RMSNorm, then a risk head and a category head on it."""
+    """The two branches of the released code: projection, RMSNorm, then a risk head and a category head."""
 
     def __init__(self, rms_norm: Any, tensors: Mapping[str, Tensor], eps: float) -> None:
         super().__init__()
@@ -207,7 +208,7 @@ class _GuardHeads(nn.Module):
 
 
 def import_transformers() -> Any:
-    """transformers' Qwen3 module, imported only where a comparison is asked for. Raises ConfigError."""
+    """The Qwen3 module of transformers, imported only for a comparison. Raises ConfigError when it is not installed."""
     try:
         from transformers.models.qwen3 import modeling_qwen3
     except ImportError as error:
@@ -219,7 +220,7 @@ def import_transformers() -> Any:
 
 
 def _qwen3_config(raw: Mapping[str, Any], source: Path) -> Any:
-    """A transformers 5 configuration from a config.json of either generation of names."""
+    """A configuration of transformers 5, from a config.json with the older or the newer names."""
     from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
     keys = (

@@ -1,4 +1,4 @@
-"""What the benchmark's commands share: kinds of options, and from errors to exit statuses."""
+"""Shared by the benchmark's commands: types of options, and exit statuses for errors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from guardengine.errors import GuardEngineError, IntegrityError, LabelsDiffer
 
 
 def count(text: str) -> int:
-    """An option that is a whole number from 1 on."""
+    """An option that is a whole number from 1 to 2**20."""
     if not text.isdecimal() or not 1 <= int(text) <= 2**20:
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 to {2**20} is needed")
     return int(text)
 
 
 def counts(text: str) -> list[int]:
-    """An option that is a list of them, with commas."""
+    """An option that is a list of such numbers, with commas."""
     return [count(part.strip()) for part in text.split(",")]
 
 
 def exit_status(command: Callable[[], None]) -> int:
-    """Run a command; returns 0; 2 for options that cannot be run; 1 where labels or books are wrong."""
+    """Run a command. Returns 0; 2 for options that cannot be run; 1 when labels or books are wrong."""
     try:
         command()
     except GuardEngineError as error:
@@ -35,5 +35,5 @@ def exit_status(command: Callable[[], None]) -> int:
 
 
 def say(text: str) -> None:
-    """Tell whoever waits, beside the output."""
+    """Print progress to stderr, so that stdout has the result only."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A picture of a record: latency against context, throughput against streams. Draws measured points only."""
+"""Pictures of a record: latency against context, throughput against streams. Only measured points are drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 def latency_curves(record: Mapping[str, Any]) -> Curves:
-    """One stream: (context tokens, ms for one token) of each contender."""
+    """For one stream and each contender: (context in tokens, milliseconds for one token)."""
     curves: Curves = {}
     for (num_streams, context_len, _), rows in by_point(record["compare"]).items():
         if num_streams == 1:
@@ -36,10 +36,10 @@ def latency_curves(record: Mapping[str, Any]) -> Curves:
 
 
 def throughput_curves(record: Mapping[str, Any]) -> tuple[Curves, str]:
-    """(streams, tokens a second) of each contender, and the context they were measured at.
+    """For each contender: (streams, tokens in a second); and the context at which they were measured.
 
-    From the comparison at the context with most stream counts, so that the curves show the same workload; without
-    one, from the throughput rows.
+    From the comparison at the context with most stream counts, so that all curves show the same workload; without a
+    comparison, from the throughput rows.
     """
     contexts: dict[tuple[int, int], list[tuple[int, Sequence[Mapping[str, Any]]]]] = {}
     for (num_streams, context_len, k), rows in by_point(record["compare"]).items():
@@ -58,7 +58,7 @@ def throughput_curves(record: Mapping[str, Any]) -> tuple[Curves, str]:
 
 
 def save_plot(record: Mapping[str, Any], path: Path) -> None:
-    """Write the picture; the file's suffix chooses the format. Raises ConfigError."""
+    """Write the picture; the suffix of the file decides the format. Raises ConfigError."""
     pyplot = import_pyplot()
     curves, context = throughput_curves(record)
     if not curves:
@@ -70,7 +70,7 @@ def save_plot(record: Mapping[str, Any], path: Path) -> None:
 
 
 def save_soak_plot(record: Mapping[str, Any], path: Path) -> None:
-    """Write a soak's course: latency, what waits and what is open, memory. Raises ConfigError."""
+    """Write the picture of a soak: latency, waiting tokens and open streams, memory. Raises ConfigError."""
     pyplot = import_pyplot()
     figure, (top, middle, bottom) = pyplot.subplots(3, 1, figsize=(10, 9), sharex=True, layout="constrained")
     seconds = [row["s"] for row in record["latencies"]]
@@ -117,7 +117,7 @@ def _save(pyplot: Any, figure: Any, record: Mapping[str, Any], path: Path) -> No
 
 
 def _chosen(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """One row a curve: of the incremental ones the better."""
+    """One row for each curve; of the incremental contenders the faster."""
     chosen = {row["contender"]: row for row in rows if row["contender"] in (ENGINE, RELEASED)}
     quoted = quoted_incremental(rows)
     return chosen | ({"incremental": quoted} if quoted else {})

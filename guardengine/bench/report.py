@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: one JSON record, and Markdown tables made from it. Measures nothing."""
+"""The record of a benchmark as JSON, and Markdown tables made from it. Measures nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEMA = 1
 
 
 def stamp(arguments: Sequence[str], seed: int) -> dict[str, Any]:
-    """Where, when and how a record was taken: machine, commit, command line, versions, seed."""
+    """Where, when and how a record was made: machine, commit, command line, versions, seed."""
     here = machine.machine_stamp()
     try:
         transformers = metadata.version("transformers")
@@ -34,7 +34,7 @@ def stamp(arguments: Sequence[str], seed: int) -> dict[str, Any]:
             "transformers": transformers,
         },
         "machine": here,
-        "load_average": os.getloadavg()[0],  # of the last minute before: what others did meanwhile
+        "load_average": os.getloadavg()[0],  # of the last minute: what other processes do
     }
 
 
@@ -52,13 +52,13 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def quoted_incremental(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Of one point's rows, the faster of transformers' two attentions: the one that is quoted."""
+    """The row of the faster of transformers' two attentions, which is the one that is quoted."""
     incremental = [row for row in rows if row["contender"].startswith(INCREMENTAL)]
     return min(incremental, key=lambda row: float(row["ms"]["p50"]), default=None)
 
 
 def by_point(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int, int], list[Mapping[str, Any]]]:
-    """Comparison rows grouped by (streams, context, k), in order of measurement."""
+    """Rows of the comparison by (streams, context, k), in the order of measurement."""
     points: dict[tuple[int, int, int], list[Mapping[str, Any]]] = {}
     for row in rows:
         points.setdefault((row["num_streams"], row["context_len"], row["k"]), []).append(row)

@@ -1,4 +1,4 @@
-"""Drives an engine through one point of the workload and measures it. Knows nothing of other implementations."""
+"""Run an engine through one point of the workload, and measure it. Knows nothing of other implementations."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from guardengine.errors import IntegrityError
 from guardengine.measuring import machine
 from guardengine.measuring.random_ids import random_ids
 
-WARM_UP_TOKENS = 2  # a stream, after its prompt, before the clock runs: kernels are chosen on first use
+WARM_UP_TOKENS = (
+    2  # for each stream, after its prompt, before the clock runs: kernels are chosen on first use
+)
 Progress = Callable[[int], object]
 
 
 def tokens_per_stream(point: Point) -> int:
-    """The length that one stream of this point comes to."""
+    """The length of one stream at the end of this point."""
     return point.prompt_len + WARM_UP_TOKENS + point.response_len
 
 
 @dataclass(slots=True)
 class _Window:
-    """What happened while the clock ran."""
+    """The measurements while the clock runs."""
 
     engine: Engine
     cost: CostModel
@@ -58,14 +60,16 @@ class _Window:
         for label in labels:
             fed_at = self.fed_at.pop((label.stream_id, label.position), None)
             if fed_at is None:
-                raise IntegrityError(f"{label.stream_id}: a label came twice or unasked, at {label.position}")
+                raise IntegrityError(
+                    f"{label.stream_id}: a label came twice or unasked, at {label.position}"
+                )
             self.latencies_s.append(end - fed_at)
         if not labels:
-            raise IntegrityError(f"{len(self.fed_at)} tokens were fed and their labels do not come")
+            raise IntegrityError(f"{len(self.fed_at)} tokens were fed, and their labels did not come")
         self.progress(len(labels))
 
     def is_over(self) -> bool:
-        """Whether feeding has to stop now."""
+        """Whether no more tokens may be fed."""
         self.is_cut_short = self.is_cut_short or time.perf_counter() > self.deadline
         return self.is_cut_short
 
@@ -80,12 +84,23 @@ def measure_point(
     progress: Progress,
     deadline: float = math.inf,
 ) -> dict[str, Any] | None:
-    """Run one point and return its row of the report.
+    """Run one point.
 
-    The window: from the first response token's arrival to the last label, prompts computed and WARM_UP_TOKENS
-    fed to every stream before. Ceilings are probed before and after it.
-    Past `deadline` (of time.perf_counter) no more tokens are fed, and the row says that it was cut short; the
-    answer is None where not even two rounds were done by then.
+    The window lasts from the arrival of the first response token to the last label. Before it prompts are computed,
+    and WARM_UP_TOKENS are fed to every stream. Ceilings are probed before and after it.
+
+    Args:
+        engine: The engine.
+        point: The workload.
+        cost: Counts the least work of a step.
+        vocab_size: Ids are drawn below this number.
+        seed: Seed of ids and arrivals.
+        progress: Called with numbers of tokens.
+        deadline: A time of time.perf_counter() after which no more tokens are fed; the row then says that it was cut
+            short.
+
+    Returns:
+        The row of the report; None when not even two rounds were done before the deadline.
     """
     ids = random_ids(point.num_streams, tokens_per_stream(point), vocab_size, seed)
     prompts = [row[: point.prompt_len] for row in ids]
@@ -184,7 +199,7 @@ def _run_poisson(
     responses: Sequence[Sequence[int]],
     arrivals: Sequence[Arrival],
 ) -> None:
-    """Latency counts from when tokens were due, so waiting for a running step is part of it."""
+    """Latency counts from when tokens were due, so it includes the wait for a running step."""
     start = time.perf_counter()
     offset = point.prompt_len + WARM_UP_TOKENS
     upcoming = 0

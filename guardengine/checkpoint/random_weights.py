@@ -134,9 +134,7 @@ def make_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and os.path.exists(target):
-            raise ConfigError(
-                f"{target} is in use now; give a new or empty folder"
-            ) from error
+            raise ConfigError(f"{target} is in use now; give a new or empty folder") from error
         raise ConfigError(
             f"{target} cannot be written ({error}); choose a folder that can be written, with enough room"
         ) from error

@@ -1,1 +1,1 @@
-"""What measurements share: the machine and its ceilings, files of numbers, pictures."""
+"""Shared by measurements: the machine and its ceilings, files of numbers, pictures, random ids."""

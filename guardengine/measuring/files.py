@@ -1,4 +1,4 @@
-"""What measurements leave behind: numbers as JSON, tables as Markdown."""
+"""The files that measurements write: numbers as JSON, tables as Markdown."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from guardengine.errors import ConfigError
 
 
 def check_writable(path: Path) -> None:
-    """Raise ConfigError now rather than after minutes of measuring."""
+    """Raise ConfigError when a file cannot be written, before minutes of measuring."""
     if path.is_dir() or not path.parent.is_dir():
         problem = "is a folder" if path.is_dir() else f"cannot be written: {path.parent} is not a folder"
         raise ConfigError(f"{path} {problem}; give a file in a folder that exists")
 
 
 def write_json(record: Mapping[str, Any], path: Path) -> None:
-    """Write the record. Raises ConfigError where the file cannot be written."""
+    """Write a record as JSON. Raises ConfigError when the file cannot be written."""
     try:
         path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
@@ -26,7 +26,7 @@ def write_json(record: Mapping[str, Any], path: Path) -> None:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, right-aligned, readable as text too."""
+    """A Markdown table, right-aligned, which is readable as text too."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
     cells = [header, ["-" * (width - 1) + ":" for width in widths], *rows]
     return "\n".join(

@@ -1,7 +1,7 @@
-"""What this machine is and what it can do at most, for judging measurements. Knows no model and no tensors.
+"""The machine and its ceilings, with which measurements are compared. Knows no model and no tensors.
 
-`probe_ceilings` measures with the compiled library; `machine_stamp` is what a benchmark record says about
-where it was taken.
+`probe_ceilings` measures with the compiled library. `machine_stamp` describes the machine in the record of a
+benchmark.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from guardengine import checks
 from guardengine._version import __version__
 from guardengine.errors import ConfigError
 from guardengine.kernels.abi import Peak, Status
@@ -33,11 +34,21 @@ _PEAK_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """The most that `num_threads` threads of this machine do in a second, at the moment of the probe.
+    """The most that `num_threads` threads of this machine can do in a second, at the time of the probe.
 
-    A peak is 0.0 where the CPU lacks the instructions: AVX512-BF16 dot products for bf16, VNNI or AVX2 for int8 (a
-    multiplication and an addition are two operations). Matrix units (AMX) are not probed. Reading is from memory,
-    the fastest and the median of several passes; on shared machines they can differ a lot, and between probes.
+    A peak is 0.0 where the CPU lacks the instructions: AVX512-BF16 dot products for bf16, VNNI or AVX2 for int8. A
+    multiplication and an addition are two operations. Matrix units (AMX) are not probed. Reading is from memory; on
+    shared machines the passes of a probe, and probes, can differ a lot.
+
+    Attributes:
+        num_threads: Threads of the probe.
+        read_bytes_per_s: Bytes read in a second, in the fastest pass.
+        read_bytes_per_s_median: Bytes read in a second, in the median pass.
+        read_buffer_bytes: Size of the buffer that was read.
+        fp32_flops: Operations in float32 in a second.
+        bf16_flops: Operations in bfloat16 in a second.
+        int8_ops: Operations in int8 in a second.
+        isa: The instruction set that the library uses.
     """
 
     num_threads: int
@@ -51,20 +62,18 @@ class Ceilings:
 
 
 def probe_ceilings(num_threads: int, *, read_buffer_bytes: int | None = None) -> Ceilings:
-    """Measure read bandwidth and arithmetic peaks with `num_threads` threads: about a second.
+    """Measure read bandwidth and arithmetic peaks, in about a second.
 
-    Use no more threads than cores. The read buffer is by default 512 MiB or twice the last-level cache, whichever
-    is more, and at most a quarter of the available memory: a pass from end to end then leaves nothing cached for
-    the next. A virtual machine that touches that memory for the first time may take some seconds more.
+    Args:
+        num_threads: 1 to 1024; use no more than there are cores.
+        read_buffer_bytes: Size of the buffer that is read. None: 512 MiB or twice the last-level cache, whichever is
+            more, and at most a quarter of the available memory, so that a pass leaves nothing in the cache for the
+            next. A virtual machine that touches this memory for the first time may need some seconds more.
 
-    Raises ConfigError when the library is not built, or for what the machine cannot do.
+    Raises:
+        ConfigError: The library is not built, a value is out of range, or the machine cannot do it.
     """
-    if (
-        isinstance(num_threads, bool)
-        or not isinstance(num_threads, int)
-        or not 1 <= num_threads <= _MAX_THREADS
-    ):
-        raise ConfigError(f"num_threads={num_threads!r}: a whole number from 1 to {_MAX_THREADS} is needed")
+    checks.whole_number("num_threads", num_threads, 1, _MAX_THREADS)
     smallest = 4096 * num_threads
     if read_buffer_bytes is None:
         read_buffer_bytes = max(_MIN_READ_BYTES, 2 * last_level_cache_bytes())
@@ -95,7 +104,7 @@ def probe_ceilings(num_threads: int, *, read_buffer_bytes: int | None = None) ->
 
 
 def machine_stamp() -> dict[str, Any]:
-    """What a benchmark record says about its machine and software. What is not known is None."""
+    """The description of machine and software in a record. Unknown values are None."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -111,7 +120,7 @@ def machine_stamp() -> dict[str, Any]:
 
 
 def last_level_cache_bytes() -> int:
-    """The largest cache of the first core, or 0 where the system does not tell."""
+    """The size of the largest cache of the first core; 0 where the system does not say."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         try:
@@ -146,8 +155,8 @@ def _version(package: str) -> str | None:
 
 
 def _git_state(folder: Path) -> dict[str, Any]:
-    """Commit and dirtiness of the checkout that guardengine runs from; None for an installed package, even
-    when it is installed inside somebody else's repository."""
+    """The commit of the checkout from which guardengine runs, and whether it has changes; None for an installed
+    package, even when it is installed inside another repository."""
     unknown = {"commit": None, "is_dirty": None}
     top = _git(folder, "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != folder:
@@ -157,7 +166,7 @@ def _git_state(folder: Path) -> dict[str, Any]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    # Without optional locks: looking must not get in the way of a git command that runs at the same time.
+    # Without optional locks, so that this does not disturb another git command that runs at the same time.
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

@@ -8,7 +8,7 @@ from guardengine.errors import ConfigError
 
 
 def import_pyplot() -> Any:
-    """matplotlib without a display. Raises ConfigError when it is not installed."""
+    """matplotlib.pyplot without a display. Raises ConfigError when matplotlib is not installed."""
     try:
         import matplotlib
 

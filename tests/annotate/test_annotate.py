@@ -289,10 +289,10 @@ GOOD = {"prompt": "Good day", "response": "Good day to you"}
         ({"messages": "text", "prompt": "a"}, Layout(), Layout(prompt="prompt")),
         ({"q": "a", "r": "b"}, Layout(prompt="q"), Layout(prompt="q")),
         ({"q": "a"}, Layout(), "name it with --prompt-column"),
-        ({"prompt": "a", "text": "b"}, Layout(), "'prompt', 'text' may each hold the prompt"),
+        ({"prompt": "a", "text": "b"}, Layout(), "'prompt', 'text' may each be the prompt"),
         ({"prompt": "a"}, Layout(prompt="p"), "no column 'p'; the columns are 'prompt'"),
         ({"prompt": "a"}, Layout(prompt="prompt", messages="m"), "leave out --prompt-column"),
-        ({"prompt": "a", "guard_risk": 1}, Layout(), "give another --prefix"),
+        ({"prompt": "a", "guard_risk": 1}, Layout(), "choose another --prefix"),
     ],
 )
 def test_columns_are_found_or_named(

@@ -41,7 +41,7 @@ def is_written(files: Files, problem: str) -> bool:
     else:
         return True
     assert problem in found
-    assert "run the same command again, which goes on where this one stopped" in found
+    assert "run the same command again: it continues where this one stopped" in found
     if files.journal.exists() and (left := files.journal.read_bytes()):
         assert left.endswith(b"\n")  # nothing half written
     names = {path.name for path in files.folder.glob("out*")}
@@ -116,7 +116,7 @@ def test_writes_and_syncs_that_fail(files: Files, monkeypatch: pytest.MonkeyPatc
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fail)
-            if is_written(files, "mend that" if error == errno.EIO else "make room"):
+            if is_written(files, "repair that" if error == errno.EIO else "make room"):
                 break
             num_failures += 1
         if num_failures % 3 == 0:  # what was reported as written is there, and only that

@@ -236,7 +236,7 @@ def test_tables_that_are_refused(fake: Path, tmp_path: Path) -> None:
         ("x.parquet", bytes(damaged), "cannot be read"),
         ("x.parquet", b'{"prompt": "a"}\n', "cannot be read"),
         *(("x.arrow", stream[:cut], "cannot be read|has no end") for cut in (0, 5, 999, len(stream) - 1)),
-        ("x.arrow", stream[:between], "has no end, so rows may be missing"),
+        ("x.arrow", stream[:between], "has no end mark, so rows may be missing"),
         ("x.arrow", stream[:-8], "has no end"),
         (
             "x.parquet",
@@ -368,7 +368,7 @@ def test_columns_that_are_there_already_are_not_written_over(fake: Path, tmp_pat
     write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     run(tmp_path / "in.jsonl", tmp_path / "once.parquet", fake)
     for out in ("twice.jsonl", "twice.parquet"):
-        with pytest.raises(ConfigError, match="column 'guard_risk' already; give another --prefix"):
+        with pytest.raises(ConfigError, match="column 'guard_risk' already; choose another --prefix"):
             run(tmp_path / "once.parquet", tmp_path / out, fake)
         run(tmp_path / "once.parquet", tmp_path / out, fake, prefix="second_", policy="loose")
     (row, _) = read_lines(tmp_path / "twice.jsonl")

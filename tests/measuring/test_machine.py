@@ -77,7 +77,7 @@ def test_any_number_of_threads(num_threads):
 
 @pytest.mark.parametrize("num_threads", [0, -1, 1025, 1.0, True, None])
 def test_bad_num_threads_is_refused(num_threads):
-    with pytest.raises(ConfigError, match="a whole number from 1 to 1024"):
+    with pytest.raises(ConfigError, match="pass a whole number from 1 to 1024"):
         machine.probe_ceilings(num_threads)
 
 
