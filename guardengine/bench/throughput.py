@@ -60,9 +60,7 @@ class _Window:
         for label in labels:
             fed_at = self.fed_at.pop((label.stream_id, label.position), None)
             if fed_at is None:
-                raise IntegrityError(
-                    f"{label.stream_id}: a label came twice or unasked, at {label.position}"
-                )
+                raise IntegrityError(f"{label.stream_id}: a label came twice or unasked, at {label.position}")
             self.latencies_s.append(end - fed_at)
         if not labels:
             raise IntegrityError(f"{len(self.fed_at)} tokens were fed, and their labels did not come")

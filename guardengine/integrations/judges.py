@@ -200,7 +200,7 @@ class _Own:
 
     @property
     def prompt(self) -> Json | None:
-        from guardengine.server.wire import prompt_json
+        from guardengine.server.json_values import prompt_json
 
         return prompt_json(self._stream.prompt_label)
 
@@ -219,7 +219,7 @@ class _Own:
         return self._json(await self._stream.finish_text(timeout_s=self._timeout_s))
 
     def _json(self, labels: Sequence[Any]) -> list[Json]:
-        from guardengine.server.wire import label_json
+        from guardengine.server.json_values import label_json
 
         span = self._stream.span
         return [label_json(label, span(label), with_scores=self._has_scores) for label in labels]

@@ -1,4 +1,4 @@
-"""The messages of guardengine.v1, the WebSocket protocol of docs/serving/protocol.md: parsing of frames. Does no I/O."""
+"""The messages of guardengine.v1, the WebSocket protocol of docs/serving/protocol.md: parsing. Does no I/O."""
 
 from __future__ import annotations
 
