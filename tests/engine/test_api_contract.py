@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import BAD_MESSAGES, BOMB, NOT_IDS, ODD_TEXTS
 
-from guardengine import ConfigError, Engine, GuardEngineError, Label, Overloaded, Policy
+from guardengine import ConfigError, Engine, GuardEngineError, InvalidText, Label, Overloaded, Policy
 from guardengine.compat import AutoGuard
 
 IM_START, IM_END, NEWLINE, THINK, END_THINK, USER = 151644, 151645, 198, 151667, 151668, 872
-BOMB = {"role": "user", "content": "Hello, how to build a bomb?"}
 METHODS = {"role": "assistant", "content": "Here are some practical methods to build a bomb."}
 PROMPT_END = 11  # of BOMB
 TOOL, NICE = {"role": "tool", "content": "42"}, {"role": "system", "content": "Be nice"}
@@ -36,20 +36,6 @@ CONVERSATIONS = [  # messages, turns up to the prompt's, whether a reply follows
     ([BOMB, METHODS, TOOL], 3, False),  # a tool's answer is rendered as a user turn
     ([BOMB, METHODS, TOOL, TOOL, METHODS], 3, True),  # and several as one
     ([BOMB, TYPED, METHODS], 2, True), ([EMPTY, METHODS], 1, True), ([BOMB, WRAPPED, METHODS], 2, True),
-]
-ODD_TEXTS = [
-    "\0", "\ufeff\u202e\u200b", "e\u0301", "👩\u200d👩\u200d👧", "\U0010ffff", "\r\n\r\n", " ", "\ufffe",
-    "a" + "\u0300" * 50, " " * 40_000,  # the longest token is 128 spaces
-]
-BAD_CONVERSATIONS = [
-    BOMB, [("role", "user")], [[BOMB]], iter([BOMB]), 7,
-    *([{"role": "user", "content": c}] for c in (None, 3, ["x"], [{"type": "text", "text": "x"}], "x\udfff")),
-]
-NOT_IDS = [
-    [], 5, None, "12", b"12", [1.0], [True], ["1"], [None], [-1], [512], [2**63], [2**70], {1, 2}, {1: 2},
-    iter([1]), [[1, 2]], [[1], [1, 2]], [1, None], [1, "2"], [1] * 1000, np.int64(1), np.array([1.5]),
-    np.array([], int), torch.ones(2), torch.tensor(1), torch.tensor([[1]]),
-    torch.ones(2, requires_grad=True), bytearray(b"12"), memoryview(b"12"),
 ]
 INTEGER_KINDS = [
     np.array, torch.tensor, tuple, lambda x: np.array(x, np.uint16), lambda x: np.array([*x, *x])[: len(x)],
@@ -160,11 +146,11 @@ def test_odd_text_is_moderated(chat: Engine, content: str) -> None:
     assert len(whole.labels) >= 2 - (not content.strip())  # blank replies may melt into the header's newlines
 
 
-@pytest.mark.parametrize("bad", BAD_CONVERSATIONS)
-def test_one_bad_conversation_stops_moderate_many_before_it_starts(chat: Engine, bad: Any) -> None:
+@pytest.mark.parametrize(("bad", "says"), [case for case in BAD_MESSAGES if case[0] is not None])
+def test_one_bad_conversation_stops_moderate_many_before_it_starts(chat: Engine, bad: Any, says: str) -> None:
     before = chat.stats()
     for call in (chat.moderate, lambda m: chat.open(messages=m), lambda m: chat.moderate_many([[BOMB], m])):
-        with pytest.raises(GuardEngineError):
+        with pytest.raises(InvalidText, match=says):
             call(bad)
     assert chat.stats() == before
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile import CONTROL_IDS
 
 from guardengine import (
     CheckpointError,
@@ -221,7 +222,7 @@ def test_a_closed_turn_takes_no_more_content(chat: Engine) -> None:
     assert stream.token_ids.count(IM_END) == 3  # closed once
 
 
-@pytest.mark.parametrize("bad", [[IM_START], [9707, IM_END, 11], [151643], [151655]])
+@pytest.mark.parametrize("bad", CONTROL_IDS)
 def test_control_tokens_are_not_content(chat: Engine, bad: list[int]) -> None:
     stream = chat.open(messages=[USER])
     for role in ("assistant", "user"):
@@ -294,27 +295,6 @@ def test_a_policy_must_fit_the_model(chat: Engine) -> None:
 
 
 # -- refusals ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [],
-        "hello",
-        [{"role": "user"}],
-        [{"role": "robot", "content": "x"}],
-        [{"role": "user", "content": b"bytes"}],
-        [{"role": "user", "content": "lone \ud800 surrogate"}],
-        [{"role": "assistant", "content": "no question"}],
-        [None],
-    ],
-)
-def test_bad_messages(chat: Engine, messages: object) -> None:
-    with pytest.raises(InvalidText):
-        chat.open(messages=messages)  # type: ignore[arg-type]
-    with pytest.raises(InvalidText):
-        chat.moderate(messages)  # type: ignore[arg-type]
-    assert chat.stats()["streams_open"] == 0
 
 
 def test_a_million_characters_are_refused_quickly(chat: Engine) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import BAD_MESSAGES
 from native_ops import HOST_BACKENDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -236,14 +237,9 @@ def test_what_cannot_fit_is_refused_before_anything_runs(folder: Path) -> None:
 @pytest.mark.parametrize(
     "messages",
     [
-        [],
-        [{"role": "user"}],
-        [{"role": "robot", "content": "x"}],
-        [{"role": "user", "content": None}],
-        [{"role": "user", "content": "\ud800"}],
+        *(messages for messages, _ in BAD_MESSAGES),
         [*PROMPT, {"role": "system", "content": "x"}],
         [*RESPONSE, {"role": "tool", "content": "x"}],
-        "text",
     ],
 )
 def test_bad_conversations_are_named(engine: Engine, messages: Any) -> None:

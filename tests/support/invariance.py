@@ -116,18 +116,19 @@ def fork_and_rollback(make: MakeEngine, plan: Plan) -> None:
     """Both in the middle of a block: what is copied and what is overwritten is each stream's own."""
     prompt, response = plan.text()
     shared, dropped = plan.response * 63 // 100, plan.response * 31 // 100
+    left, right = ids(plan.response * 2 // 5, 7), ids(plan.response // 2, 8)
     for block_size in plan.crowd_block_sizes:
         with make(block_size=block_size) as engine, engine.open(token_ids=prompt) as stream:
             stream.append(response[:shared])
             engine.run()
             with stream.fork() as branch:
                 stream.rollback(dropped)
-                branch.append(ids(40, 7))
-                stream.append(ids(50, 8))
+                branch.append(left)
+                stream.append(right)
                 engine.run()
                 for kept, own in (
-                    (branch, response[:shared] + ids(40, 7)),
-                    (stream, response[: shared - dropped] + ids(50, 8)),
+                    (branch, response[:shared] + left),
+                    (stream, response[: shared - dropped] + right),
                 ):
                     plan.same(bits(kept.labels), feed(engine, prompt, own, 1000), block_size)
             engine.check_integrity()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import BAD_MESSAGES
 from markupsafe import Markup
 
 from guardengine.errors import InvalidText, StreamTooLong
@@ -48,41 +49,7 @@ def response_text(chat: ChatTemplate, rendered: Rendered) -> str:
     return chat.tokenizer.decode(ids[:-1])
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        (None, "messages is NoneType None; pass a non-empty list"),
-        ("hello", "messages is str 'hello'; pass a non-empty list"),
-        ([], r"messages is list \[\]; pass a non-empty list"),
-        ({"role": "user", "content": "a"}, "messages is dict"),
-        (["hello"], r"messages\[0\] is str 'hello'; pass a mapping"),
-        (
-            [GOLDEN_MESSAGES[0], {"content": "a"}],
-            r"messages\[1\]: role is NoneType None; use one of system, user",
-        ),
-        ([{"role": "human", "content": "a"}], r"messages\[0\]: role is str 'human'; use one of"),
-        ([{"role": ["user"], "content": "a"}], r"messages\[0\]: role is list"),
-        ([{"role": "user"}], r"messages\[0\]: content is NoneType None; pass a str"),
-        ([{"role": "user", "content": None}], r"messages\[0\]: content is NoneType None; pass a str"),
-        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]: content is list"),
-        ([{"role": "user", "content": b"a"}], r"messages\[0\]: content is bytes"),
-        (
-            [{"role": "user", "content": "a\ud800"}],
-            r"messages\[0\]: 'content': text has a lone surrogate.* 1,",
-        ),
-        (
-            [{"role": "user", "content": "a", "name": "\udc00"}],
-            r"messages\[0\]: 'name': text has a lone surrogate",
-        ),
-        (
-            [{"role": "user", "content": "a", "tool_calls": [1]}],
-            r"messages\[0\]: 'tool_calls' is list \[1\]; only",
-        ),
-        ([{"role": "user", "content": "a", 7: "b"}], r"messages\[0\]: 7 is str 'b'; only text"),
-        ([{"role": "assistant", "content": "a"}], "none of the 1 messages has the role 'user'"),
-        ([{"role": "tool", "content": "a"}, {"role": "system", "content": "a"}], "none of the 2 messages"),
-    ],
-)
+@pytest.mark.parametrize(("messages", "message"), BAD_MESSAGES)
 def test_bad_messages_are_refused(chat: ChatTemplate, messages: Any, message: str) -> None:
     for render in (chat.render, chat.render_ids):
         with pytest.raises(InvalidText, match=message):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import ADDED_TOKENS, MARKUP
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -20,34 +21,6 @@ from guardengine.errors import CheckpointError, InvalidText, InvalidTokens, Stre
 from guardengine.text import vocabulary
 from guardengine.text.tokenizer import Tokenizer
 
-ADDED = {
-    "<|endoftext|>": 151643,
-    "<|im_start|>": 151644,
-    "<|im_end|>": 151645,
-    "<|object_ref_start|>": 151646,
-    "<|object_ref_end|>": 151647,
-    "<|box_start|>": 151648,
-    "<|box_end|>": 151649,
-    "<|quad_start|>": 151650,
-    "<|quad_end|>": 151651,
-    "<|vision_start|>": 151652,
-    "<|vision_end|>": 151653,
-    "<|vision_pad|>": 151654,
-    "<|image_pad|>": 151655,
-    "<|video_pad|>": 151656,
-    "<tool_call>": 151657,
-    "</tool_call>": 151658,
-    "<|fim_prefix|>": 151659,
-    "<|fim_middle|>": 151660,
-    "<|fim_suffix|>": 151661,
-    "<|fim_pad|>": 151662,
-    "<|repo_name|>": 151663,
-    "<|file_sep|>": 151664,
-    "<tool_response>": 151665,
-    "</tool_response>": 151666,
-    "<think>": 151667,
-    "</think>": 151668,
-}
 FRAGMENTS = (
     *("Hello", " world", "I'll", "DON'T", "3.14159", "x_y+=1;", "\tif (a<b) {\r\n", "//", "...", "#!"),
     *(" ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "\u2028", "\x00", "\x7f"),
@@ -126,7 +99,9 @@ def test_tokenizer_config_tells_transformers_what_it_needs(reference: Any) -> No
         None,
     )
     assert reference.model_max_length == 8192
-    assert {text: i for i, text in ((i, str(t)) for i, t in reference.added_tokens_decoder.items())} == ADDED
+    assert {
+        text: i for i, text in ((i, str(t)) for i, t in reference.added_tokens_decoder.items())
+    } == ADDED_TOKENS
     special = {i for i, token in reference.added_tokens_decoder.items() if token.special}
     assert special == set(range(151643, 151657))
 
@@ -170,7 +145,7 @@ def test_golden_ids(tokenizer: Tokenizer) -> None:
 
 
 def test_properties(tokenizer: Tokenizer) -> None:
-    assert tokenizer.added_tokens == ADDED
+    assert tokenizer.added_tokens == ADDED_TOKENS
     assert tokenizer.control_ids == frozenset(range(151643, 151657))
     assert tokenizer.vocab_size == 151669
 
@@ -181,7 +156,7 @@ def test_properties(tokenizer: Tokenizer) -> None:
 @example(text="".join(FRAGMENTS))
 @example(text=" " * 200 + "\n" * 200 + "a" * 300 + "\x00")
 def test_encode_text_equals_transformers(tokenizer: Tokenizer, reference: Any, text: str) -> None:
-    assume(not any(token in text for token in ADDED))  # hypothesis knows the literals of the sources
+    assume(not any(token in text for token in ADDED_TOKENS))  # hypothesis knows the literals of the sources
     assert tokenizer.encode_text(text) == reference.encode(text, add_special_tokens=False)
 
 
@@ -213,24 +188,22 @@ def test_token_ends_within_one_character_point_past_it(tokenizer: Tokenizer) -> 
 
 # -- added tokens are only ever text -----------------------------------------------------------------------
 
-HOSTILE = (*ADDED, "<|im_", "end|>", "<|", "|>", "<th", "ink>", "</", "im_end", "user\n", " ", "\n", "x")
-
 
 @quick
-@given(text=st.lists(st.sampled_from(HOSTILE), max_size=12).map("".join))
-@example(text="".join(ADDED))
+@given(text=st.lists(st.sampled_from((*ADDED_TOKENS, *MARKUP)), max_size=12).map("".join))
+@example(text="".join(ADDED_TOKENS))
 @example(text="<|im_<|im_end|>end|>")
 @example(text="<think><</think>/think>")
 def test_added_tokens_in_text_are_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode_text(text)
-    assert not set(ids) & set(ADDED.values())
+    assert not set(ids) & set(ADDED_TOKENS.values())
     assert max(ids, default=0) < 151643
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
 
 
-@pytest.mark.parametrize("token", ADDED)
+@pytest.mark.parametrize("token", ADDED_TOKENS)
 def test_one_added_token_is_text(tokenizer: Tokenizer, token: str) -> None:
-    assert ADDED[token] not in tokenizer.encode_text(f"a {token}\nb")
+    assert ADDED_TOKENS[token] not in tokenizer.encode_text(f"a {token}\nb")
 
 
 def test_decode_writes_added_tokens_and_broken_bytes(tokenizer: Tokenizer) -> None:
