@@ -124,7 +124,13 @@ install_finder()
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ModuleNotFoundError:
+        from guardengine.extras import check_installed
+
+        check_installed(f"guardengine.{name}", "engine")  # says what is missing, and the mend
+        raise
 
 
 def __dir__() -> list[str]:

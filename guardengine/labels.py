@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # clients have no numpy
+    import numpy as np
+    import numpy.typing as npt
 
 Role = Literal["user", "assistant"]
 Action = Literal["allow", "flag", "block"]

@@ -21,7 +21,7 @@ MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 # What each package may import of guardengine: the rows above its own never. Names on one line do not import each other.
 LAYERS = (
     ("errors", "_version", "_moved", "kernels"),
-    ("checks",),
+    ("checks", "extras"),
     ("text", "client", "labels"),
     ("policy", "config", "checkpoint"),
     ("runners",),
@@ -58,6 +58,7 @@ TORCH_FREE = (
     "engine.judging",
     "engine.memory",
     "errors",
+    "extras",
     "evaluate.metrics",
     "evaluate.outcomes",
     "evaluate.report",
@@ -185,7 +186,7 @@ def test_no_transformers_or_pickle_at_run_time() -> None:
 # What extras bring, and who may know it: the packages named, but for the modules that work without.
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "httpx", "websockets"}
 WEB_FREE = {
-    "server": "settings refusals drain requirements json_values taxonomy routes/moderation",
+    "server": "settings refusals drain json_values taxonomy routes/moderation",
     "proxy": "settings strict_json errors events chat_request choice parts answers reply_stream",
     "client": "",
     "terminal": "chat printer",

@@ -15,6 +15,7 @@ import environments
 from causal_lm import write_causal_lm
 
 from guardengine.errors import ConfigError
+from guardengine.extras import how_to_install
 
 Arithmetic = Literal["float32", "bfloat16", "int8"]
 ENGINE_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -159,7 +160,7 @@ class Place:
                 from gguf_file import write_gguf
             except ImportError as error:
                 raise ConfigError(
-                    f"GGUF files cannot be written ({error}); pip install guardengine[peers]"
+                    f"GGUF files cannot be written ({error}); {how_to_install('peers')}"
                 ) from error
             return write_gguf(folder, target, contender.model.removesuffix(".gguf"))
         if contender.model.startswith("openvino-") and not target.exists():

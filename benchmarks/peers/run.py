@@ -2,7 +2,7 @@
 
     python benchmarks/peers/run.py --peers llamacpp,openvino,vllm,hf --points 16x256,burst16,prefill2048 --out FILE.json
 
-Needs `pip install guardengine[peers]`, and `python benchmarks/peers/setup.py PEER ...` once. See README.md beside this
+Needs the extra `peers`, and `python benchmarks/peers/setup.py PEER ...` once. See README.md beside this
 file for what is compared and how to read it.
 """
 

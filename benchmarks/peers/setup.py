@@ -1,7 +1,7 @@
 """Make the virtual environments of the peers: `python benchmarks/peers/setup.py llamacpp openvino vllm`.
 
 llama.cpp is compiled for this processor, which takes some minutes. transformers (`hf`) runs in guardengine's own
-environment and needs nothing beyond `pip install guardengine[peers]`. Standard library only.
+environment and needs nothing beyond the extra `peers`. Standard library only.
 """
 
 from __future__ import annotations

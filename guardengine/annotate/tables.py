@@ -9,6 +9,7 @@ from typing import Any
 
 from guardengine.annotate.rows import SAMPLE_ROWS, Row
 from guardengine.errors import ConfigError
+from guardengine.extras import how_to_install
 
 _BATCH_ROWS = 4096
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -22,7 +23,7 @@ def arrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(
-            f"Parquet and Arrow files need pyarrow ({error}): pip install 'guardengine[data]'"
+            f"Parquet and Arrow files need pyarrow ({error}); {how_to_install('data')}"
         ) from error
     return pyarrow
 

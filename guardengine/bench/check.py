@@ -14,6 +14,7 @@ import torch
 from guardengine.bench.hf import GuardOutput, HFGuard
 from guardengine.engine.engine import Engine
 from guardengine.errors import LabelsDiffer
+from guardengine.extras import how_to_install
 from guardengine.measuring.random_ids import random_ids
 from guardengine.runners.cores import memory_bytes
 
@@ -48,7 +49,7 @@ def check_labels(
         LabelsDiffer: An error is above its limit.
     """
     if importlib.util.find_spec("transformers") is None:
-        return {"skipped": "transformers is not installed (pip install guardengine[bench])"}
+        return {"skipped": f"transformers is not installed; {how_to_install('bench')}"}
     needed = 5 * num_weights  # 4 bytes for each weight, and room for one tensor as it is stored
     free = memory_bytes("MemAvailable")
     if needed > free:

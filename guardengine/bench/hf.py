@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from guardengine.errors import CheckpointError, ConfigError
+from guardengine.extras import how_to_install
 
 AttnImplementation = Literal["sdpa", "eager"]
 
@@ -214,7 +215,7 @@ def import_transformers() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"the comparison needs transformers, which cannot be imported ({error}); "
-            "pip install guardengine[bench]"
+            f"{how_to_install('bench')}"
         ) from error
     return modeling_qwen3
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from guardengine.cli.options import Commands, add_engine_options, engine_options
 from guardengine.errors import ConfigError
+from guardengine.extras import check_installed
 
 
 def add_command(commands: Commands) -> None:
@@ -95,6 +96,7 @@ def add_command(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.allow_bad_rows < 0:
         raise ConfigError(f"--allow-bad-rows {arguments.allow_bad_rows}: a number of rows from 0 is needed")
+    check_installed("guardengine annotate", "engine")
     from guardengine.annotate.layout import Layout
     from guardengine.annotate.run import Options, annotate
 

@@ -13,6 +13,7 @@ from guardengine.cli import upstream_key
 from guardengine.cli.moderate import add_judge, judge_of
 from guardengine.cli.options import Commands
 from guardengine.errors import GuardEngineError
+from guardengine.extras import check_installed
 from guardengine.terminal.printer import Printer, printable
 
 _HELP = "/reset forgets the conversation, /quit leaves, Ctrl-C stops a reply"
@@ -42,9 +43,7 @@ def add_command(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     import asyncio
 
-    from guardengine.client.requests import check_installed
-
-    check_installed()
+    check_installed("guardengine chat", "client")
     is_terminal = sys.stdin.isatty()
     notes = Printer(sys.stderr, False, arguments.color)
     with asyncio.Runner() as runner:

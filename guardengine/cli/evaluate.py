@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from guardengine.cli.options import Commands, add_engine_options, engine_options
+from guardengine.extras import check_installed
 
 
 def add_command(commands: Commands) -> None:
@@ -48,6 +49,7 @@ def add_command(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    check_installed("guardengine evaluate", "engine")
     from guardengine.errors import ConfigError
     from guardengine.evaluate.outcomes import STREAM_RULES
     from guardengine.evaluate.plots import save_plots

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from guardengine.checkpoint.presets import PRESETS
 from guardengine.cli.options import Commands
+from guardengine.extras import check_installed
 
 
 def add_command(commands: Commands) -> None:
@@ -28,6 +29,7 @@ def add_command(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    check_installed("guardengine make-checkpoint", "engine")
     from guardengine.checkpoint.random_weights import make_checkpoint
 
     directory, preset = arguments.directory, arguments.preset

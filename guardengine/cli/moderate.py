@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from guardengine.cli.options import Commands, add_engine_options, engine_options
 from guardengine.errors import ConfigError
+from guardengine.extras import check_installed
 from guardengine.terminal.printer import JudgedText, Printer
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def judge_of(arguments: argparse.Namespace, *, has_scores: bool, reconnect_s: fl
         return ServerJudge(
             arguments.url, api_key=key, policy=policy, has_scores=has_scores, reconnect_s=reconnect_s
         )
+    check_installed(f"guardengine {arguments.command} --checkpoint", "engine")
     options = {"revision": arguments.revision, **engine_options(arguments)}
     return EngineJudge.load(arguments.checkpoint, options, policy=policy, has_scores=has_scores)
 

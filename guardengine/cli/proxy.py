@@ -14,6 +14,7 @@ from guardengine.cli.options import (
     engine_options,
     given,
 )
+from guardengine.extras import check_installed
 
 _TIMES = (
     ("prompt_timeout_s", float, "until the prompt's label is there"),
@@ -108,9 +109,7 @@ def add_command(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from guardengine.server.requirements import check_installed
-
-    check_installed("proxy")
+    check_installed("guardengine proxy", "proxy")
     from guardengine.proxy.serve import serve_proxy
 
     return serve_proxy(

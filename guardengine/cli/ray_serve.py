@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from guardengine.cli.options import Commands, engine_options
 from guardengine.cli.serve import add_serving, settings_of
 from guardengine.errors import ConfigError
+from guardengine.extras import check_installed
 from guardengine.on_ray.cluster import check_fits, connected, library, named
 from guardengine.on_ray.scale import Scale, read_range
-from guardengine.server.requirements import check_installed
 
 if TYPE_CHECKING:
     from guardengine.on_ray.serving import Served
@@ -95,7 +95,7 @@ def application(arguments: Mapping[str, str]) -> Any:
 
 def _run(arguments: argparse.Namespace) -> int:
     scale = _scale(arguments)
-    check_installed()
+    check_installed("guardengine ray-serve", "ray")
     library("serve")
     served = _served(arguments)
     names = ", ".join(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from guardengine.cli.options import Commands, add_engine_options, engine_options
 from guardengine.errors import ConfigError
+from guardengine.extras import check_installed
 
 if TYPE_CHECKING:
     from guardengine.verify.replay import Report
@@ -51,6 +52,7 @@ def add_command(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.tolerance is not None and not arguments.tolerance >= 0:
         raise ConfigError(f"--tolerance {arguments.tolerance}: a number from 0 is needed")
+    check_installed("guardengine replay", "engine")
     from guardengine.verify.replay import replay
 
     report = replay(

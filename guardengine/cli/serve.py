@@ -14,6 +14,7 @@ from guardengine.cli.options import (
     engine_options,
     given,
 )
+from guardengine.extras import check_installed
 
 _LIMITS = (
     ("max_body_bytes", int, "of a request"),
@@ -69,9 +70,7 @@ def add_serving(server: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from guardengine.server.requirements import check_installed
-
-    check_installed()
+    check_installed("guardengine serve", "server")
     from guardengine.server.serve import serve
 
     return serve(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from guardengine.cli.options import Commands, add_engine_options, engine_options
 from guardengine.errors import ConfigError
+from guardengine.extras import check_installed
 from guardengine.verify.schemes import SCHEMES
 
 
@@ -52,6 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
     least = arguments.fail_below
     if least is not None and not 0 <= least <= 1:
         raise ConfigError(f"--fail-below {least}: a share from 0 to 1 is needed, such as 0.99")
+    check_installed("guardengine verify-quantization", "engine")
     from guardengine.measuring.files import check_writable, write_json
     from guardengine.verify.quantization import verify_quantization
     from guardengine.verify.report import markdown

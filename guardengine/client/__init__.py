@@ -1,4 +1,4 @@
-"""guardengine.client: GuardClient and AsyncGuardClient for `guardengine serve`. `pip install 'guardengine[client]'`.
+"""guardengine.client: GuardClient and AsyncGuardClient for `guardengine serve`. The extra `client`.
 
 The clients do not need torch, and nothing of the engine.
 """
@@ -27,7 +27,7 @@ __all__ = ["AsyncGuardClient", "AsyncGuardStream", "GuardClient", "GuardStream",
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from guardengine.client.requests import check_installed
+    from guardengine.extras import check_installed
 
-    check_installed()
+    check_installed(f"guardengine.client.{name}", "client")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

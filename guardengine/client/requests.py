@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,17 +22,6 @@ _ERRORS: Mapping[str, type[GuardEngineError]] = {
     "draining": errors.Overloaded,
     "stream_closed": errors.StreamClosed,
 }
-
-
-def check_installed() -> None:
-    """Raise ConfigError when a package that the clients need is missing."""
-    missing = [
-        name for name in ("httpx", "httpx_sse", "websockets") if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise ConfigError(
-            f"the client needs {', '.join(missing)}, not installed here; run pip install 'guardengine[client]'"
-        )
 
 
 def error_of(envelope: Any, status: int | None = None) -> GuardEngineError:

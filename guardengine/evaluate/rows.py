@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from guardengine.errors import ConfigError, GuardEngineError, InvalidText
+from guardengine.extras import how_to_install
 
 _LABELS = {"Safe": False, "Unsafe": True}
 _SHOWN = 60
@@ -99,7 +100,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ConfigError(
-            f"{file}: Parquet needs pyarrow ({error}); pip install 'guardengine[evaluate]', or give JSON lines"
+            f"{file}: Parquet needs pyarrow ({error}); {how_to_install('evaluate')}; or give JSON lines"
         ) from error
     try:
         with parquet.ParquetFile(file) as table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from guardengine.errors import ConfigError
+from guardengine.extras import how_to_install
 
 
 def import_pyplot() -> Any:
@@ -15,5 +16,5 @@ def import_pyplot() -> Any:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise ConfigError(f"--plot needs matplotlib ({error}); pip install guardengine[bench]") from error
+        raise ConfigError(f"pictures need matplotlib ({error}); {how_to_install('bench')}") from error
     return pyplot

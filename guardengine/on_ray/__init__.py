@@ -1,1 +1,1 @@
-"""guardengine.on_ray: serving and annotating on several machines, with Ray. `pip install 'guardengine[ray]'`."""
+"""guardengine.on_ray: serving and annotating on several machines, with Ray. Needs the extra `ray`."""

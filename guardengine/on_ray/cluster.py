@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from guardengine import errors
 from guardengine.errors import ConfigError, GuardEngineError
+from guardengine.extras import how_to_install
 
 # Environment of a cluster that is started here: no usage reports are sent to Ray's makers, and it listens on the
 # loopback interface only. Ray has no argument for the latter, but this switch, meant for other platforms, works on
@@ -28,7 +29,7 @@ def library(part: Literal["serve", "data"]) -> Any:
         importlib.import_module(f"ray.{part}")
     except ImportError as error:
         raise ConfigError(
-            f"this needs Ray, which is not installed here ({error}); run pip install 'guardengine[ray]'"
+            f"this needs Ray, which is not installed here ({error}); {how_to_install('ray')}"
         ) from None
     return ray
 

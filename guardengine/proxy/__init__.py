@@ -1,6 +1,6 @@
 """guardengine.proxy: an OpenAI-compatible reverse proxy that moderates an LLM server's prompts and replies.
 
-`pip install 'guardengine[proxy]'`, then `guardengine proxy --upstream URL CHECKPOINT`; in Python,
+With the extra `proxy`: `guardengine proxy --upstream URL CHECKPOINT`; in Python,
 `create_proxy(engine, settings)` is the ASGI application. Names are loaded on first use: the web framework is an extra.
 """
 
@@ -17,9 +17,9 @@ __all__ = ["ProxySettings", "create_proxy"]
 
 def __getattr__(name: str) -> Any:
     if name == "create_proxy":
-        from guardengine.server.requirements import check_installed
+        from guardengine.extras import check_installed
 
-        check_installed("proxy")
+        check_installed("create_proxy", "proxy")
         from guardengine.proxy.app import create_proxy
 
         return create_proxy

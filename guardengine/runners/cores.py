@@ -24,7 +24,10 @@ def load_library(path: Path | None = None) -> ctypes.CDLL:
             they differ).
     """
     path = path or compiled.path
-    mend = "build it with `pip install --no-build-isolation -e .` in the source folder, or install a wheel"
+    mend = (
+        "install a C++17 compiler, and run `pip install --no-build-isolation -e .` in the source folder, or install a "
+        "wheel"
+    )
     if not path.exists():
         raise ConfigError(f"{path} is missing: the C++ part of guardengine was not built; {mend}")
     try:

@@ -1,4 +1,4 @@
-"""guardengine.server: the HTTP and WebSocket service around AsyncEngine. `pip install 'guardengine[server]'`.
+"""guardengine.server: the HTTP and WebSocket service around AsyncEngine. The extra `server`.
 
 `create_app(engine)` is an ASGI application for any server; `guardengine serve` runs it on uvicorn with limits on slow
 clients and a graceful end. Names are loaded on first use, because the web framework is an extra.
@@ -17,9 +17,9 @@ __all__ = ["ApiKey", "ServerSettings", "create_app"]
 
 def __getattr__(name: str) -> Any:
     if name == "create_app":
-        from guardengine.server.requirements import check_installed
+        from guardengine.extras import check_installed
 
-        check_installed()
+        check_installed("create_app", "server")
         from guardengine.server.app import create_app
 
         return create_app

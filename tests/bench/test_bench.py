@@ -325,7 +325,7 @@ def test_the_command_runs_open_loop_without_transformers(
     assert "not checked: transformers is not installed" in out
     assert "Poisson, 500 tokens/s" in out
     assert main(["--checkpoint", str(tiny), *SMALL, "--compare", "hf"]) == 2
-    assert "pip install guardengine[bench]" in capsys.readouterr().err
+    assert "pip install '.[bench]'" in capsys.readouterr().err
 
 
 def test_points_without_time_are_named(

@@ -140,5 +140,5 @@ def test_errors_name_the_mend(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match="'sdpa' or 'eager'"):
         HFGuard(tiny, attn_implementation="fast")
     monkeypatch.setitem(sys.modules, "transformers.models.qwen3", None)
-    with pytest.raises(ConfigError, match=r"pip install guardengine\[bench\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[bench\]'"):
         HFGuard(tiny)

@@ -51,7 +51,7 @@ def main(wheel: Path, pip_options: list[str]) -> None:
             "--only-binary",
             ":all:",
             *pip_options,
-            wheel.resolve(),
+            f"{wheel.resolve()}[engine]",
         ]
         for command in (pip, [python, "-P", "-c", GUARD, folder / "checkpoint"]):
             subprocess.run(command, env=environment, cwd=folder, check=True)

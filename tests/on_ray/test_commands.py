@@ -168,7 +168,7 @@ def test_commands_that_are_refused(
     )
     monkeypatch.setitem(sys.modules, "ray", None)
     for command in (["ray-serve", folder], [*annotation, "--ray"]):
-        assert "pip install 'guardengine[ray]'" in refused(*command)
+        assert "pip install '.[ray]'" in refused(*command)
 
 
 def test_rays_config_files_take_the_commands_options(folder: Path) -> None:
