@@ -52,7 +52,13 @@ def choose_isa() -> str:
 class Workers:
     """A team of threads that runs the kernels of one instruction set; freed with the object or by `close`.
 
-    With `cpus`, one for each thread, they stay there; the calling thread, which works too, stays where it is.
+    Args:
+        isa: One of `usable_isas`.
+        num_threads: Of which the calling thread is one.
+        cpus: A CPU for each thread to stay on; the calling thread stays where it is. None: they move freely.
+
+    Raises:
+        MemoryError: The threads cannot be started.
     """
 
     def __init__(self, isa: str, num_threads: int, cpus: Sequence[int] | None = None) -> None:
@@ -81,7 +87,13 @@ def _destroy_workers(pid: int, handle: int) -> None:
 
 
 class Packed:
-    """A weight matrix [N, K] in the kernels' own layout for rows of its dtype, rounded to int8 under a scheme."""
+    """A weight matrix in the kernels' own layout, for rows of its dtype.
+
+    Args:
+        workers: Whose instruction set decides the layout.
+        weight: [N, K], float32 or bfloat16; copied.
+        scheme: "int8" or "w8a8": rounded. None: as it is.
+    """
 
     def __init__(self, workers: Workers, weight: Tensor, scheme: str | None = None) -> None:
         self.shape, self.dtype, self.format = weight.shape, weight.dtype, FORMATS[scheme]
@@ -95,7 +107,21 @@ class Packed:
 
 
 def linear(workers: Workers, x: Tensor, weight: Packed, *, is_float_out: bool) -> Tensor:
-    """x weight^T, in x's dtype or in float32.  Shapes: x [T, K] -> [T, N].  Raises ValueError for unequal dtypes."""
+    """x weight^T.
+
+    Args:
+        workers: Those that the weight was packed with.
+        x: [T, K].
+        weight: [N, K].
+        is_float_out: Whether the result stays in float32.
+
+    Returns:
+        [T, N], in x's dtype or in float32.
+
+    Raises:
+        ValueError: x's dtype is not the one that the weight was packed from.
+        MemoryError: There is no memory for the rows.
+    """
     if x.dtype != weight.dtype:
         raise ValueError(f"rows of {x.dtype}, weight packed from {weight.dtype}: equal dtypes are needed")
     x = F.pad(x, (0, -x.shape[1] % 4)).contiguous()

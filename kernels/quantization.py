@@ -31,9 +31,14 @@ class QuantizedWeight:
 
 
 def quantize_weight(weight: Tensor, scheme: str) -> QuantizedWeight:
-    """Round a matrix [out, in] to int8: a scale for every GROUP_SIZE of a row ("int8"), or for a row ("w8a8").
+    """Round a matrix to int8: a scale for every GROUP_SIZE weights of a row ("int8"), or for a row ("w8a8").
 
-    Raises ValueError for another scheme.
+    Args:
+        weight: [out, in], any floating dtype.
+        scheme: One of SCHEMES.
+
+    Raises:
+        ValueError: For another scheme.
     """
     check_scheme(scheme)
     size = GROUP_SIZE if scheme == "int8" else weight.shape[1]
@@ -52,7 +57,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round the last axis to int8: x ~ q * scale, scale = max |x| / 127, q = x * (127 / max |x|), ties to even.
 
     Rows below 1e-35 become zeros; a value that is not finite makes its row's scale NaN.
-    Shapes: x [..., n] -> q [..., n] int8, scale [...] float32.
+
+    Args:
+        x: [..., n], any floating dtype.
+
+    Returns:
+        q [..., n] int8, and scale [...] float32.
     """
     x = x.float()
     top = x.nan_to_num(0.0).abs().amax(-1)

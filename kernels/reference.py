@@ -19,10 +19,17 @@ from guardengine.kernels.rope import rope_table as rope_table  # an operator, th
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
-    """out = x weightᵀ.  Shapes: x [T, in], weight [out, in], or `quantize` of it -> [T, out].
+    """out = x weightᵀ.
 
     "int8": the weight's integers times their scales. "w8a8": integers times integers, exactly, times both scales:
     out[t, n] = (Σ xq[t, k] wq[n, k]) * w_scale[n] * x_scale[t], with xq the rows of x rounded by `quantize_rows`.
+
+    Args:
+        x: [T, in], float32, float16 or bfloat16.
+        weight: [out, in] in x's dtype, or what `quantize` made of such a matrix.
+
+    Returns:
+        [T, out], in x's dtype.
     """
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
@@ -35,31 +42,65 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
 
 
 def quantize(weight: Tensor, scheme: str) -> QuantizedWeight:
-    """A weight matrix [out, in] as `linear` takes it under "int8" or "w8a8"."""
+    """Round a weight matrix to int8, for `linear`.
+
+    Args:
+        weight: [out, in], any floating dtype.
+        scheme: "int8" or "w8a8".
+
+    Returns:
+        The backend's own form of it.
+
+    Raises:
+        ValueError: For another scheme.
+    """
     return quantize_weight(weight, scheme)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale rows to unit root mean square: out = x / sqrt(mean(x²) + eps) * weight, over the last axis.
 
-    Shapes:  x, out [..., n]; weight [n].
-    Source:  Zhang & Sennrich 2019, eq. 4.
+    Args:
+        x: [..., n], any floating dtype.
+        weight: [n].
+        eps: Added to the mean, dimensionless.
+
+    Returns:
+        [..., n], in x's dtype.
+
+    Source: Zhang & Sennrich 2019, eq. 4.
     """
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream and norm the sum: s = x + residual (rounded); returns (rms_norm(s), s).
+    """Add to the residual stream and norm the sum.
 
-    Shapes: x, residual and both outputs [T, E]; weight [E].
+    Args:
+        x: [T, E].
+        residual: [T, E], in x's dtype.
+        weight: [E], the norm's.
+        eps: The norm's.
+
+    Returns:
+        (rms_norm(s), s) with s = x + residual, rounded: both [T, E] in x's dtype.
     """
     total = x + residual
     return rms_norm(total, weight, eps), total
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """out = silu(gate) * up.  Shapes: gate_up [T, 2F], gate first -> [T, F].  Source: Shazeer 2020 (SwiGLU)."""
+    """out = silu(gate) * up.
+
+    Args:
+        gate_up: [T, 2F], gate's columns first.
+
+    Returns:
+        [T, F], in gate_up's dtype.
+
+    Source: Shazeer 2020 (SwiGLU).
+    """
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
@@ -79,11 +120,22 @@ def qk_norm_rope_store_kv(
 ) -> Tensor:
     """Norm and rotate q and k per head, store k and v in the cache, return q.
 
-    Shapes:   qkv [T, (H + 2 Hkv) D], q then k then v; q_norm, k_norm [D]; cos_sin [positions, D] float32;
-              positions, slot_mapping [T] int64; k_cache, v_cache [N, S, Hkv, D], written in place; k_scales,
-              v_scales [N, Hkv, S] float32, for int8 caches: each head of a token rounded by `quantize_rows`
-              -> q [T, H, D].
-    Requires: slots are distinct and lie in blocks that only the token's own stream holds.
+    Args:
+        qkv: [T, (H + 2 Hkv) D], q then k then v.
+        q_norm: [D], the weight of the queries' norm.
+        k_norm: [D], of the keys'.
+        cos_sin: [positions, D] float32, `rope_table`.
+        positions: [T] int64.
+        slot_mapping: [T] int64, distinct, in blocks that only the token's own stream has.
+        k_cache: [N, S, Hkv, D], written in place.
+        v_cache: The values', of the same shape and dtype.
+        eps: The norms'.
+        k_scales: [N, Hkv, S] float32, of an int8 cache, written in place: each head of a token is rounded by
+            `quantize_rows`.
+        v_scales: The values'.
+
+    Returns:
+        q [T, H, D], in qkv's dtype.
     """
     num_kv_heads, head_dim = k_cache.shape[2:]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
@@ -118,13 +170,24 @@ def paged_attention(
 
     out[t] = softmax(q[t] · K[:p]ᵀ * softmax_scale) · V[:p],   p = positions[t] + 1, K and V of t's own stream
 
-    Shapes:   q, out [T, H, D]; k_cache, v_cache [N, S, Hkv, D]; block_tables [B, M] int32 (-1 past a stream's
-              end); cu_seqlens_q [B+1] int32, rows cu_seqlens_q[b]:cu_seqlens_q[b+1] are stream b's, in
-              ascending order of position, any subset of its positions and possibly none; positions [T] int64.
-    Dtypes:   q bf16 or fp32, caches also int8 with scales k_scales, v_scales [N, Hkv, S] float32; dot products and
-              softmax in fp32; rounded at the output.
-    Requires: H % Hkv == 0; every slot up to positions[t] of t's stream was stored.
-    Source:   Vaswani 2017 eq. 1; grouped queries: Ainslie 2023; paging: Kwon 2023 section 4.
+    Dot products and softmax are computed in float32, and rounded once, at the output.
+
+    Args:
+        q: [T, H, D], H a multiple of Hkv.
+        k_cache: [N, S, Hkv, D], in q's dtype or int8. Every slot up to positions[t] of row t's stream was stored.
+        v_cache: The values', of the same shape and dtype.
+        block_tables: [B, M] int32, -1 past a stream's last block.
+        cu_seqlens_q: [B+1] int32. Rows cu_seqlens_q[b] to cu_seqlens_q[b+1] - 1 are stream b's, in ascending order of
+            position: any subset of its positions, possibly none.
+        positions: [T] int64.
+        softmax_scale: Usually 1 / sqrt(D).
+        k_scales: [N, Hkv, S] float32, of an int8 cache.
+        v_scales: The values'.
+
+    Returns:
+        [T, H, D], in q's dtype.
+
+    Source: Vaswani 2017 eq. 1; grouped queries: Ainslie 2023; paging: Kwon 2023 section 4.
     """
     out = torch.empty_like(q)
     block_size = k_cache.shape[1]
@@ -180,9 +243,19 @@ def guard_heads(
 
     h = rms_norm(x);  r = rms_norm(pre_response h), logits = response_head r;  the query pair likewise
 
-    Shapes:  x [W, E]; final_norm [E]; pre [2G, E], response rows first; inner_norm [2, G]; response_head
-             [risks + categories, G]; query_head likewise -> [W, C] float32, response logits then query logits.
-    Source:  Qwen3Guard Technical Report (arXiv 2510.14276) eq. 3, with RMSNorm where it writes LayerNorm.
+    Args:
+        x: [W, E], not normed.
+        final_norm: [E].
+        pre: [2G, E], the response pair's rows first.
+        inner_norm: [2, G], response then query.
+        response_head: [risks + categories, G].
+        query_head: [risks + categories, G].
+        eps: The norms'.
+
+    Returns:
+        [W, C] float32: the response pair's logits, then the query pair's.
+
+    Source: Qwen3Guard Technical Report (arXiv 2510.14276) eq. 3, with RMSNorm where it writes LayerNorm.
     """
     response, query = linear(rms_norm(x, final_norm, eps), pre).chunk(2, dim=-1)
     response = rms_norm(response, inner_norm[0], eps)

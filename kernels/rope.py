@@ -9,7 +9,14 @@ from torch import Tensor
 def rope_table(head_dim: int, theta: float, num_positions: int) -> Tensor:
     """Cosines and sines of RoPE's angles, position * theta^(-2j/D).
 
-    Shapes: out [num_positions, D] float32: D/2 cosines, then D/2 sines.
+    Args:
+        head_dim: D, even.
+        theta: The base of the angles' geometric series.
+        num_positions: From 0 on.
+
+    Returns:
+        [num_positions, D] float32: D/2 cosines, then D/2 sines.
+
     Source: Su 2021; Qwen3's (half, half) pairing, see `apply_rope`.
     """
     inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
@@ -20,7 +27,12 @@ def rope_table(head_dim: int, theta: float, num_positions: int) -> Tensor:
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotate pair (j, j + D/2) of each head by its angle: (a cos - b sin, b cos + a sin).
 
-    Shapes: x, out [T, heads, D] float32; cos_sin [T, D], the rows of `rope_table` at each token's position.
+    Args:
+        x: [T, heads, D] float32.
+        cos_sin: [T, D], the row of `rope_table` at each token's position.
+
+    Returns:
+        [T, heads, D] float32.
     """
     cos, sin = cos_sin[:, None].chunk(2, dim=-1)
     a, b = x.chunk(2, dim=-1)

@@ -50,8 +50,22 @@ class CpuRunner:
     """Executes a checkpoint natively over a paged KV cache.
 
     Peak memory: what the model keeps, plus one layer where the checkpoint stores another dtype. Results are the
-    same bits for any batch, chunking and number of threads. Raises CheckpointError for what is wrong with the
-    tensors, ConfigError for what this backend or machine cannot do, before anything is loaded.
+    same bits for any batch, chunking and number of threads.
+
+    Args:
+        checkpoint: Of any kind; not read any more once this returns.
+        cache: Size and dtype of the KV cache to allocate.
+        dtype: Of the weights, float32 or bfloat16.
+        max_model_len: Tokens of a stream at most.
+        quantization: Of the layers' matrices, "int8" or "w8a8".
+        num_threads: By default one for each core that this process may use.
+        pin_threads: Whether each thread stays on a core of its own.
+        progress: Whether a bar shows how many layers are loaded.
+
+    Raises:
+        CheckpointError: Something is wrong with the tensors. Nothing was loaded.
+        ConfigError: This backend or machine cannot run it. Nothing was loaded.
+        MemoryError: The weights do not fit.
     """
 
     max_in_flight = 1

@@ -1,4 +1,4 @@
-"""A batch as one array of int32: what a step on a GPU is told travels in a single copy.
+"""A batch as one array of int32: all that a step on a GPU needs to know travels in a single copy.
 
 Every step of a bucket of rows has the same places, so that a captured graph finds them; the plan comes last and is as
 long as it must be.
@@ -61,8 +61,17 @@ class StepInputs:
 
 
 def write_step(words: Words, num_rows: int, batch: Batch, plan: Words) -> int:
-    """Write a batch as a step of `num_rows` rows, a bucket; returns the words in use. Padding writes nothing into the
-    cache."""
+    """Write a batch as a step. Rows past the batch's are padding, which stores nothing in the cache.
+
+    Args:
+        words: Written to, from the front.
+        num_rows: R, the step's bucket.
+        batch: Of at most R rows.
+        plan: Attention's, of this batch.
+
+    Returns:
+        How many words are in use.
+    """
     *starts, plan_start = places(num_rows)
     words[_NUM_LABELS] = len(batch.label_index)
     columns = (

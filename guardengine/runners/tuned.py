@@ -30,9 +30,17 @@ _ROWS = (1, 16, 64)  # of the steps that a choice is measured over
 def matrix_configs(
     ops: FusedOperators, weights: Weights, accelerator: Accelerator
 ) -> dict[tuple[str, tuple[int, int]], Any]:
-    """A configuration for each matrix of a layer, (operator, shape) -> configuration, in the backend's own form.
+    """How each matrix of a layer is multiplied.
 
     By rule where the device cannot be timed. Measuring takes about a minute, most of it compiling.
+
+    Args:
+        ops: The backend, which measures.
+        weights: Not quantized.
+        accelerator: Their device.
+
+    Returns:
+        (operator, shape) -> configuration, in the backend's own form.
     """
     layer, dtype = weights.layers[0], weights.embed.dtype
     wanted = (

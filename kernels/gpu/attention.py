@@ -39,7 +39,15 @@ class AttentionScratch(NamedTuple):
 def attention_scratch(
     num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
 ) -> AttentionScratch:
-    """Allocate scratch for split plans of up to `num_rows` scratch rows (see `max_scratch_rows`)."""
+    """Allocate scratch for split plans.
+
+    Args:
+        num_rows: Scratch rows at most (see `max_scratch_rows`).
+        num_heads: H.
+        num_kv_heads: Hkv.
+        head_dim: D.
+        device: Where to.
+    """
     num_rows = max(num_rows, 1)
     return AttentionScratch(
         torch.empty((num_rows, num_heads, head_dim), dtype=torch.float32, device=device),
@@ -120,10 +128,12 @@ def paged_attention(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
-    """Attend causally from a ragged batch of rows over the paged KV cache: contract as in `reference`.
+    """Attend causally from a ragged batch of rows over the paged KV cache: `reference` has formula and arguments.
 
     Plans on the host, which waits for the device: where a plan serves many calls, use `planned_attention`.
-    Raises: ValueError for what `planned_attention` does not take.
+
+    Raises:
+        ValueError: For what `planned_attention` does not take.
     """
     num_heads, num_kv_heads, head_dim = q.shape[1], k_cache.shape[2], q.shape[2]
     split = len(q) <= SMALL_ROWS
@@ -165,11 +175,25 @@ def planned_attention(
     """`paged_attention` after a plan that is already on the device: one launch, two where it is not split; nothing is
     read back.
 
-    Shapes:   as in `reference`; plan int32, from `plan_attention` with this model's `attention_tile_rows`; out
-              [T, H, D], whose rows that no item of the plan covers are left as they are.
-    Dtypes:   q float32, float16 or bfloat16; caches too, or int8 with scales; positions int32 or int64.
-    Requires: scratch (of at least the plan's scratch rows) if the plan is split, None if it is not.
-    Raises:   ValueError for shapes and dtypes that the kernel is not written for.
+    Args:
+        q: [T, H, D], float32, float16 or bfloat16; D a power of two from 16 on, H / Hkv at most 32.
+        k_cache: [N, S, Hkv, D], in one of these dtypes, or int8 with scales.
+        v_cache: The values', of the same shape and dtype.
+        plan: int32, from `plan_attention` with this model's `attention_tile_rows`.
+        positions: [T] int32 or int64.
+        softmax_scale: Usually 1 / sqrt(D).
+        k_scales: [N, Hkv, S] float32, of an int8 cache.
+        v_scales: The values'.
+        scratch: Of at least the plan's scratch rows if the plan is split; None if it is not.
+        out: [T, H, D], whose rows that no item of the plan covers are left as they are. None: allocated.
+        num_programs: Of a launch; by default what the device runs at once.
+        wide_mma: By default `has_wide_mma` of the device.
+
+    Returns:
+        out, in q's dtype.
+
+    Raises:
+        ValueError: For shapes and dtypes that the kernel is not written for.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]

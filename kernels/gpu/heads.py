@@ -46,10 +46,22 @@ def guard_heads(
 
     h = rms_norm(x);  r = rms_norm(pre_response h), logits = response_head r;  the query pair likewise
 
-    Shapes:  x [W, E]; final_norm [E]; pre [2G, E], response rows first; inner_norm [2, G]; response_head
-             [risks + categories, G]; query_head likewise -> [W, C] float32, response logits then query logits.
-    Dtypes:  float32, float16, bfloat16, the same in all; only h times its norm's weight is rounded to it.
-    Source:  Qwen3Guard Technical Report (arXiv 2510.14276) eq. 3, with RMSNorm where it writes LayerNorm.
+    Args:
+        x: [W, E], float32, float16 or bfloat16. Only h times its norm's weight is rounded to that dtype.
+        final_norm: [E], like all weights in x's dtype.
+        pre: [2G, E], the response pair's rows first.
+        inner_norm: [2, G], response then query.
+        response_head: [risks + categories, G].
+        query_head: [risks + categories, G].
+        eps: The norms'.
+
+    Returns:
+        [W, C] float32: the response pair's logits, then the query pair's.
+
+    Raises:
+        ValueError: For other shapes and dtypes.
+
+    Source: Qwen3Guard Technical Report (arXiv 2510.14276) eq. 3, with RMSNorm where it writes LayerNorm.
     """
     response, query = response_head.shape[0], query_head.shape[0]
     sizes = ClassifierSizes(response, 0, query, 0)  # where risks end does not matter to logits
@@ -81,16 +93,30 @@ def guard_scores(
     out: Tensor,
     workspace: Workspace,
 ) -> Tensor:
-    """Classify the wanted rows and read the classes, in one launch; returns out.
+    """Classify the wanted rows and read the classes, in one launch.
 
     out[w] = logits [C] | probabilities [C], of each classifier by itself | the likeliest class of each classifier,
     the first of equals, or -1 where a logit is not finite, as a float [4]
 
-    Shapes:   x [T, E], not normed; label_index [W] int32 or int64, rows of x; num_labels [] or [1], an integer in
-              device memory, at most W; weights as `guard_heads`; out [W, 2C + 4] float32, of which rows from
-              num_labels on are left as they are.
-    Dtypes:   as `guard_heads`.
-    Requires: a workspace with room for `guard_scores_scratch`; label_index valid up to num_labels.
+    Args:
+        x: [T, E], not normed; float32, float16 or bfloat16.
+        label_index: [W] int32 or int64, rows of x, valid up to num_labels.
+        num_labels: [] or [1], an integer in device memory, at most W.
+        final_norm: [E]; this and the next four are what `guard_heads` takes.
+        pre: [2G, E].
+        inner_norm: [2, G].
+        response_head: [risks + categories, G].
+        query_head: [risks + categories, G].
+        eps: The norms'.
+        sizes: Classes of each classifier.
+        out: [W, 2C + 4] float32, written in its first num_labels rows.
+        workspace: With room for `guard_scores_scratch`.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: For other shapes and dtypes, and where the workspace does not fit.
     """
     if label_index.shape != out.shape[:1] or num_labels.numel() != 1:
         raise ValueError(
@@ -103,7 +129,16 @@ def guard_scores(
 
 
 def guard_scores_scratch(num_rows: int, inner_size: int, sizes: ClassifierSizes) -> tuple[int, int]:
-    """Partial sums, and counters, that `guard_scores` of up to `num_rows` wanted rows needs."""
+    """What `guard_scores` needs of a workspace.
+
+    Args:
+        num_rows: Wanted rows at most.
+        inner_size: G.
+        sizes: Classes of each classifier.
+
+    Returns:
+        Partial sums (float32 numbers), and counters.
+    """
     tiles = 2 * triton.cdiv(num_rows, _BLOCK_M)
     return tiles * triton.cdiv(inner_size, _BLOCK_N) * _BLOCK_M * _share_width(sizes), tiles
 

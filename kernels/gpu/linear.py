@@ -35,11 +35,17 @@ from guardengine.kernels.quantization import QuantizedWeight
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
-    """out = x weightᵀ.  Shapes: x [T, in], weight [out, in] -> [T, out].
+    """out = x weightᵀ, with sums in float32 and one rounding.
 
-    Dtypes:   float32, float16, bfloat16, the same in both; sums in float32, one rounding.
-    Requires: T <= 64 for independence of neighbours; more rows are torch's product.
-    Raises:   ValueError for a quantized weight or another dtype.
+    Args:
+        x: [T, in], float32, float16 or bfloat16. Up to 64 rows are independent of each other; more are torch's product.
+        weight: [out, in], in x's dtype.
+
+    Returns:
+        [T, out], in x's dtype.
+
+    Raises:
+        ValueError: For a quantized weight, another dtype, or shapes that do not fit.
     """
     if isinstance(weight, QuantizedWeight):
         raise ValueError(
@@ -58,9 +64,21 @@ def norm_linear(
 ) -> Tensor:
     """out = rms_norm(x, norm, eps) weightᵀ, in one launch.
 
-    Shapes:   x [T, in], norm [in], weight [out, in] -> [T, out], T <= 64.
-    Dtypes:   as `linear`. x * norm is rounded to them, its scale, 1 / sqrt(mean(x²) + eps), is applied to the sum.
-    Requires: a workspace that no other stream of launches uses; out overlaps no input.
+    x * norm is rounded to x's dtype; its scale, 1 / sqrt(mean(x²) + eps), is applied to the sum.
+
+    Args:
+        x: [T, in], T <= 64, float32, float16 or bfloat16.
+        norm: [in], the norm's weight; in x's dtype.
+        eps: The norm's.
+        weight: [out, in], in x's dtype.
+        out: [T, out], to be written; overlaps no input. None: allocated.
+        workspace: For this operator and shape; no other queue of launches may use it meanwhile.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: For other shapes and dtypes, and where the workspace does not fit.
     """
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0])
@@ -70,11 +88,21 @@ def norm_linear(
 def norm_gate_up(
     x: Tensor, norm: Tensor, eps: float, weight: Tensor, *, out: Tensor | None = None, workspace: Workspace
 ) -> Tensor:
-    """out = silu(gate) * up of rms_norm(x, norm, eps) weightᵀ, in one launch.
+    """out = silu(gate) * up of rms_norm(x, norm, eps) weightᵀ, in one launch. Gate and up are not rounded in between.
 
-    Shapes:   x [T, in], norm [in], weight [2F, in], gate's rows first -> [T, F], T <= 64.
-    Dtypes:   as `norm_linear`; gate and up are not rounded in between.
-    Requires: as `norm_linear`.
+    Args:
+        x: [T, in], T <= 64, float32, float16 or bfloat16.
+        norm: [in], the norm's weight; in x's dtype.
+        eps: The norm's.
+        weight: [2F, in], gate's rows first; in x's dtype.
+        out: [T, F], to be written; overlaps no input. None: allocated.
+        workspace: For this operator and shape; no other queue of launches may use it meanwhile.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: For other shapes and dtypes, and where the workspace does not fit.
     """
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0] // 2)
@@ -82,11 +110,19 @@ def norm_gate_up(
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, *, workspace: Workspace) -> Tensor:
-    """residual += x weightᵀ, in place and in one launch; returns residual.
+    """residual += x weightᵀ, in place and in one launch. The sum is rounded once, with residual added.
 
-    Shapes:   x [T, in], weight [out, in], residual [T, out], T <= 64.
-    Dtypes:   as `linear`; the sum is rounded once, with residual added.
-    Requires: as `norm_linear`; residual overlaps neither x nor weight.
+    Args:
+        x: [T, in], T <= 64, float32, float16 or bfloat16.
+        weight: [out, in], in x's dtype.
+        residual: [T, out], in x's dtype; overlaps neither x nor weight.
+        workspace: For this operator and shape; no other queue of launches may use it meanwhile.
+
+    Returns:
+        residual.
+
+    Raises:
+        ValueError: For other shapes and dtypes, and where the workspace does not fit.
     """
     return _launch(SUMMED, x, weight, residual, workspace, workspace.config(SUMMED, weight))
 

@@ -65,6 +65,13 @@ def default_config(
     """Choose by rule: narrow enough blocks, in enough parts, that there is a program for every multiprocessor.
 
     A part keeps at least four tiles of the inner dimension, so that loads stay under way.
+
+    Args:
+        operator: PLAIN, NORMED, GATED or SUMMED.
+        weight_shape: (out, in) of the weight.
+        dtype: Its dtype.
+        num_sms: Multiprocessors of the GPU.
+        max_split: Parts of the inner dimension at most.
     """
     columns, inner = num_columns(operator, weight_shape), weight_shape[1]
     is_normed = operator in (NORMED, GATED)

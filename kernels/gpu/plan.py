@@ -10,6 +10,36 @@ Pure numpy on the host, before every step. The plan is one int32 array, so that 
 A tile is up to `tile_rows` rows of one stream; keys are cut at every multiple of SEGMENT, counted from position 0.
 With `split` an item is a tile and one segment, otherwise a tile and all of its segments. Streams with more rows than
 two tiles have, in a plan that is not split, are cut into tall items of up to `tall_rows` rows instead.
+
+An example with blocks of 128 tokens and tiles of 2 rows. Stream 0 has one row, at position 299, which sees 300 keys, in
+the blocks 7, 3 and 9. Stream 1 has the rows 1, 2 and 3, at positions 0, 1 and 2, in block 5:
+
+    >>> batch = {
+    ...     "cu_seqlens_q": np.array([0, 1, 4]),
+    ...     "positions": np.array([299, 0, 1, 2]),
+    ...     "block_tables": np.array([[7, 3, 9], [5, -1, -1]]),
+    ... }
+    >>> plan = plan_attention(**batch, block_size=128, tile_rows=2, split=True)
+
+Stream 0's row is a tile of two items: its keys 0 to 255, then 256 to 299. Each leaves its sums in a scratch row (0 and
+1), and the last of both to finish merges them. Stream 1's rows are two tiles of one item each, which need no scratch
+memory; the tile that sees 3 keys comes before the one that sees 2:
+
+    >>> num_items = plan[NUM_ITEMS]
+    >>> plan[:4].tolist()  # items, scratch rows, size, tall items
+    [4, 2, 44, 0]
+    >>> items = plan[HEADER_SIZE : HEADER_SIZE + num_items * ITEM_FIELDS].reshape(-1, ITEM_FIELDS)
+    >>> items[:, [FIRST_ROW, NUM_ROWS, FIRST_KEY, END_KEY, TABLE_OFFSET, SEGMENT_INDEX, NUM_SEGMENTS]].tolist()
+    [[0, 1, 0, 256, 40, 0, 2], [0, 1, 256, 300, 42, 1, 2], [3, 1, 0, 3, 43, 0, 1], [1, 2, 0, 2, 43, 0, 1]]
+    >>> plan[40:].tolist()  # block ids: key 256 is in the third block of stream 0, at 42
+    [7, 3, 9, 5]
+
+Not split, stream 0's row is one item that walks all its keys:
+
+    >>> plan = plan_attention(**batch, block_size=128, tile_rows=2, split=False)
+    >>> items = plan[HEADER_SIZE:32].reshape(-1, ITEM_FIELDS)
+    >>> items[:, [FIRST_ROW, NUM_ROWS, FIRST_KEY, END_KEY]].tolist()
+    [[0, 1, 0, 300], [3, 1, 0, 3], [1, 2, 0, 2]]
 """
 
 from __future__ import annotations
@@ -47,11 +77,20 @@ def plan_attention(
     tall_rows: int = 0,
     split: bool,
 ) -> npt.NDArray[np.int32]:
-    """Cut a ragged batch into work items; `tall_rows` 0: none of them tall.
+    """Cut a ragged batch into work items. An example stands at the top of this file.
 
-    Shapes:   cu_seqlens_q [B+1]; positions [T]; block_tables [B, M], any integers -> [size] int32.
-    Requires: rows of a stream in ascending order of position; block_tables as far as the last of them. Rows past
-              cu_seqlens_q[-1] (padding) get no item.
+    Args:
+        cu_seqlens_q: [B+1], any integers: stream b has the rows cu_seqlens_q[b] to cu_seqlens_q[b+1] - 1, maybe none.
+            Rows from cu_seqlens_q[-1] on are padding and get no item.
+        positions: [T], any integers, ascending within a stream.
+        block_tables: [B, M], any integers; read as far as a stream's last row looks.
+        block_size: Tokens of a block, S.
+        tile_rows: Rows of a tile at most.
+        tall_rows: Rows of a tall tile at most; 0: none is tall.
+        split: Whether a tile's segments are items of their own.
+
+    Returns:
+        [size] int32, in the format at the top of this file.
     """
     counts = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
     live = counts.nonzero()[0]
@@ -111,12 +150,27 @@ def plan_attention(
 
 
 def max_scratch_rows(num_rows: int, max_length: int) -> int:
-    """Scratch rows that a split plan can ask for: `num_rows` rows that see up to `max_length` keys each."""
+    """Scratch rows that a split plan can ask for.
+
+    Args:
+        num_rows: Rows of the step.
+        max_length: Keys that a row sees at most.
+    """
     return num_rows * -(-max_length // SEGMENT)
 
 
 def max_plan_size(num_rows: int, max_length: int, num_blocks: int, *, split: bool) -> int:
-    """Largest plan of `num_rows` rows, of streams that hold `num_blocks` blocks together."""
+    """The largest plan.
+
+    Args:
+        num_rows: Rows of the step.
+        max_length: Keys that a row sees at most.
+        num_blocks: Blocks of all its streams together.
+        split: As in `plan_attention`.
+
+    Returns:
+        Numbers of int32.
+    """
     num_items = max_scratch_rows(num_rows, max_length) if split else num_rows
     return HEADER_SIZE + ITEM_FIELDS * num_items + num_blocks
 

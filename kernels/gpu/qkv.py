@@ -28,11 +28,13 @@ def qk_norm_rope_store_kv(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
-    """Norm and rotate q and k per head, store k and v in the cache, return q: contract as in `reference`.
+    """Norm and rotate q and k per head, store k and v in the cache, return q: `reference` has formula and arguments.
 
-    A row with a negative slot is padding: it stores nothing, its position is not looked at, and its q is zero.
-    Dtypes: positions and slot_mapping int32 or int64.
-    Raises: ValueError for a head_dim that is not a power of two, and for tensors that are not contiguous.
+    positions and slot_mapping may be int32 too. A row with a negative slot is padding: it stores nothing, its position
+    is not looked at, and its q is zero.
+
+    Raises:
+        ValueError: head_dim is not a power of two from 16 on, a tensor is not contiguous, or scales are missing.
     """
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     if head_dim < 16 or head_dim & (head_dim - 1):
@@ -97,7 +99,7 @@ def _qk_norm_rope_store_kv_kernel(
 ):
     """One row's heads h .. h + BLOCK_HEADS, of the query, key and value heads in a row.
 
-    Pairs that rotate together are elements j and j + D/2 of a head, so a head is held as its two halves a and b.
+    Pairs that rotate together are elements j and j + D/2 of a head, so a head is two halves, a and b.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)

@@ -19,9 +19,18 @@ _COLUMNS = 1024  # of a row of `silu_and_mul`, a program
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale rows to unit root mean square: out = x / sqrt(mean(x²) + eps) * weight, over the last axis.
 
-    Shapes:  x, out [..., n]; weight [n], n <= 16384.
-    Dtypes:  float32, float16, bfloat16; computed in float32, one rounding.
-    Source:  Zhang & Sennrich 2019, eq. 4.
+    Args:
+        x: [..., n], n <= 16384, float32, float16 or bfloat16; computed in float32, one rounding.
+        weight: [n], of any of these dtypes.
+        eps: Added to the mean.
+
+    Returns:
+        [..., n], in x's dtype.
+
+    Raises:
+        ValueError: For other shapes and dtypes.
+
+    Source: Zhang & Sennrich 2019, eq. 4.
     """
     _check("rms_norm", x, weight)
     rows, out = _rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -30,10 +39,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream and norm the sum: s = x + residual (rounded); returns (rms_norm(s), s).
+    """Add to the residual stream and norm the sum.
 
-    Shapes: x, residual and both outputs [T, E]; weight [E], E <= 16384.
-    Dtypes: as `rms_norm`, the same in x and residual.
+    Args:
+        x: [T, E], E <= 16384, of a dtype of `rms_norm`.
+        residual: [T, E], in x's dtype.
+        weight: [E], the norm's.
+        eps: The norm's.
+
+    Returns:
+        (rms_norm(s), s) with s = x + residual, rounded: both [T, E] in x's dtype.
+
+    Raises:
+        ValueError: For other shapes and dtypes.
     """
     _check("fused_add_rms_norm", x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
@@ -46,7 +64,19 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """out = silu(gate) * up.  Shapes: gate_up [T, 2F], gate first -> [T, F].  Source: Shazeer 2020 (SwiGLU)."""
+    """out = silu(gate) * up.
+
+    Args:
+        gate_up: [T, 2F], gate's columns first; float32, float16 or bfloat16.
+
+    Returns:
+        [T, F], in gate_up's dtype.
+
+    Raises:
+        ValueError: For another dtype.
+
+    Source: Shazeer 2020 (SwiGLU).
+    """
     if gate_up.dtype not in DTYPES:
         raise ValueError(f"silu_and_mul: float32, float16 or bfloat16 is needed, not {gate_up.dtype}")
     gate_up = _rows(gate_up)

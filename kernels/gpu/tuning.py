@@ -24,11 +24,22 @@ def tune(
     num_sms: int,
     cache_bytes: int = 2**28,
 ) -> LinearConfig:
-    """Return the candidate that takes the least time, summed over steps of these numbers of rows.
+    """Choose the candidate that takes the least time.
 
-    `measure` runs what it is given and says how many seconds that took: `measure_graph` on a GPU. In a step no
-    weight is read twice, so copies of the weight, more than `cache_bytes` together, take turns.
-    Raises ValueError for an operator that is not `norm_linear`, `norm_gate_up` or `linear_add`.
+    In a step no weight is read twice, so copies of the weight, more than `cache_bytes` together, take turns.
+
+    Args:
+        operator: "norm_linear", "norm_gate_up" or "linear_add".
+        weight_shape: (out, in) of the weight.
+        dtype: Its dtype.
+        rows: Numbers of rows, whose times are added.
+        measure: Runs what it is given and returns how many seconds that took: `measure_graph` on a GPU.
+        device: The GPU.
+        num_sms: Its multiprocessors.
+        cache_bytes: More than its second-level cache.
+
+    Raises:
+        ValueError: For another operator.
     """
     if operator not in (NORMED, GATED, SUMMED):
         raise ValueError(f"operator={operator!r}: choose {NORMED}, {GATED} or {SUMMED}")

@@ -53,9 +53,13 @@ def allocate_workspace(
     max_rows: int = SMALL_ROWS,
     others: Iterable[tuple[int, int]] = (),
 ) -> Workspace:
-    """Allocate what any one launch of up to `max_rows` rows needs.
+    """Allocate what any one launch needs.
 
-    `others` are the needs of other operators, as (partial sums, counters): guard_scores_scratch.
+    Args:
+        configs: How each weight is multiplied, by operator and shape.
+        device: Where to.
+        max_rows: Rows of a launch at most.
+        others: The needs of other operators, as (partial sums, counters): `guard_scores_scratch`.
     """
     needs = [
         config.scratch(operator, num_columns(operator, shape), max_rows)

@@ -42,6 +42,9 @@ def test_a_change_of_any_source_is_seen(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(kernel_record, "ROOT", tmp_path)
     assert kernel_record.sources() == before
     with (tmp_path / "kernels" / "gpu" / "rows.py").open("a") as file:
-        file.write("\n")
+        file.write("\n# A comment compiles to nothing.\n")
+    assert kernel_record.sources() == before
+    with (tmp_path / "kernels" / "gpu" / "rows.py").open("a") as file:
+        file.write("_ONE = 1\n")
     assert kernel_record.sources() != before
     assert not kernel_record.is_of_these_sources()

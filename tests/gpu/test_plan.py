@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import time
 from itertools import pairwise
 
@@ -151,3 +152,9 @@ def test_planning_takes_no_time_to_speak_of() -> None:
         batch.plan(8, True)
         elapsed.append(time.perf_counter() - start)
     assert min(elapsed) < 1e-3
+
+
+def test_the_worked_example_runs() -> None:
+    result = doctest.testmod(plans)
+    assert result.attempted >= 8
+    assert result.failed == 0

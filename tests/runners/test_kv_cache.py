@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+
 import pytest
 import torch
 from feeding import feed_at_once
 
 from guardengine import Engine
+from guardengine.runners import batch
 from guardengine.runners.kv_cache import KVCache
 
 
@@ -62,3 +65,9 @@ def test_runners_have_the_layout_that_they_say(backend: str, axis: int, tiny: ob
         feed_at_once(engine, [1, 2, 3], [4] * 17)
         blocks = cache.values.movedim(axis, 0).flatten(1)
         assert (~blocks.isnan()).any(1).sum() == 2  # 20 tokens
+
+
+def test_the_worked_example_of_a_batch_runs() -> None:
+    result = doctest.testmod(batch)
+    assert result.attempted >= 5
+    assert result.failed == 0

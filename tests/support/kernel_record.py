@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from pathlib import Path
@@ -61,14 +62,24 @@ def _content() -> dict[str, Any]:
 
 
 def sources() -> str:
-    """Digest of all that decides what kernels compile to, but for Triton: their files, and the one that compiles."""
+    """Digest of all that decides what kernels compile to, but for Triton: the code of their files, and of the one that
+    compiles. Comments and docstrings are not code."""
     digest = hashlib.sha256()
     for file in [
         *sorted((ROOT / "kernels").rglob("*.py")),
         ROOT / "tests" / "support" / "kernel_compiler.py",
     ]:
-        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
+        digest.update(f"{file.relative_to(ROOT)}\0{_code(file)}\0".encode())
     return digest.hexdigest()
+
+
+def _code(file: Path) -> str:
+    """A file's source in Python's own format, without comments and docstrings."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
 
 
 def is_of_these_sources() -> bool:
