@@ -25,7 +25,7 @@ _PACKAGES = {
     "prefix_cache readout residency scheduler state step_times:pipeline text_stream:text_feeding token_ids "
     "whole_streams",
     "records": "audit:audit_log audit_reader snapshot",
-    "engine": "async_engine async_stream calls engine_thread garbage:memory judging loading stream",
+    "engine": "async_engine async_stream calls engine_thread garbage:memory loading stream",
     "guarding": "deltas guarded_reply:guarded intervention pull_ahead shown:held",
     "verify": "quantization_error:error replay verify_corpus:corpus verify_quantization:quantization "
     "verify_report:report",

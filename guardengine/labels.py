@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # clients have no numpy
     import numpy as np
     import numpy.typing as npt
 
+from guardengine.text.spans import Span
+
 Role = Literal["user", "assistant"]
 Action = Literal["allow", "flag", "block"]
 
@@ -105,11 +107,20 @@ class Moderation:
         prompt: The label of the last user message, None where it could not be judged.
         response: The verdict on the last message; None when the conversation ends with the user.
         labels: The labels of the response's tokens, in order; [] when there is no response.
+        verdict: The verdict on all of it, prompt, response and tokens that went unjudged.
+        spans: Where the token of each label stands in the content of the last message; None for one that was not fed as
+            text by itself, as those of a reply with reasoning. None altogether unless `spans=True` asked for them.
+        num_tokens: Tokens of the rendered conversation, the template's included.
+        is_complete: Whether all tokens were judged.
     """
 
     prompt: Label | None
     response: Verdict | None
     labels: list[Label]
+    verdict: Verdict | None = None
+    spans: list[Span | None] | None = None
+    num_tokens: int = 0
+    is_complete: bool = True
 
 
 UNPARSABLE = "Unparsable"

@@ -21,16 +21,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from guardengine.engine.judging import (
-    Answer,
-    AsyncModerator,
-    Batches,
-    Conversation,
-    Moderator,
-    judge_each,
-    run,
-    run_async,
-)
+from guardengine.engine.moderator import Answer, AsyncModerator, Conversation, Moderator
 from guardengine.errors import ConfigError, InvalidText
 from guardengine.labels import UNPARSABLE, GenModeration, Moderation
 from guardengine.policy import Policy
@@ -142,12 +133,11 @@ class _Equations:
         self.equation, self.preference, self.policy = equation, preference, policy
         self._controversial_is_unsafe, self._on_unjudged = controversial_is_unsafe, on_unjudged
 
-    def judge(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Batches[list[_Judged]]:
-        """Ask for the judgements of all (x, t) and (x, y) at once."""
+    def parts_of(self, prompts: Sequence[Text], completions: Sequence[Text]) -> tuple[list[_Part], list[str]]:
+        """All (x, t) and (x, y), and the final output of each completion."""
         if len(prompts) != len(completions):
             raise ConfigError(f"{len(prompts)} prompts and {len(completions)} completions: give one of each")
-        parts: list[_Part] = []
-        outputs: list[str] = []
+        parts, outputs = list[_Part](), list[str]()
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             try:
                 found, output = _parts(index, prompt, completion)
@@ -155,7 +145,12 @@ class _Equations:
                 raise InvalidText(f"completions[{index}]: {error}") from None
             parts += found
             outputs.append(output)
-        answers = yield from judge_each([part.conversation for part in parts])
+        return parts, outputs
+
+    def judged(
+        self, parts: Sequence[_Part], outputs: Sequence[str], answers: Sequence[Answer | Exception]
+    ) -> list[_Judged]:
+        """What the engine's answers to all parts say of each completion."""
         of_each: list[list[tuple[_Part, tuple[str, bool | None]]]] = [[] for _ in outputs]
         for part, answer in zip(parts, answers, strict=True):
             of_each[part.of].append((part, self._read(part, answer)))
@@ -264,7 +259,10 @@ class GuardReward(_Equations):
             GuardEngineError: Other errors of the engine.
         """
         self.check_preferences(preferences, len(completions))
-        judged = run(self.judge(prompts, completions), self._engine, self.policy)
+        parts, outputs = self.parts_of(prompts, completions)
+        asked = [part.conversation for part in parts]
+        answers = self._engine.moderate_many(asked, self.policy, on_unfit="return")
+        judged = self.judged(parts, outputs, answers)
         if self.preference is not None:
             scores = self.preference(_pairs(prompts, judged))
             if inspect.isawaitable(scores):
@@ -303,7 +301,10 @@ class AsyncGuardReward(_Equations):
             preferences: For hybrid, the preference score of each, where there is no `preference` function.
         """
         self.check_preferences(preferences, len(completions))
-        judged = await run_async(self.judge(prompts, completions), self._engine, self.policy)
+        parts, outputs = self.parts_of(prompts, completions)
+        asked = [part.conversation for part in parts]
+        answers = await self._engine.moderate_many(asked, self.policy, on_unfit="return")
+        judged = self.judged(parts, outputs, answers)
         if self.preference is not None:
             scores = self.preference(_pairs(prompts, judged))
             preferences = await scores if inspect.isawaitable(scores) else scores

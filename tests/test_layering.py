@@ -22,7 +22,8 @@ MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 LAYERS = (
     ("errors", "_version", "_moved", "kernels"),
     ("checks", "extras"),
-    ("text", "client", "labels"),
+    ("text", "client"),
+    ("labels",),
     ("policy", "config", "checkpoint"),
     ("runners",),
     ("core", "measuring"),
@@ -55,8 +56,8 @@ TORCH_FREE = (
     "core.scheduler",
     "core.state",
     "engine.calls",
-    "engine.judging",
     "engine.memory",
+    "engine.moderator",
     "errors",
     "extras",
     "evaluate.metrics",
@@ -186,7 +187,7 @@ def test_no_transformers_or_pickle_at_run_time() -> None:
 # What extras bring, and who may know it: the packages named, but for the modules that work without.
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "httpx", "websockets"}
 WEB_FREE = {
-    "server": "settings refusals drain json_values taxonomy routes/moderation",
+    "server": "settings refusals drain json_values taxonomy",
     "proxy": "settings strict_json errors events chat_request choice parts answers reply_stream",
     "client": "",
     "terminal": "chat printer",

@@ -25,10 +25,6 @@ CLASSES_AND_FUNCTIONS = [
 INCOMPLETE = {
     *("AsyncEngine", "AsyncStream", "Blocked", "Engine", "EngineConfig", "Stream"),
 }
-# Files with docstrings that begin with "The same" still.
-NOT_STANDING_ALONE = {
-    *("guardengine/engine/calls.py", "guardengine/engine/engine.py", "guardengine/engine/judging.py"),
-}
 
 
 def docstrings(path: Path) -> Iterator[str]:
@@ -66,9 +62,8 @@ def undocumented(name: str) -> list[str]:
 def test_docstrings_stand_alone() -> None:
     """A docstring is read by itself, in an editor or on a page of the documentation."""
     for path in FILES:
-        if str(path.relative_to(ROOT)) not in NOT_STANDING_ALONE:
-            for text in docstrings(path):
-                assert not text.startswith("The same"), f"{path}: {text[:60]!r} refers to another docstring"
+        for text in docstrings(path):
+            assert not text.startswith("The same"), f"{path}: {text[:60]!r} refers to another docstring"
 
 
 @pytest.mark.parametrize("name", sorted({*CLASSES_AND_FUNCTIONS} - INCOMPLETE))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from guardengine.annotate.journal import Annotation, Entry, Fault
 from guardengine.annotate.layout import Messages
 from guardengine.annotate.response_chars import ResponseChars
-from guardengine.engine.judging import Moderator, judge_each, run
+from guardengine.engine.moderator import Moderator
 from guardengine.errors import GuardEngineError
 from guardengine.labels import UNPARSABLE, GenModeration, Label, Moderation
 from guardengine.policy import Policy
@@ -36,10 +36,10 @@ def judge(
     """
     entries: list[Entry] = []
     num_tokens = 0
-    answers = run(judge_each(list(conversations)), engine, policy)
+    answers = engine.moderate_many(list(conversations), policy, on_unfit="return")
     for messages, answer in zip(conversations, answers, strict=True):
         if isinstance(answer, GuardEngineError):
-            entries.append(Fault(str(answer).removeprefix("conversations[0]: ")))
+            entries.append(Fault(str(answer)))
         else:
             entries.append(annotation(answer, messages, policy, chars))
             num_tokens += _num_tokens(answer)

@@ -26,7 +26,7 @@ from guardengine.annotate.rows import JsonlSource
 from guardengine.annotate.tables import TableSource, arrow
 from guardengine.checkpoint.hub import resolve_checkpoint
 from guardengine.engine.engine import Engine
-from guardengine.engine.judging import Moderator
+from guardengine.engine.moderator import Moderator
 from guardengine.errors import ConfigError
 from guardengine.policy import Policy
 

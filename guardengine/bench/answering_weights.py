@@ -25,6 +25,7 @@ from guardengine.checkpoint.random_weights import make_checkpoint
 from guardengine.core.admission import Ticket
 from guardengine.core.feeds import Feed
 from guardengine.core.state import Wanted
+from guardengine.engine.conversations import Options
 from guardengine.errors import ConfigError
 from guardengine.gen.grammar import Grammar
 from guardengine.gen.parse import NONE, REFUSALS
@@ -109,7 +110,9 @@ def _fit_head(folder: Path, num_learned: int, seed: int) -> None:
             raise ConfigError(f"{folder}: no tokenizer was written; pip install dashscope, and make it again")
         roles: tuple[Role, ...] = get_args(Role)
         grammars = [Grammar(chat.tokenizer.encode_text, role, chat.end_of_turn_id) for role in roles]
-        for prompt in engine.prepare_prompts(conversations(num_learned, seed + 1), None, None)[1]:
+        for prompt in engine.prepare_conversations(
+            conversations(num_learned, seed + 1), None, Options()
+        ).items:
             answer = [*chat.tokenizer.encode_text(random_answer(rng, prompt.role)), chat.end_of_turn_id]
             token_ids = [*prompt.token_ids, *answer]
             first = len(prompt.token_ids) - 1

@@ -10,19 +10,22 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from guardengine.core.admission import check_timeout
+from guardengine.core.admission import Ticket, check_timeout
 from guardengine.core.feeds import Feed
 from guardengine.core.health import describe, report
 from guardengine.core.state import StreamState
 from guardengine.core.whole_streams import moderation, open_feed
 from guardengine.engine.async_stream import AsyncStream
 from guardengine.engine.calls import Append, Call, Calls, Future
+from guardengine.engine.conversations import Options, Prepared, Whole, check_lengths, fit, in_place
 from guardengine.engine.engine import Engine
 from guardengine.engine.engine_thread import EngineThread
+from guardengine.engine.moderator import OnUnfit
 from guardengine.engine.opening import Messages, Opening
 from guardengine.errors import ConfigError, Overloaded, StreamClosed
 from guardengine.gen.answering import Answering, Job
 from guardengine.gen.answers import Mode
+from guardengine.gen.prompts import Prompt
 from guardengine.labels import GenModeration, Moderation, Role
 from guardengine.policy import Policy
 
@@ -118,11 +121,7 @@ class AsyncEngine:
         turn, unrecorded = self.calls.new_future(), list[Append]()
 
         def run(feed: Feed | None) -> tuple[AsyncStream, Append]:
-            if self.thread.is_full(tenant):
-                raise Overloaded(
-                    f"appends of tenant {tenant!r} wait for room, which a new stream would take from them; close "
-                    "streams, or retry when they are done"
-                )
+            self._check_not_full(tenant)
             return self._opened(self.engine.open_state(opening, feed), turn, unrecorded)
 
         try:
@@ -134,8 +133,7 @@ class AsyncEngine:
             self.calls.forget(turn)
             raise
         if deadline is not None:
-            timer = self.calls.bind().call_later(deadline - time.monotonic(), self.calls.expire, append)
-            turn.add_done_callback(lambda _: timer.cancel())
+            self._expire_in(deadline - time.monotonic(), append)
         return stream  # type: ignore[no-any-return]
 
     async def restore(self, snapshot: Mapping[str, Any], stream_id: str | None = None) -> AsyncStream:
@@ -161,87 +159,120 @@ class AsyncEngine:
         self, messages: Messages, policy: Policy | None = None, *, mode: Mode | None = None
     ) -> Moderation | GenModeration:
         """Moderate one finished conversation. See `moderate_many`."""
-        return (await self.moderate_many([messages], policy, mode=mode))[0]
+        answer: Moderation | GenModeration
+        [answer] = await self.moderate_many([messages], policy, mode=mode)
+        return answer
 
     async def moderate_many(
-        self, conversations: Sequence[Messages], policy: Policy | None = None, *, mode: Mode | None = None
-    ) -> list[Moderation] | list[GenModeration]:
+        self,
+        conversations: Sequence[Messages],
+        policy: Policy | None = None,
+        *,
+        mode: Mode | None = None,
+        tenant: str = "",
+        timeout_s: float | None = None,
+        spans: bool = False,
+        on_unfit: OnUnfit = "raise",
+    ) -> list[Any]:
         """Moderate finished conversations beside the open streams, as `Engine.moderate_many` does.
 
-        Where the model failed on a conversation, its labels are incomplete and `response` is the policy's verdict on
-        the error, conversations that end with the user included; a Gen checkpoint's answer is "Unparsable" then.
-        Raises Overloaded when not even one fits, and where `max_waiting` conversations wait for a Gen checkpoint.
+        They are rendered beside the engine's thread. Where the model failed on a conversation, or `timeout_s` has
+        passed, its labels are incomplete and `response` is the policy's verdict on that, conversations that end with
+        the user included; a Gen checkpoint's answer is "Unparsable" then.
+
+        Args:
+            conversations, policy, mode, tenant, timeout_s, spans, on_unfit: As in `Engine.moderate_many`.
+
+        Returns:
+            A list as of `Engine.moderate_many`, in order.
+
+        Raises:
+            Overloaded: There is no room for even one, or `max_waiting` conversations wait for a Gen checkpoint.
+            GuardEngineError: For the rest, as `Engine.moderate_many`.
         """
         await self._loaded()
-        if (answering := self.engine.answering) is not None:
-            return await self._answer_many(answering, conversations, policy, mode)
-        self.engine.check_answers_in_labels(mode)
-        checked, feeds = await asyncio.to_thread(self.engine.prepare_conversations, conversations, policy)
-        await self.calls.call(lambda: self._check_lengths(feeds))
-        turns = [self.calls.new_future() for _ in feeds]
-        to_do = deque(zip(range(len(feeds)), feeds, turns, strict=True))
+        engine, options = self.engine, Options(mode, tenant, timeout_s, spans, on_unfit)
+        prepared = await asyncio.to_thread(engine.prepare_conversations, conversations, policy, options)
+        items = await self.calls.call(
+            lambda: check_lengths(engine.core, engine.answering, prepared, on_unfit)
+        )
+        if engine.answering is not None:
+            return in_place(items, await self._answer(engine.answering, fit(items), prepared))
+        return in_place(
+            items, await self._judge(fit(items), Ticket(prepared.policy, tenant=tenant), timeout_s)
+        )
+
+    async def _judge(
+        self, conversations: Sequence[Whole], ticket: Ticket, timeout_s: float | None
+    ) -> list[Moderation]:
+        turns = [self.calls.new_future() for _ in conversations]
+        to_do = deque(zip(range(len(turns)), conversations, turns, strict=True))
         done: dict[int, Moderation] = {}
         running: dict[Future, tuple[int, AsyncStream]] = {}  # streams that nobody holds any more close
         try:
             while to_do or running:
                 if to_do:
                     opened = await self.calls.call(
-                        lambda: self._open_feeds(to_do, checked), is_skippable=True
+                        lambda: self._open_feeds(to_do, ticket, must=not running), is_skippable=True
                     )
-                    running |= opened
-                if not running:
-                    raise Overloaded(
-                        f"open streams leave no room for a conversation of {len(to_do[0][1].token_ids)} tokens; close "
-                        "some, or retry when they are done"
-                    )
+                    for turn, (index, stream, append) in opened.items():
+                        running[turn] = index, stream
+                        if timeout_s is not None:
+                            self._expire_in(timeout_s, append)
                 finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for turn in finished:
                     turn.result()
                     index, stream = running.pop(turn)
-                    done[index] = moderation(stream._state, checked)
+                    spans = conversations[index].spans
+                    done[index] = moderation(stream._state, ticket.policy, stream.verdict, spans)
+                    stream.abandon()  # now: the next may need its place
         finally:
             for turn in turns:
                 self.calls.forget(turn)
-        return [done[index] for index in range(len(feeds))]
+        return [done[index] for index in range(len(turns))]
 
-    async def _answer_many(
-        self,
-        answering: Answering,
-        conversations: Sequence[Messages],
-        policy: Policy | None,
-        mode: Mode | None,
+    async def _answer(
+        self, answering: Answering, prompts: Sequence[Prompt], prepared: Prepared
     ) -> list[GenModeration]:
         engine, calls = self.engine, self.calls
-        checked, prompts, chosen = await asyncio.to_thread(
-            engine.prepare_prompts, conversations, policy, mode
-        )
         futures = [calls.new_future() for _ in prompts]
         try:
-            await calls.call(lambda: self.thread.answer(answering, prompts, chosen, futures))
+            await calls.call(lambda: self.thread.answer(answering, prompts, prepared.mode, futures))
             jobs: list[Job] = await asyncio.gather(*futures)
-            return [engine.gen_moderation(job, checked) for job in jobs]
+            return [engine.gen_moderation(job, prepared.policy) for job in jobs]
         finally:
             for future in futures:
                 future.cancel()  # those that are not done: the thread drops their conversations
                 calls.forget(future)
 
-    def _check_lengths(self, feeds: Sequence[Feed]) -> None:
-        for feed in feeds:
-            self.engine.core.check_length(len(feed.token_ids), is_new=True)
-
     def _open_feeds(
-        self, to_do: deque[tuple[int, Feed, Future]], policy: Policy
-    ) -> dict[Future, tuple[int, AsyncStream]]:
-        """Open as many as there is room for. On the thread."""
-        core, opened = self.engine.core, dict[Future, tuple[int, AsyncStream]]()
-        while to_do and not self.thread.is_full(""):
-            index, feed, turn = to_do[0]
-            state = open_feed(core, feed, policy, must=False)
+        self, to_do: deque[tuple[int, Whole, Future]], ticket: Ticket, *, must: bool
+    ) -> dict[Future, tuple[int, AsyncStream, Append]]:
+        """Open as many as there is room for. On the thread. Raises Overloaded where there is none for one that
+        `must`."""
+        opened: dict[Future, tuple[int, AsyncStream, Append]] = {}
+        if must:
+            self._check_not_full(ticket.tenant)
+        while to_do and not self.thread.is_full(ticket.tenant):
+            index, whole, turn = to_do[0]
+            state = open_feed(self.engine.core, whole.feed, ticket, must=must and not opened)
             if state is None:
                 break
             to_do.popleft()
-            opened[turn] = (index, self._opened(state, turn, [])[0])
+            opened[turn] = (index, *self._opened(state, turn, []))
         return opened
+
+    def _check_not_full(self, tenant: str) -> None:
+        if self.thread.is_full(tenant):
+            raise Overloaded(
+                f"appends of tenant {tenant!r} wait for room, which a new stream would take from them; close "
+                "streams, or retry when they are done"
+            )
+
+    def _expire_in(self, seconds: float, append: Append) -> None:
+        """Give up waiting for what a stream was opened with after a time."""
+        timer = self.calls.bind().call_later(seconds, self.calls.expire, append)
+        append.future.add_done_callback(lambda _: timer.cancel())
 
     def _opened(
         self, state: StreamState, turn: Future, unrecorded: list[Append]

@@ -55,7 +55,7 @@ class Append:
         return [] if self.end is None else self.state.labels_between(self.start, self.end)
 
     def labels_by_now(self) -> list[Label]:
-        """The same for the event loop, while the thread may be changing the lists: they are copied first."""
+        """Those there are, for the event loop: the thread may be changing the lists, so they are copied first."""
         if (end := self.end) is None:
             return []
         labels = self.state.labels if self.role == "assistant" else self.state.prompt_labels

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
 from guardengine.checkpoint.hub import resolve_checkpoint
 from guardengine.checkpoint.model_config import RISKS, GuardHeadsConfig
@@ -16,11 +16,23 @@ from guardengine.core.feeds import Feed, feed_ids, feed_messages
 from guardengine.core.health import Canary, check_health
 from guardengine.core.state import StreamState
 from guardengine.core.whole_streams import moderation, run_feeds
+from guardengine.engine.conversations import (
+    Options,
+    Prepared,
+    Whole,
+    check_lengths,
+    check_options,
+    each_fit,
+    feed_whole,
+    fit,
+    in_place,
+)
 from guardengine.engine.loading import choose_backend, load_engine
+from guardengine.engine.moderator import OnUnfit
 from guardengine.engine.opening import Messages, Opening
 from guardengine.engine.stats import stats_of
 from guardengine.engine.stream import Stream
-from guardengine.errors import ConfigError, InvalidText
+from guardengine.errors import ConfigError
 from guardengine.gen.answering import Answering, Job, run_prompts
 from guardengine.gen.answers import Mode
 from guardengine.gen.moderation import gen_moderation
@@ -39,8 +51,6 @@ _NO_TOKENIZER = (
     "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "
     "add Qwen3's tokenizer.json to it, or pass token ids"
 )
-
-T = TypeVar("T")
 
 
 class Engine:
@@ -212,58 +222,89 @@ class Engine:
         self, messages: Messages, policy: Policy | None = None, *, mode: Mode | None = None
     ) -> Moderation | GenModeration:
         """Moderate one finished conversation. See `moderate_many`."""
-        return self.moderate_many([messages], policy, mode=mode)[0]
+        answer: Moderation | GenModeration
+        [answer] = self.moderate_many([messages], policy, mode=mode)
+        return answer
 
     def moderate_many(
-        self, conversations: Sequence[Messages], policy: Policy | None = None, *, mode: Mode | None = None
-    ) -> list[Moderation] | list[GenModeration]:
+        self,
+        conversations: Sequence[Messages],
+        policy: Policy | None = None,
+        *,
+        mode: Mode | None = None,
+        tenant: str = "",
+        timeout_s: float | None = None,
+        spans: bool = False,
+        on_unfit: OnUnfit = "raise",
+    ) -> list[Any]:
         """Moderate finished conversations, as many at a time as fit, in one batch a step.
 
-        Stream checkpoints: a Moderation each. The labels are those of the last assistant message's tokens up to and
-        including its <|im_end|>; response is None where the conversation ends with the user, and judges the response
-        alone: the prompt is in `prompt`.
         Other streams of the engine advance too and their labels come with the next `step`.
 
-        Gen checkpoints: a GenModeration each, of the last message. mode "choice" (the default) takes the likeliest
-        answer of the grammar that the checkpoint was trained to keep, with its probabilities, in a step or a few;
-        "greedy" takes the likeliest token after every token, up to 128, as transformers' greedy generate does.
+        Args:
+            conversations: Messages of each, as in `open`.
+            policy: Policy.strict() by default.
+            mode: Gen checkpoints only. "choice" (the default) takes the likeliest answer of the grammar that the
+                checkpoint was trained to keep, with its probabilities, in a step or a few; "greedy" takes the likeliest
+                token after every token, up to 128, as transformers' greedy generate does.
+            tenant: As in `open`. Stream checkpoints only, as the two that follow.
+            timeout_s: Seconds for each conversation, from when there is room for it: as in `open`.
+            spans: Whether to say where the token of each label stands in the last message's content. A reply is then
+                tokenized as `Stream.append_text` does, which differs only in 256 characters without a place to cut.
+            on_unfit: What becomes of a conversation that is no valid input, or too long: "raise" its error, or
+                "return" the error in its place. The others are then judged all the same. Found before anything runs.
 
-        Bad input raises as in `open`, before anything is computed; Overloaded, when other streams leave no room, may
-        come later. mode with a Stream checkpoint: ConfigError.
+        Returns:
+            Stream checkpoints: a Moderation each (list[Moderation]). The labels are those of the last assistant
+            message's tokens up to and including its <|im_end|>; response is None where the conversation ends with the
+            user, and judges the response alone: the prompt is in `prompt`.
+            Gen checkpoints: a GenModeration each (list[GenModeration]), of the last message.
+            With on_unfit="return" also InvalidTokens, InvalidText and StreamTooLong, in their places.
+
+        Raises:
+            InvalidText, InvalidTokens, StreamTooLong: A conversation is unfit. Nothing has been computed then.
+            ConfigError: An option is wrong, or of the other kind of checkpoint.
+            Overloaded: Other streams leave no room for even one; may come after some were computed.
+            StreamClosed: The engine is closed.
         """
+        options = Options(mode, tenant, timeout_s, spans, on_unfit)
         with self.core.gate:
             self.core.check_engine_open()
+            prepared = self.prepare_conversations(conversations, policy, options)
+            items = check_lengths(self.core, self.answering, prepared, on_unfit)
+            answers: list[Any]
             if self.answering is not None:
-                return self._answer_many(self.answering, conversations, policy, mode)
-            self.check_answers_in_labels(mode)
-            checked, feeds = self.prepare_conversations(conversations, policy)
-            states = run_feeds(self.core, feeds, checked)
-        return [moderation(state, checked) for state in states]
+                jobs = run_prompts(self.core, self.answering, fit(items), prepared.mode)
+                answers = [self.gen_moderation(job, prepared.policy) for job in jobs]
+            else:
+                states = run_feeds(
+                    self.core,
+                    [each.feed for each in fit(items)],
+                    prepared.policy,
+                    tenant=tenant,
+                    timeout_s=timeout_s,
+                )
+                answers = [
+                    moderation(state, prepared.policy, state.verdict, each.spans)
+                    for state, each in zip(states, fit(items), strict=True)
+                ]
+        return in_place(items, answers)
 
     def prepare_conversations(
-        self, conversations: Sequence[Messages], policy: Policy | None
-    ) -> tuple[Policy, list[Feed]]:
-        """What `moderate_many` runs. For any thread; raises as it does, before anything is computed."""
-        return self._checked(policy), self._feed_conversations(conversations)
+        self, conversations: Sequence[Messages], policy: Policy | None, options: Options
+    ) -> Prepared:
+        """Render what `moderate_many` runs. For any thread; raises as it does, before anything is computed."""
+        check_options(self.kind, conversations, options)
+        chat, max_tokens = self._require_chat(), self.core.max_model_len
+        is_stream = self.kind == "stream"
 
-    def check_answers_in_labels(self, mode: Mode | None) -> None:
-        """Raise ConfigError for a Gen checkpoint, and for a `mode`, which is of one."""
-        self._check_kind("stream", _NO_TOKENIZER)
-        if mode is not None:
-            raise ConfigError(f"mode={mode!r} is of Gen checkpoints, and this is a Stream one; leave it out")
+        def prepare(messages: Messages) -> Whole | Prompt:
+            if is_stream:
+                return feed_whole(chat, messages, max_tokens, spans=options.spans)
+            return render_prompt(chat, messages, max_tokens=max_tokens)
 
-    def prepare_prompts(
-        self, conversations: Sequence[Messages], policy: Policy | None, mode: Mode | None
-    ) -> tuple[Policy, list[Prompt], Mode]:
-        """The same for a Gen checkpoint."""
-        if mode not in (None, *get_args(Mode)):
-            raise ConfigError(f"mode={mode!r}: choose one of {', '.join(get_args(Mode))}")
-        chat = self._require_chat()
-        max_tokens = self.core.max_model_len
-        prompts = _for_each(
-            conversations, lambda messages: render_prompt(chat, messages, max_tokens=max_tokens)
-        )
-        return self._checked(policy), list(prompts), mode or "choice"
+        items = each_fit(conversations, prepare, options.on_unfit)
+        return Prepared(self._checked(policy), items, options.mode or "choice")
 
     def gen_moderation(self, job: Job, policy: Policy) -> GenModeration:
         """The outcome of an answer that is complete. For any thread."""
@@ -340,25 +381,9 @@ class Engine:
         self._checked_policies[id(policy)] = policy
         return policy
 
-    def _feed_conversations(self, conversations: Sequence[Messages]) -> list[Feed]:
-        return list(
-            _for_each(conversations, lambda messages: self._feed_messages(messages, is_complete=True))
-        )
-
     def _feed_messages(self, messages: Messages | None, *, is_complete: bool) -> Feed:
         max_tokens = self.core.max_model_len
         return feed_messages(self._require_chat(), messages, is_complete=is_complete, max_tokens=max_tokens)
-
-    def _answer_many(
-        self,
-        answering: Answering,
-        conversations: Sequence[Messages],
-        policy: Policy | None,
-        mode: Mode | None,
-    ) -> list[GenModeration]:
-        checked, prompts, chosen = self.prepare_prompts(conversations, policy, mode)
-        jobs = run_prompts(self.core, answering, prompts, chosen)
-        return [self.gen_moderation(job, checked) for job in jobs]
 
     def _require_chat(self) -> ChatTemplate:
         if self.chat is None:
@@ -368,15 +393,3 @@ class Engine:
     def _check_kind(self, kind: str, mend: str) -> None:
         if self.kind != kind:
             raise ConfigError(f"this is a {self.kind.capitalize()} checkpoint: {mend}")
-
-
-def _for_each(conversations: Sequence[Messages], prepare: Callable[[Messages], T]) -> Iterator[T]:
-    if not isinstance(conversations, list | tuple):
-        raise InvalidText(
-            f"conversations is {type(conversations).__name__}; a list of message lists is needed"
-        )
-    for index, messages in enumerate(conversations):
-        try:
-            yield prepare(messages)
-        except InvalidText as error:
-            raise InvalidText(f"conversations[{index}]: {error}") from None

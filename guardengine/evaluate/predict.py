@@ -12,7 +12,7 @@ from guardengine.core.feeds import Feed
 from guardengine.core.state import Wanted
 from guardengine.core.whole_streams import run_feeds
 from guardengine.engine.engine import Engine
-from guardengine.engine.judging import Moderator, judge_each, run
+from guardengine.engine.moderator import Moderator
 from guardengine.errors import ConfigError, InvalidText, InvalidTokens, StreamTooLong
 from guardengine.evaluate.outcomes import Outcome, Target, gen_outcome, stream_outcome
 from guardengine.evaluate.rows import BadRows, Row
@@ -154,7 +154,7 @@ def judge_gen(
                 usable.append((row, target, _gen_messages(row, target, aim)))
             except InvalidText as error:
                 bad_rows.add(row.where, error)
-        answers = run(judge_each([messages for _, _, messages in usable]), engine)
+        answers = engine.moderate_many([messages for _, _, messages in usable], on_unfit="return")
         for (row, target, _), answer in zip(usable, answers, strict=True):
             if isinstance(answer, InvalidTokens | StreamTooLong):
                 bad_rows.add(row.where, answer)

@@ -88,12 +88,17 @@ class Answering:
                 f"max_waiting={most}; retry when some are done"
             )
 
+    def check_length(self, prompt: Prompt, mode: Mode) -> None:
+        """Raise StreamTooLong where a conversation and its answer could never be computed."""
+        most_tokens = self._answer(prompt.role, mode).most_tokens
+        self._core.check_length(len(prompt.token_ids) + most_tokens, is_new=True)
+
     def submit(self, prompts: Sequence[Prompt], mode: Mode, done: Callable[[Job], None]) -> list[Job]:
         """Let conversations wait for their answers: the next `advance` opens them. Raises StreamTooLong, and then none
         waits."""
+        for prompt in prompts:
+            self.check_length(prompt, mode)
         jobs = [Job(prompt, mode, self._answer(prompt.role, mode), done) for prompt in prompts]
-        for job in jobs:
-            self._core.check_length(job.num_room, is_new=True)
         roles = [prompt.role for prompt in prompts]
         for role in self._prefixes:
             if roles.count(role) > 1:

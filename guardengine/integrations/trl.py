@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from guardengine.engine.judging import AsyncModerator, Moderator
+from guardengine.engine.moderator import AsyncModerator, Moderator
 from guardengine.errors import ConfigError
 from guardengine.rewards import AsyncGuardReward, Equation, GuardReward, Reward, Text
 

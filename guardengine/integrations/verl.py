@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from guardengine.engine.async_engine import AsyncEngine
-from guardengine.engine.judging import AsyncModerator
+from guardengine.engine.moderator import AsyncModerator
 from guardengine.errors import ConfigError
 from guardengine.rewards import AsyncGuardReward, Equation, Reward
 

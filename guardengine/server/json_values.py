@@ -14,14 +14,13 @@ Json = dict[str, Any]
 SpanOf = Callable[[Label], Span | None]
 
 
-def label_json(label: Label, span: Span | None = None, *, shift: int = 0, with_scores: bool = True) -> Json:
+def label_json(label: Label, span: Span | None = None, *, with_scores: bool = True) -> Json:
     """A label as a JSON object. Its span counts characters (Unicode code points) and UTF-8 bytes of the reply's text;
     it is null for a token that was not fed as text.
 
     Args:
         label: The label.
         span: The place of its token in the text.
-        shift: Number of characters, of one byte each, that stand in the reply before the text that spans count from.
         with_scores: Include the probabilities.
     """
     value: Json = {
@@ -29,7 +28,7 @@ def label_json(label: Label, span: Span | None = None, *, shift: int = 0, with_s
         "token_id": label.token_id,
         "risk": label.risk,
         "category": label.category,
-        "span": span_json(span, shift),
+        "span": span_json(span),
     }
     if with_scores:
         value["risk_probs"] = {name: finite(p) for name, p in label.risk_probs.items()}
@@ -46,9 +45,9 @@ def prompt_json(label: Label | None) -> Json | None:
     return value
 
 
-def span_json(span: Span | None, shift: int = 0) -> Json | None:
-    """A span as a JSON object. shift: see `label_json`."""
-    return None if span is None else {name: value + shift for name, value in span._asdict().items()}
+def span_json(span: Span | None) -> Json | None:
+    """A span as a JSON object."""
+    return None if span is None else span._asdict()
 
 
 def verdict_json(verdict: Verdict) -> Json:
@@ -56,9 +55,7 @@ def verdict_json(verdict: Verdict) -> Json:
     return {name: getattr(verdict, name) for name in Verdict.__slots__}
 
 
-def flagged_json(
-    labels: Iterable[Label], spans: Iterable[Span | None], policy: Policy, shift: int
-) -> list[Json]:
+def flagged_json(labels: Iterable[Label], spans: Iterable[Span | None], policy: Policy) -> list[Json]:
     """The flagged pieces of a reply: runs of tokens that are hits of the same risk and category."""
     runs: list[Json] = []
     last: Json | None = None
@@ -67,7 +64,7 @@ def flagged_json(
         if risk is None:
             last = None
             continue
-        here = span_json(span, shift)
+        here = span_json(span)
         if last is not None and (last["risk"], last["category"]) == (risk, label.category):
             last["num_tokens"] += 1
             if here and last["span"]:

@@ -36,7 +36,7 @@ class CharClasses(dict[int, str]):
     def __missing__(self, code: int) -> str:
         if len(self) >= _MAX_KNOWN:
             for other in list(self)[4:]:
-                del self[other]
+                self.pop(other, None)  # another thread may do the same
         if code >= _LAST_CASED:
             first = code - code % _BLOCK
             block = [c for c in range(first, first + _BLOCK) if not 0xD800 <= c < 0xE000]

@@ -178,12 +178,15 @@ class FakeGen:
     def __init__(self) -> None:
         self.asked: list[list[Any]] = []
 
-    def moderate_many(self, conversations: Any, policy: Policy | None = None) -> list[GenModeration]:
+    def moderate_many(
+        self, conversations: Any, policy: Policy | None = None, *, on_unfit: str = "raise"
+    ) -> list[GenModeration | StreamTooLong]:
         self.asked.append(list(conversations))
-        for messages in conversations:
-            if "refuse" in messages[-1]["content"]:
-                raise StreamTooLong("too long")
-        return [self.answer(messages[-1]) for messages in conversations]
+        assert on_unfit == "return"
+        return [
+            StreamTooLong("too long") if "refuse" in messages[-1]["content"] else self.answer(messages[-1])
+            for messages in conversations
+        ]
 
     def answer(self, message: dict[str, str]) -> GenModeration:
         safety = next(

@@ -118,10 +118,10 @@ def stopping(folder: Path) -> Iterator[Any]:
     with load_engine(folder, Options()) as engine:
         calls = itertools.count(1)
 
-        def moderate_many(*arguments: Any) -> Any:
+        def moderate_many(*arguments: Any, **options: Any) -> Any:
             if next(calls) > 5:
                 raise KeyboardInterrupt
-            return engine.moderate_many(*arguments)
+            return engine.moderate_many(*arguments, **options)
 
         yield SimpleNamespace(moderate_many=moderate_many)
 

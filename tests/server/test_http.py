@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -359,9 +358,8 @@ def test_texts_are_not_logged(http, server, caplog) -> None:
 class FailingEngine:
     def __init__(self, secret: str) -> None:
         self._secret = secret
-        self.engine = SimpleNamespace(chat=None, core=SimpleNamespace(max_model_len=1))
 
-    async def open(self, *_: Any, **__: Any) -> Any:
+    async def moderate_many(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError(f"failed on {self._secret}")
 
 

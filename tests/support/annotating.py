@@ -35,20 +35,19 @@ class FakeGen:
         self._on_call = on_call
 
     def moderate_many(
-        self, conversations: Sequence[Any], policy: Policy | None = None
-    ) -> list[GenModeration]:
+        self, conversations: Sequence[Any], policy: Policy | None = None, *, on_unfit: str = "raise"
+    ) -> list[GenModeration | InvalidText | StreamTooLong]:
         assert policy is not None
-        for index, messages in enumerate(conversations):
-            if messages[-1]["content"] == "refuse":
-                raise InvalidText(f"conversations[{index}]: messages[0]: refused")
-            if messages[-1]["content"] == "endless":
-                raise StreamTooLong("a stream of 9999 tokens exceeds max_model_len=99")
         self._on_call()
         self.calls.append(len(conversations))
         return [self._answer(messages, policy) for messages in conversations]
 
-    def _answer(self, messages: Any, policy: Policy) -> GenModeration:
+    def _answer(self, messages: Any, policy: Policy) -> GenModeration | InvalidText | StreamTooLong:
         content = messages[-1]["content"]
+        if content == "refuse":
+            return InvalidText("messages[0]: refused")
+        if content == "endless":
+            return StreamTooLong("a stream of 9999 tokens exceeds max_model_len=99")
         number = hashlib.sha256(content.encode()).digest()[0]
         safety = ("Safe", "Unsafe", "Controversial")[number % 3]
         is_hit = safety not in policy.safe_risks

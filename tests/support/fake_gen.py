@@ -17,14 +17,18 @@ class FakeGen:
         self.asked: list[list[Any]] = []
         self.policies: list[Policy | None] = []
 
-    def moderate_many(self, conversations: Any, policy: Policy | None = None) -> list[Any]:
+    def moderate_many(
+        self, conversations: Any, policy: Policy | None = None, *, on_unfit: str = "raise"
+    ) -> list[Any]:
         self.asked.append([list(messages) for messages in conversations])
         self.policies.append(policy)
-        if any("too long" in messages[-1]["content"] for messages in conversations):
+        if on_unfit == "raise" and any("too long" in messages[-1]["content"] for messages in conversations):
             raise StreamTooLong("9000 tokens")
         return [self.answer(messages[-1]["content"]) for messages in conversations]
 
-    def answer(self, text: str) -> GenModeration:
+    def answer(self, text: str) -> Any:
+        if "too long" in text:
+            return StreamTooLong("9000 tokens")
         safety = next((s for s in ("Unsafe", "Controversial", "Unparsable") if s in text), "Safe")
         refusal = None if "cut" in text else "Yes" if "refuse" in text else "No"
         verdict = Verdict("allow", "Safe", None, None, "none", 0)
@@ -32,6 +36,8 @@ class FakeGen:
 
 
 class AsyncFakeGen(FakeGen):
-    async def moderate_many(self, conversations: Any, policy: Policy | None = None) -> list[Any]:  # type: ignore[override]
+    async def moderate_many(  # type: ignore[override]
+        self, conversations: Any, policy: Policy | None = None, *, on_unfit: str = "raise"
+    ) -> list[Any]:
         await asyncio.sleep(0)
-        return super().moderate_many(conversations, policy)
+        return super().moderate_many(conversations, policy, on_unfit=on_unfit)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
 
-from guardengine.labels import Role
+from guardengine.engine.async_engine import AsyncEngine
+from guardengine.errors import GuardEngineError, Overloaded
+from guardengine.labels import Moderation, Role, Verdict
 from guardengine.policy import Policy
 from guardengine.server import json_values, taxonomy
 from guardengine.server.refusals import Refusal, refusal_of
 from guardengine.server.replies import AsciiJson
-from guardengine.server.routes.moderation import BadConversation, Judged, Whose, judge_many
 from guardengine.server.schemas import (
     GuardRequest,
     GuardResponse,
@@ -25,6 +27,16 @@ from guardengine.server.schemas import (
 from guardengine.server.service import Service, service_of, tenant_of
 
 router = APIRouter()
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Options(NamedTuple):
+    """For whom and how conversations are judged, as in `AsyncEngine.moderate_many`."""
+
+    policy: Policy
+    tenant: str
+    timeout_s: float | None = None
+    spans: bool = False
 
 
 @router.post("/v1/moderations", response_model=ModerationResponse)
@@ -39,12 +51,11 @@ async def moderations(body: ModerationRequest, request: Request) -> AsciiJson:
     texts, is_list = _texts(body, service.settings.max_inputs)
     policy = service.settings.policy if body.policy is None else body.policy.policy()
     conversations = [[{"role": "user", "content": text}] for text in texts]
-    try:
-        found = await judge_many(
-            engine, conversations, Whose(policy, tenant_of(request)), service.settings.max_parallel
-        )
-    except BadConversation as bad:
-        raise _refusal(service, bad, f"input[{bad.index}]" if is_list else "input") from bad.__cause__
+    found: list[Moderation] = []
+    for start in range(0, len(conversations), service.settings.max_parallel):
+        part = conversations[start : start + service.settings.max_parallel]
+        params = [f"input[{start + i}]" if is_list else "input" for i in range(len(part))]
+        found += await _judge(service, engine, part, params, Options(policy, tenant_of(request)))
     results = [_result(judged, policy, body.taxonomy or service.settings.taxonomy) for judged in found]
     for judged in found:
         _count(service, judged)
@@ -64,11 +75,9 @@ async def guard(body: GuardRequest, request: Request) -> AsciiJson:
     service = service_of(request)
     engine = service.stream_engine(body.model)
     policy = service.settings.policy if body.policy is None else body.policy.policy()
-    whose = Whose(policy, tenant_of(request), body.timeout_s)
-    try:
-        [judged] = await judge_many(engine, [plain_messages(body.messages)], whose, 1)
-    except BadConversation as bad:
-        raise _refusal(service, bad, "messages") from bad.__cause__
+    messages = plain_messages(body.messages)
+    options = Options(policy, tenant_of(request), body.timeout_s, spans=True)
+    [judged] = await _judge(service, engine, [messages], ["messages"], options)
     _count(service, judged)
     num_reply = len(judged.labels)
     return AsciiJson(
@@ -78,8 +87,8 @@ async def guard(body: GuardRequest, request: Request) -> AsciiJson:
             "created": int(time.time()),
             "model": service.settings.model_name,
             "prompt": json_values.prompt_json(judged.prompt),
-            "response": _reply(judged, policy, body.labels),
-            "verdict": json_values.verdict_json(judged.verdict),
+            "response": _reply(judged, policy, body.labels) if messages[-1]["role"] == "assistant" else None,
+            "verdict": json_values.verdict_json(_verdict(judged)),
             "usage": {
                 "prompt_tokens": judged.num_tokens - num_reply,
                 "completion_tokens": num_reply,
@@ -108,7 +117,7 @@ def _texts(body: ModerationRequest, max_inputs: int) -> tuple[list[str], bool]:
     return texts, True
 
 
-def _result(judged: Judged, policy: Policy, names: str) -> dict[str, Any]:
+def _result(judged: Moderation, policy: Policy, names: str) -> dict[str, Any]:
     label = judged.prompt
     if label is None or not judged.is_complete:
         raise Refusal(
@@ -118,7 +127,7 @@ def _result(judged: Judged, policy: Policy, names: str) -> dict[str, Any]:
             type="server_error",
             retry_after_s=1,
         )
-    is_flagged = judged.verdict.action != "allow"
+    is_flagged = _verdict(judged).action != "allow"
     flags: dict[str, Any] = taxonomy.flags(label, is_flagged)
     scores: dict[str, Any] = taxonomy.scores(label, policy)
     if names == "openai":
@@ -135,32 +144,52 @@ def _result(judged: Judged, policy: Policy, names: str) -> dict[str, Any]:
     }
 
 
-def _reply(judged: Judged, policy: Policy, which: str) -> dict[str, Any] | None:
-    if judged.response is None:
-        return None
+def _reply(judged: Moderation, policy: Policy, which: str) -> dict[str, Any]:
+    spans = judged.spans or []
     shown = [
-        json_values.label_json(label, span, shift=judged.shift)
-        for label, span in zip(judged.labels, judged.spans, strict=True)
+        json_values.label_json(label, span)
+        for label, span in zip(judged.labels, spans, strict=True)
         if which == "all" or (which == "flagged" and policy.hit(label) is not None)
     ]
     return {
-        "verdict": json_values.verdict_json(judged.response),
+        "verdict": json_values.verdict_json(policy.judge(judged.labels)),
         "labels": shown,
-        "flagged": json_values.flagged_json(judged.labels, judged.spans, policy, judged.shift),
+        "flagged": json_values.flagged_json(judged.labels, spans, policy),
     }
 
 
-def _count(service: Service, judged: Judged) -> None:
-    metrics = service.metrics
+def _count(service: Service, judged: Moderation) -> None:
+    metrics, verdict = service.metrics, _verdict(judged)
     metrics.prompt_tokens.inc(judged.num_tokens - len(judged.labels))
     metrics.generation_tokens.inc(len(judged.labels))
     metrics.request_success.labels("stop" if judged.is_complete else "abort").inc()
-    role: Role = (
-        "user" if judged.response is None or judged.verdict.rule.startswith("prompt") else "assistant"
-    )
-    metrics.judged(judged.verdict, role)
+    role: Role = "user" if judged.response is None or verdict.rule.startswith("prompt") else "assistant"
+    metrics.judged(verdict, role)
 
 
-def _refusal(service: Service, bad: BadConversation, param: str) -> Refusal:
-    error = bad.__cause__
-    return refusal_of(bad if error is None else error, service.settings.retry_after_s, param)
+def _verdict(judged: Moderation) -> Verdict:
+    if judged.verdict is None:
+        raise RuntimeError("the engine has made no verdict of a conversation")
+    return judged.verdict
+
+
+async def _judge(
+    service: Service,
+    engine: AsyncEngine,
+    conversations: Sequence[Messages],
+    params: Sequence[str],
+    options: Options,
+) -> list[Moderation]:
+    """Judge conversations, by names of where in the request each was given. Raises Refusal for one that is unfit."""
+    retry_after_s, found = service.settings.retry_after_s, list[Moderation]()
+    try:
+        answers = await engine.moderate_many(conversations, **options._asdict(), on_unfit="return")
+    except Overloaded:
+        raise
+    except GuardEngineError as error:
+        raise refusal_of(error, retry_after_s, params[0]) from error
+    for answer, param in zip(answers, params, strict=True):
+        if not isinstance(answer, Moderation):
+            raise refusal_of(answer, retry_after_s, param) from answer
+        found.append(answer)
+    return found
