@@ -95,13 +95,16 @@ class Reply:
     def take(self) -> Sequence[Any]:
         """What may be shown by now of what was not taken yet: deltas, mostly one or none."""
         num_tokens = max(self._stream.verdict.cleared - self._num_behind, 0)
-        is_by_token = self._is_text is False and self._foreign is None
-        end = num_tokens if is_by_token else self._stream.chars_within(num_tokens)
-        return self._shaped(self._held.take(end))
+        return self._shaped(self._held.take(self._end_of(num_tokens)))
 
     def rest(self) -> Sequence[Any]:
         """All that was not taken yet: of a finished reply that is not blocked there is nothing left to wait for."""
         return self._shaped(self._held.rest())
+
+    def _end_of(self, num_tokens: int) -> int:
+        """Where the first `num_tokens` assistant tokens of the stream end, in what the reply is held by."""
+        is_by_token = self._is_text is False and self._foreign is None
+        return num_tokens if is_by_token else self._stream.chars_within(num_tokens)
 
     def _begin(self, is_text: bool) -> None:
         self._is_text = is_text

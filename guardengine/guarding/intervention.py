@@ -127,6 +127,7 @@ class _Draft(AsyncReply):
         super().__init__(stream, shape, buffer_tokens, **options)
         self.kept: Kept = None
         self._num_before = stream.num_assistant_tokens
+        self._num_shown = self._num_before  # assistant tokens, those before included
         self._chars_before = stream.accepted_chars
 
     def add(self, deltas: Iterable[Any]) -> str | list[int]:
@@ -139,7 +140,8 @@ class _Draft(AsyncReply):
 
     async def roll_back(self) -> None:
         """Drop what is not cleared, from the stream and from what is kept."""
-        cleared = max(self.stream.verdict.cleared, self._num_before)
+        # A policy that holds back may count fewer tokens as cleared after it was rolled back; what was shown stays.
+        cleared = max(self.stream.verdict.cleared, self._num_shown)
         if isinstance(self.kept, str):
             cleared, num_chars = self.stream.cut_before(cleared)
             num_chars = max(num_chars, self._chars_before)
@@ -149,3 +151,12 @@ class _Draft(AsyncReply):
             self.kept = self.kept[: cleared - self._num_before]
             self._held.cut(cleared)
         await self.stream.rollback(max(self.stream.num_assistant_tokens - cleared, 0))
+
+    def _end_of(self, num_tokens: int) -> int:
+        """No more than what a reply that is rolled back there keeps, because what is shown must stay."""
+        end = super()._end_of(num_tokens)
+        if isinstance(self.kept, str):
+            num_tokens, num_chars = self.stream.cut_before(num_tokens)
+            end = min(end, num_chars)
+        self._num_shown = max(self._num_shown, num_tokens)
+        return end

@@ -49,7 +49,8 @@ async def check_as_fresh(engine: AsyncEngine, stream: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+# The later ones roll back within a character, and behind what a policy that holds back had cleared before.
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5, 6, 8, 24, 30])
 @pytest.mark.parametrize("kind", ["text", "ids"])
 def test_any_reply(folder, tokenizer: Tokenizer, kind: str, seed: int) -> None:
     async def use(engine: AsyncEngine, _: Launches) -> None:
