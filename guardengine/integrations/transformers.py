@@ -29,16 +29,21 @@ from guardengine.labels import Verdict
 class GuardStoppingCriteria(StoppingCriteria):
     """Feeds each row's new tokens to its stream, all rows in one step, and stops the rows that are blocked.
 
-    streams: one for each row of one call of generate, opened from the row's prompt. A row whose prompt is blocked stops
-    at its first token; run the engine and look at the verdict before generate to save that.
-    num_prompt_tokens: how many tokens of input_ids are not the reply's: the padded prompt's length; 1, as a rule, with
-    an encoder and a decoder; 0 with inputs_embeds.
-    eos_token_id: what ends a row, as generate has it. Needed for more than one row, because generate goes on padding
-    rows that have ended. It is not fed: `finish` feeds the reply's <|im_end|>.
-    tokenizer: the LLM's, where it is not Qwen3's; replies are fed as text then.
-
     Beam search moves tokens between rows, which is noticed and refused with ConfigError. So is another number of rows
     than streams, and a second generate.
+
+    Args:
+        engine: is run in generate's thread, which has to be the engine's.
+        streams: one for each row of one call of generate, opened from the row's prompt. A row whose prompt is blocked
+            stops at its first token; run the engine and look at the verdict before generate to save that.
+        num_prompt_tokens: how many tokens of input_ids are not the reply's: the padded prompt's length; 1, as a rule,
+            with an encoder and a decoder; 0 with inputs_embeds.
+        eos_token_id: what ends a row, as generate has it. Needed for more than one row, because generate goes on
+            padding rows that have ended. It is not fed: `finish` feeds the reply's <|im_end|>.
+        tokenizer: the LLM's, where it is not Qwen3's; replies are fed as text then.
+
+    Raises:
+        ConfigError: for streams, numbers or ids that do not go together.
     """
 
     def __init__(
@@ -79,8 +84,20 @@ class GuardStoppingCriteria(StoppingCriteria):
         self._seen: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """[rows, tokens] so far -> [rows], True for rows that are to stop. Raises ConfigError as said above, and what
-        `Stream.append` and `Engine.run` raise."""
+        """Judge each row's new tokens.
+
+        Args:
+            input_ids: int64 [rows, tokens], all tokens so far.
+            scores: not looked at.
+            kwargs: not looked at.
+
+        Returns:
+            bool [rows], True for rows that are to stop.
+
+        Raises:
+            ConfigError: rows were moved, or are not those of the streams.
+            GuardEngineError: what `Stream.append` and `Engine.run` raise.
+        """
         self._check_rows(input_ids)
         for row, ids in zip(self._rows, input_ids[:, self._num_prompt_tokens :].tolist(), strict=True):
             row.feed(ids)
@@ -89,8 +106,12 @@ class GuardStoppingCriteria(StoppingCriteria):
         return torch.tensor(stops, dtype=torch.bool, device=input_ids.device)
 
     def finish(self) -> list[Verdict]:
-        """Finish the replies after generate: feed what is held back and their <|im_end|>; returns the verdicts on all
-        of each. A GuardedStreamer does it at its end."""
+        """Finish the replies after generate: feed what is held back and their <|im_end|>. A GuardedStreamer does it at
+        its end.
+
+        Returns:
+            A verdict a row, on all of its reply.
+        """
         for row in self._rows:
             row.finish()
         self._engine.run()
@@ -121,11 +142,16 @@ class GuardStoppingCriteria(StoppingCriteria):
 class GuardedStreamer(BaseStreamer):
     """A streamer for generate that hands on what is cleared, held back by the stream's policy.
 
-    criteria: the GuardStoppingCriteria of the same generate, with one row; without it among generate's
-    stopping_criteria text is held back just as well, but nothing stops. inner: a streamer (TextStreamer,
-    TextIteratorStreamer, ...), which also gets the prompt, or a function that is called with lists of new ids.
-
     At the end the reply is finished, and the rest handed on unless that is blocked.
+
+    Args:
+        criteria: the GuardStoppingCriteria of the same generate, with one row; without it among generate's
+            stopping_criteria text is held back just as well, but nothing stops.
+        inner: a streamer (TextStreamer, TextIteratorStreamer, ...), which also gets the prompt, or a function that is
+            called with lists of new ids.
+
+    Raises:
+        ConfigError: the criteria have several rows, or `inner` is neither.
     """
 
     def __init__(

@@ -170,9 +170,8 @@ def _message(message: Any, where: str, unread: Collection[str]) -> dict[str, str
         raise _refusal(f"{where}.refusal: a string is needed", f"{where}.refusal")
     calls = [called for key in ("tool_calls", "function_call") if (called := message.get(key))]
     if role == "assistant":
-        thinking, said = split_thinking(
-            content or ""
-        )  # templates drop thinking, and the LLM's need not be the guard's
+        # Templates drop thinking, and the LLM's need not be the guard's.
+        thinking, said = split_thinking(content or "")
         texts += [thinking or "", said, refusal or "", *(_calls(called) for called in calls)]
     elif any(texts) or refusal or calls:
         raise _refusal(f"{where}: only the assistant thinks, refuses and calls tools", where)

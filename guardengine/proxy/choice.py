@@ -113,9 +113,8 @@ class ChoiceGuard:
     def _fail(self, error: BaseException) -> None:
         """What an append raised: text that nobody judged, which the policy lets pass or not."""
         failure: Failure = "overload" if isinstance(error, Overloaded) else "error"
-        may_pass = isinstance(
-            error, Overloaded | StreamTooLong
-        )  # else the engine has gone, or its log cannot be written
+        # Else the engine has gone, or its log cannot be written.
+        may_pass = isinstance(error, Overloaded | StreamTooLong)
         if not isinstance(error, GuardEngineError):
             raise error
         if self.is_over or self._stream is None:

@@ -128,9 +128,8 @@ class ModeratedStream:
                     if self.outcome != "done":
                         await self._source.close()  # the LLM need not go on until somebody has read the end
                     yield end
-                    with suppress(
-                        TimeoutError, UpstreamError
-                    ):  # a connection that is read to its end is used again
+                    # A connection that is read to its end is used again.
+                    with suppress(TimeoutError, UpstreamError):
                         async with asyncio.timeout(_LAST_BYTES_S):
                             await self._source.take()
                     return

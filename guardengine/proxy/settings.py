@@ -59,9 +59,8 @@ class ProxySettings:
     max_choices: int = 16  # n of a request
     max_event_bytes: int = 2**20  # of one server-sent event
     max_reply_bytes: int = 2**24  # of a reply that is not streamed
-    max_held_chars: int = (
-        2**16
-    )  # of one reply, that wait for their labels before the upstream is read no further
+    # Of one reply, that wait for their labels before the upstream is read no further.
+    max_held_chars: int = 2**16
 
     def __post_init__(self) -> None:
         check_numbers(self)
