@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from native_ops import assert_close_as_torch
+from pairwise import grid
 from ragged_batches import RaggedBatch, ragged_batch, shapes
 from torch import Tensor
 from triton_interpreter import program_order
@@ -91,14 +92,16 @@ def assert_matches(batch: RaggedBatch, out: Tensor) -> None:
 # -- closeness -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize(
-    ("dtype", "int8"),
+@grid(
+    case=range(6),
     # No int8 under float16: values times their scales leave its range of full precision; models are bf16.
-    [(dtype, int8) for dtype in DTYPES for int8 in (False, True) if not (int8 and dtype == torch.float16)],
+    numbers=[
+        (dtype, int8) for dtype in DTYPES for int8 in (False, True) if (dtype, int8) != (torch.float16, True)
+    ],
+    split=[True, False],
 )
-@pytest.mark.parametrize("case", range(6))
-def test_paged_attention(case: int, dtype: torch.dtype, int8: bool, split: bool) -> None:
+def test_paged_attention(case: int, numbers: tuple[torch.dtype, bool], split: bool) -> None:
+    dtype, int8 = numbers
     lengths, wanted = shapes(16, plans.SEGMENT)[case]
     batch = ragged_batch(lengths, wanted, block_size=16, dtype=dtype, int8=int8)
     assert_matches(batch, attend(batch, split=split))

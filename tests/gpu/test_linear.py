@@ -8,6 +8,7 @@ import pytest
 import torch
 from launches import counted
 from native_ops import assert_close_as_torch, rand
+from pairwise import grid
 from torch import Tensor
 from triton_interpreter import program_order
 
@@ -74,9 +75,7 @@ def plain(operator: str, x: Tensor, weight: Tensor) -> Tensor:
     return out + residual(x, weight) if operator == SUMMED else out
 
 
-@pytest.mark.parametrize("config", [WHOLE, SPLIT], ids=["whole", "split"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("operator", [PLAIN, *FUSED])
+@grid(operator=[PLAIN, *FUSED], dtype=[torch.float32, torch.bfloat16, torch.float16], config=[WHOLE, SPLIT])
 def test_matches_the_formula(operator: str, dtype: torch.dtype, config: LinearConfig) -> None:
     # One row and several tiles of them; block edges, and columns and numbers past the last whole block.
     for num_rows, (out, inner) in ((1, (64, 192)), (17, (34, 101)), (33, (16, 128)), (5, (2, 16))):

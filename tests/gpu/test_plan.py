@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from pairwise import grid
 
 from guardengine.kernels.gpu import plan as plans
 from guardengine.kernels.gpu.plan import SEGMENT, max_plan_size, max_scratch_rows, plan_attention
@@ -110,10 +111,9 @@ CASES: list[list[list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize(("tile_rows", "block_size"), [(1, 16), (8, 16), (16, 1), (4, 3), (5, 512)])
-@pytest.mark.parametrize("wanted", CASES)
-def test_every_row_sees_its_keys_once(wanted, tile_rows, block_size, split) -> None:
+@grid(wanted=CASES, sizes=[(1, 16), (8, 16), (16, 1), (4, 3), (5, 512)], split=[True, False])
+def test_every_row_sees_its_keys_once(wanted, sizes, split) -> None:
+    tile_rows, block_size = sizes
     check(Batch(wanted, block_size), tile_rows, split)
     check(Batch(wanted, block_size), tile_rows, split, tall_rows=5 * tile_rows)
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from native_ops import assert_close_as_torch, rand
+from pairwise import grid
 from torch import Tensor
 
 from guardengine.kernels import reference
@@ -50,13 +51,13 @@ class Case:
         return reference.apply_rope(normed, self.table[self.positions].double())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kv_dtype", [None, torch.bfloat16])  # None: as the rows
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [(4, 2, 32, 4), (8, 1, 64, 3), (3, 3, 128, 12), (2, 1, 16, 1)],
+@grid(
+    shape=[(4, 2, 32, 4), (8, 1, 64, 3), (3, 3, 128, 12), (2, 1, 16, 1)],
+    kv_dtype=[None, torch.bfloat16],  # None: that of the rows
+    dtype=DTYPES,
 )
-def test_qk_norm_rope_store_kv(num_heads, num_kv_heads, head_dim, block_size, kv_dtype, dtype) -> None:
+def test_qk_norm_rope_store_kv(shape, kv_dtype, dtype) -> None:
+    num_heads, num_kv_heads, head_dim, block_size = shape
     case = Case(num_heads, num_kv_heads, head_dim, dtype)
     caches = [case.caches(kv_dtype or dtype, block_size) for _ in range(2)]
     outputs = [case.run(op, c) for op, c in zip(OPERATORS, caches, strict=True)]

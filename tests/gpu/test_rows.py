@@ -9,6 +9,7 @@ import pytest
 import torch
 from launches import counted
 from native_ops import assert_close_as_torch, rand
+from pairwise import grid
 from torch import Tensor
 
 from guardengine.kernels import gpu as ops
@@ -43,9 +44,7 @@ def test_fused_add_rms_norm(dtype: torch.dtype) -> None:
     assert torch.equal(residual, before[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [0.01, 4, 60])
-@pytest.mark.parametrize("width", [48, 1100])
+@grid(width=[48, 1100], scale=[0.01, 4, 60], dtype=DTYPES)
 def test_silu_and_mul(width: int, scale: float, dtype: torch.dtype) -> None:
     gate_up = rand(3, 2 * width, dtype=dtype, scale=scale)
     gate, up = gate_up.double().chunk(2, dim=-1)
