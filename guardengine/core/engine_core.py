@@ -215,8 +215,9 @@ class EngineCore:
             self._deadlines.add(state, num_tokens, state.num_tokens, deadline)
         self._update_queues(state, self.clock())
         if is_new:
-            self.recorder.opened(state)
-        self.recorder.appended(state, num_tokens, feed.wanted)
+            self.recorder.opened(state, feed.wanted)
+        else:
+            self.recorder.appended(state, num_tokens, feed.wanted)
 
     def fork(self, parent: StreamState, stream_id: str | None = None) -> StreamState:
         """Branch off a stream that shares the parent's computed blocks. Raises as `open` does."""
@@ -266,9 +267,10 @@ class EngineCore:
         if state.is_closed:
             return
         self._check_own(state)
-        # Closing frees memory and must work; what has landed is in the recorder's hands.
-        with contextlib.suppress(AuditError):
-            self.land()
+        if len(self.pipeline):
+            # Closing frees memory and must work; what has landed is in the recorder's hands.
+            with contextlib.suppress(AuditError):
+                self.land()
         state.is_closed = True
         self.scheduler.discard(state)
         self.residency.leave(state)

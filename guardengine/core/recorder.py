@@ -32,8 +32,8 @@ class Recorder:
 
     # -- events --------------------------------------------------------------------------------------------
 
-    def opened(self, state: StreamState) -> None:
-        """A stream was opened. `appended` follows, with its first tokens."""
+    def opened(self, state: StreamState, wanted: Sequence[Wanted]) -> None:
+        """A stream was opened with its first tokens, and those labels of them are wanted."""
 
     def restored(self, state: StreamState, num_undelivered: int) -> None:
         """A stream came from another engine; its newest `num_undelivered` labels were not returned by `step` yet."""
@@ -42,7 +42,7 @@ class Recorder:
         """A stream was branched off another."""
 
     def appended(self, state: StreamState, start: int, wanted: Sequence[Wanted]) -> None:
-        """The tokens from position `start` on were accepted, and those labels of them are wanted."""
+        """More tokens of a stream were accepted, from position `start` on, and those labels of them are wanted."""
 
     def computed(self, labels: Sequence[Label], states: Mapping[str, StreamState]) -> None:
         """A step came to these labels. `states` has the books of all open streams, by stream_id."""

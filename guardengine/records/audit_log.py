@@ -166,10 +166,11 @@ class AuditRecorder(Recorder):
 
     # -- events --------------------------------------------------------------------------------------------
 
-    def opened(self, state: StreamState) -> None:
+    def opened(self, state: StreamState, wanted: Sequence[Wanted]) -> None:
         self._verdicts[state.stream_id] = verdict_record(state.policy.verdict(state.policy.start()))
         policy = policy_record(state.policy)
         self._write("open", state, tenant=state.tenant, priority=state.priority, policy=policy)
+        self.appended(state, 0, wanted)
 
     def restored(self, state: StreamState, num_undelivered: int) -> None:
         snapshot = take_snapshot(state, self._fingerprint, num_undelivered)

@@ -229,3 +229,12 @@ def test_ids_can_be_kept_out(tiny: Path, log: Path) -> None:
 
 def test_no_log_no_cost(engine: Engine) -> None:
     assert type(engine.core.recorder) is Recorder
+
+
+def test_a_failure_after_close_is_counted_and_not_on_record(audited: Engine, log: Path) -> None:
+    stream = audited.open(token_ids=[1, 2, 3])
+    stream.close()
+    audited.core.fail(stream._state, "error")
+    assert sum(audited.core.failures.values()) == 1
+    audited.step()  # writes what is buffered
+    assert [line["event"] for line in records(log)][-1] == "close"
