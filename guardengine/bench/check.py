@@ -19,9 +19,8 @@ from guardengine.measuring.random_ids import random_ids
 from guardengine.runners.cores import memory_bytes
 
 _PROMPT_LEN, _RESPONSE_LEN = 12, 20
-_FP32_LIMIT = (
-    1e-3  # two correct float32 computations of a logit differ by much less, a wrong one by much more
-)
+# Two correct float32 computations of a logit differ by much less, a wrong one by much more.
+_FP32_LIMIT = 1e-3
 
 
 def check_labels(

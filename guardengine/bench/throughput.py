@@ -19,9 +19,8 @@ from guardengine.errors import IntegrityError
 from guardengine.measuring import machine
 from guardengine.measuring.random_ids import random_ids
 
-WARM_UP_TOKENS = (
-    2  # for each stream, after its prompt, before the clock runs: kernels are chosen on first use
-)
+# For each stream, after its prompt and before the clock runs, because kernels are chosen on first use.
+WARM_UP_TOKENS = 2
 Progress = Callable[[int], object]
 
 

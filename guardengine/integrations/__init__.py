@@ -1,1 +1,1 @@
-"""Where other software's streams, loops and objects meet guardengine. Nothing here is imported by the rest."""
+"""Adapters to the streams, loops and objects of other software. Nothing here is imported by the rest of the package."""

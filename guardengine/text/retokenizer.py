@@ -144,7 +144,7 @@ class Retokenizer:
                     and pair_cuts[normal[at - 1 : at + 1]]
                 ):
                     cut, after = _unit_start(normal, units, at), normal[at]
-                    # The letter after the cut must be settled too: with a mark it may be another one.
+                    # The letter after the cut must be final too, because a mark may follow that changes it.
                     if cut and (
                         is_ideograph(after) or (at + 1 < size and _unit_start(normal, units, at + 1))
                     ):

@@ -1,9 +1,10 @@
 """`python -m guardengine.bench.gpu.check`: the first thing to run on a machine with a GPU (`make gpu-check`).
 
-Under ten minutes: every kernel and the whole engine against the reference, compute-sanitizer where it is installed,
-and step times beside transformers, vLLM and SGLang where those are. One JSON record and one Markdown table; a section
-that fails says so and does not hide the others. Without a GPU it ends with status 2; `--interpret` runs the same logic
-on tiny shapes in Triton's interpreter, which says nothing about a GPU.
+In under ten minutes it compares every kernel and the whole engine with the reference, runs compute-sanitizer where it
+is installed, and measures step times beside transformers, vLLM and SGLang where these are installed. It writes one
+JSON record and one Markdown table; a section that fails says so and does not stop the others. Without a GPU it ends
+with status 2. `--interpret` runs the same logic on tiny shapes in Triton's interpreter, which says nothing about a
+GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 
 @dataclass(slots=True)
 class Check:
-    """What is checked on what, and until when."""
+    """The options of a check, and the problems that it has found."""
 
     interpret: bool
     preset: str
@@ -53,7 +54,7 @@ class Check:
 
 
 def check_device(check: Check) -> dict[str, Any]:
-    """What was checked: the GPU, its driver, the software."""
+    """The GPU, its driver, and the versions of the software."""
     import torch
 
     from guardengine.bench.gpu import speed as gpu_speed
@@ -78,7 +79,7 @@ def check_device(check: Check) -> dict[str, Any]:
 
 
 def check_operators(check: Check) -> dict[str, Any]:
-    """Every operator against the reference."""
+    """Compare every operator with the reference."""
     import torch
 
     from guardengine.bench.gpu import parity as gpu_parity
@@ -109,7 +110,8 @@ def check_operators(check: Check) -> dict[str, Any]:
 
 
 def check_engine(check: Check) -> dict[str, Any]:
-    """Whole streams against the reference backend on the same device, and against themselves fed otherwise."""
+    """Compare whole streams with the reference backend on the same device, and with the same streams fed in other
+    chunks."""
     from guardengine.bench.checkpoints import cached_checkpoint
     from guardengine.bench.gpu import streams as gpu_streams
 
@@ -128,8 +130,8 @@ def check_engine(check: Check) -> dict[str, Any]:
 
 
 def check_sanitizer(check: Check) -> dict[str, Any]:
-    """The operators under compute-sanitizer: memory errors, races in shared memory, wrong barriers. Not cuBLAS' own
-    kernels, with whose barriers it does not keep up."""
+    """Run the operators under compute-sanitizer: memory errors, races in shared memory, wrong barriers. cuBLAS' own
+    kernels are left out, because it does not support their barriers."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None or check.interpret:
         return {"left_out": "compute-sanitizer is not installed" if tool is None else "there is no GPU"}
@@ -158,7 +160,7 @@ def check_speed(check: Check) -> dict[str, Any]:
 
 
 def check_transformers(check: Check) -> dict[str, Any]:
-    """Step times of transformers, for few streams: it takes them in turn."""
+    """Step times of transformers, for few streams, because it takes them in turn."""
     few = tuple(count for count in check.streams if count <= 16)
     return {"rows": _speed(check, "transformers_steps", few)}
 
@@ -213,7 +215,7 @@ _CHECKS: dict[str, Callable[[Check], dict[str, Any]]] = {
 
 
 def run(check: Check, sections: Sequence[str]) -> dict[str, Any]:
-    """Run sections one after another; returns the record."""
+    """Run sections one after another. Returns the record."""
     record: dict[str, Any] = {
         "kind": "gpu-check" + (" in the interpreter: not a measurement" if check.interpret else ""),
         "preset": check.preset,
@@ -237,7 +239,7 @@ def run(check: Check, sections: Sequence[str]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 where something differs or failed, 2 where there is no GPU."""
+    """Run the check. Returns the exit status: 0; 1 when something differs or failed; 2 when there is no GPU."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     if options.interpret:
         if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,6 +1,5 @@
-"""Counts what the triton backend's kernels move and multiply in one step, launch by launch, from their own
-configurations and plans. Measures nothing and needs no GPU.
-"""
+"""Counts the bytes and multiplications of one step of the triton backend, launch by launch, from the kernels' own
+configurations and plans. Measures nothing and needs no GPU."""
 
 from __future__ import annotations
 
@@ -19,9 +18,10 @@ from guardengine.runners.step_inputs import Words, buckets, places
 
 
 class Launch(NamedTuple):
-    """One kernel's work. What a kernel must read or write once counts as memory's, also what an earlier kernel of
-    the step has just written and L2 may still hold. L2's is what it reads again, and the partial sums of a product
-    whose whole launch, weights included, fits there: they are read within microseconds."""
+    """The work of one kernel. Everything that a kernel must read or write once counts for memory, also data that an
+    earlier kernel of the step has just written and that may still be in L2. Data that it reads again counts for L2,
+    and so do the partial sums of a product whose whole launch, weights included, fits there: they are read within
+    microseconds."""
 
     name: str
     memory_bytes: float
@@ -30,7 +30,7 @@ class Launch(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A step: `streams` streams, each with `k` new tokens at the end of `context` tokens."""
+    """The shape of a step: `streams` streams, each with `k` new tokens after `context` tokens."""
 
     streams: int
     k: int
@@ -42,7 +42,7 @@ class Shape(NamedTuple):
 
 
 class Step(NamedTuple):
-    """All launches of a step: once, and in each layer."""
+    """All launches of a step: those that occur once, and those of each layer."""
 
     outside: tuple[Launch, ...]
     layer: tuple[Launch, ...]
@@ -80,7 +80,8 @@ class Counter:
         self.down = (config.hidden_size, config.intermediate_size)
 
     def step(self, shape: Shape) -> Step:
-        """All launches of a step: fused ones up to SMALL_ROWS rows, cuBLAS' products and the others above."""
+        """All launches of a step: fused kernels up to SMALL_ROWS rows; above it the products of cuBLAS and the other
+        kernels."""
         return self._small(shape) if shape.rows <= SMALL_ROWS else self._large(shape)
 
     def _small(self, shape: Shape) -> Step:
@@ -144,7 +145,7 @@ class Counter:
         )
 
     def _product(self, rows: int, weight: tuple[int, int]) -> Launch:
-        """torch's product; what its tiles read again is its own business."""
+        """A product of torch. How often its tiles read data again is unknown, and not counted."""
         numbers = weight[0] * weight[1] + rows * (weight[0] + weight[1])
         return Launch("linear", numbers * self.item, 0, 2.0 * rows * weight[0] * weight[1])
 

@@ -1,4 +1,4 @@
-"""What GPUs can do at most, from their makers' data sheets. Nothing here was measured."""
+"""The peak rates of GPUs, from their makers' data sheets. Nothing here was measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class GPU:
-    """A GPU's numbers. Multiplications are dense, of bfloat16 with sums in float32; float32 is that of CUDA cores."""
+    """The numbers of a GPU. Multiplications are dense, in bfloat16 with sums in float32; float32 is that of CUDA
+    cores."""
 
     name: str
     bytes_per_s: float

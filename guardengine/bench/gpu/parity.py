@@ -1,6 +1,5 @@
-"""The Triton operators against the reference, on whatever device they are given: how far off, and whether a row's
-bits depend on its company.
-"""
+"""The Triton operators against the reference, on any device: the size of the errors, and whether a row's bits depend
+on the other rows."""
 
 from __future__ import annotations
 
@@ -231,7 +230,7 @@ class _Cases:
 
 
 def _batch(rows: int, is_small: bool, device: torch.device) -> SimpleNamespace:
-    """Where rows stand: small steps have streams of 1 to 3 rows each at the end of 5 to 700 tokens, large ones two
+    """The places of rows: small steps have streams of 1 to 3 rows each after 5 to 700 tokens, large ones two
     prompts."""
     rng = np.random.default_rng(rows)
     counts: list[int] = []

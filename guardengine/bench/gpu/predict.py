@@ -1,7 +1,7 @@
-"""`python -m guardengine.bench --predict GPU`: what a step should take on a GPU that is not here.
+"""`python -m guardengine.bench --predict GPU`: predicts the time of a step on a GPU that this machine does not have.
 
-A PREDICTION: bytes, multiplications and launches are counted (count.py); how fast a GPU gets through them is assumed,
-and every assumption is printed and can be changed.
+It is a PREDICTION: bytes, multiplications and launches are counted (count.py), but the speed at which a GPU does them
+is assumed. Every assumption is printed and can be changed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _MEMORY_SHARE = 0.9  # of the GPU's, for weights and KV cache
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """What is not counted. Bandwidth, gaps and the host's times are fitted to steps of 0.6B measured on an H100 with a
-    Xeon (docs/speed/h100.md); L2 and multiplications are guesses from published measurements of other engines."""
+    """The numbers that cannot be counted. Bandwidth, gaps and the times of the host are fitted to steps of the 0.6B
+    model measured on an H100 with a Xeon (docs/speed/h100.md); those of L2 and multiplications are guesses from
+    published measurements of other engines."""
 
     bandwidth_share: float = 0.85  # of the peak, while a kernel streams
     l2_speed: float = 2.5  # bandwidth of L2 over the memory's peak
@@ -42,7 +43,7 @@ class Assumptions:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One step of `streams` streams with `k` new tokens each at the end of `context` tokens."""
+    """The prediction for one step: `streams` streams with `k` new tokens each after `context` tokens."""
 
     streams: int
     k: int
@@ -118,7 +119,8 @@ def streams_at_rate(
     rate: float,
     assumed: Assumptions,
 ) -> int:
-    """The most streams of `rate` tokens/s each, appended k at a time, that steps keep up with and memory holds."""
+    """The largest number of streams, each with `rate` tokens a second appended k at a time, for which steps keep up
+    and memory suffices."""
 
     def keeps_up(streams: int) -> bool:
         found = predict(gpu, config, dtype, kv_dtype, (streams, k, context), assumed)
@@ -136,7 +138,7 @@ def streams_at_rate(
 
 
 def weights_floor_ms(gpu: GPU, config: ModelConfig) -> float:
-    """The layers' weights in bfloat16, read once: the floor that this project's needs are stated with."""
+    """The time to read the layers' weights in bfloat16 once."""
     none = CostModel(config, 2, 2).of_tokens([])
     heads = config.heads
     classifiers = heads.inner_size * (2 * config.hidden_size + heads.num_logits) if heads else 0
@@ -146,7 +148,7 @@ def weights_floor_ms(gpu: GPU, config: ModelConfig) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 0, or 2 for what cannot be predicted."""
+    """Predict. Returns the exit status: 0, or 2 for options that cannot be predicted."""
     options = _parse(arguments)
 
     def command() -> None:
@@ -194,7 +196,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def text(record: dict[str, Any]) -> str:
-    """The record for people."""
+    """The record as text."""
     gpu, model, assumed = record["gpu"], record["model"], record["assumptions"]
     table = markdown_table(
         (
@@ -248,7 +250,7 @@ At most, within {_MEMORY_SHARE:.0%} of {gpu["memory_bytes"] / 1e9:g} GB:
 
 
 def _check_output(path: Path) -> None:
-    """Raise ConfigError for a file that cannot be written, or that lies among measurements."""
+    """Raise ConfigError for a file that cannot be written, or that is in the folder of measurements."""
     check_writable(path)
     folder = path.resolve().parent
     if folder.name == "results" or "benchmarks" in folder.parts:
@@ -289,12 +291,12 @@ def _positive(value: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < 1e9:
-        raise argparse.ArgumentTypeError(f"{value!r}: a number above 0 is needed")
+        raise argparse.ArgumentTypeError(f"{value!r}: give a number above 0")
     return number
 
 
 def _share(value: str) -> float:
     number = _positive(value)
     if number > 1:
-        raise argparse.ArgumentTypeError(f"{value!r}: a share from 0 to 1 is needed")
+        raise argparse.ArgumentTypeError(f"{value!r}: give a share from 0 to 1")
     return number

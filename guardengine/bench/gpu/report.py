@@ -1,4 +1,4 @@
-"""A GPU check's record as JSON and as Markdown. Measures nothing."""
+"""The record of a GPU check as JSON and as Markdown. Measures nothing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _TIMED = ("speed", "transformers", "vllm", "sglang")
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Write the record. Raises ConfigError where the file cannot be written."""
+    """Write the record. Raises ConfigError when the file cannot be written."""
     write_json(record, path)
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """What was checked, what differs, and one table of step times."""
+    """The record as Markdown: what was checked, what differs, and one table of step times."""
     sections = record["sections"]
     device = sections.get("device", {})
     lines = [

@@ -1,4 +1,4 @@
-"""How long a step takes on the GPU that is here, beside what was predicted for it, and beside other implementations."""
+"""Step times on this machine's GPU, beside the prediction for it and beside other implementations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Point = tuple[int, int]  # streams, context
 
 
 def copy_bytes_per_s() -> float:
-    """What the GPU's memory does at most here: bytes read and written by a large copy."""
+    """The rate of the GPU's memory: bytes read and written in a second by a large copy."""
     source = torch.randint(0, 256, (2**30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     seconds: float = load("triton").measure_graph(lambda: target.copy_(source))
@@ -45,7 +45,8 @@ def engine_steps(
     deadline: float,
     say: Callable[[str], object],
 ) -> list[dict[str, Any]]:
-    """Time steps of one token a stream at each point. Points that do not fit, or come too late, say so instead."""
+    """Time steps of one token for each stream, at each point. A point that does not fit, or for which there is no
+    time, says so instead."""
     kv_dtype: torch.dtype = getattr(torch, dtype)
     rows: list[dict[str, Any]] = []
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 2**32
@@ -136,8 +137,8 @@ def transformers_steps(
 
 
 def vllm_steps(folder: Path, vocab_size: int, points: Sequence[Point], steps: int) -> list[dict[str, Any]]:
-    """vLLM generating one token a step, on a causal model of the same backbone: with a language model head instead
-    of guard heads, and no labels."""
+    """Time vLLM, one token a step, on a causal model with the same backbone: it has a language model head instead of
+    guard heads, and makes no labels."""
     from vllm import LLM, SamplingParams, TokensPrompt  # type: ignore[import-not-found]
 
     model = LLM(str(folder), skip_tokenizer_init=True, max_num_seqs=max(count for count, _ in points))
@@ -150,7 +151,7 @@ def vllm_steps(folder: Path, vocab_size: int, points: Sequence[Point], steps: in
 
 
 def sglang_steps(folder: Path, vocab_size: int, points: Sequence[Point], steps: int) -> list[dict[str, Any]]:
-    """SGLang on the same terms as vLLM."""
+    """Time SGLang under the same conditions as vLLM."""
     import sglang  # type: ignore[import-not-found]
 
     model = sglang.Engine(model_path=str(folder), skip_tokenizer_init=True)
@@ -170,7 +171,8 @@ def sglang_steps(folder: Path, vocab_size: int, points: Sequence[Point], steps: 
 def _generated(
     generate: Callable[[list[list[int]], int], None], vocab_size: int, points: Sequence[Point], steps: int
 ) -> list[dict[str, Any]]:
-    """A step's time: what `steps` more tokens take, over one, for prompts that the caches do not know yet."""
+    """The time of a step: the time for `steps` more tokens divided by their number, for prompts that are in no
+    cache."""
     rows = []
     for index, (streams, context) in enumerate(points):
         seconds = []
@@ -204,7 +206,7 @@ def _known_gpu(device: str) -> GPU | None:
 
 
 def points(streams: Sequence[int], contexts: Sequence[int]) -> list[Point]:
-    """Every pair, the small ones first. Raises ConfigError where there is none."""
+    """Every pair, small ones first. Raises ConfigError when there is none."""
     if not streams or not contexts:
         raise ConfigError("there is no point to measure")
     return sorted(((count, context) for count in streams for context in contexts), key=lambda p: p[0] * p[1])

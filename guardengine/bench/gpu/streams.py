@@ -22,14 +22,15 @@ _FP32_LIMIT = 1e-3  # of logits, as the benchmark's own check allows
 def check_streams(
     folder: Path, device: str, dtype: str, *, kv_dtype: str = "auto", is_tiny: bool
 ) -> dict[str, Any]:
-    """Compare label for label, of a stream fed in pieces and of a crowd whose streams are forked, rolled back and
-    closed; what differs is under "problems".
+    """Compare the labels of a stream that is fed in pieces, and of many streams that are forked, rolled back and
+    closed, with those of the reference backend. Differences are under "problems".
 
-    float32: no logit further than 1e-3 from the reference backend's. bfloat16, and int8 caches: on average at most
-    twice as far from float32 as the reference backend in the same.
+    float32: no logit may differ by more than 1e-3 from that of the reference backend. bfloat16 and int8 caches: the
+    mean distance from float32 may be at most twice that of the reference backend in the same dtypes.
 
-    On itself: the same bits alone, in company, and in other chunks, wherever steps have up to 64 rows. That is recorded
-    only of Triton's interpreter: numpy's products, unlike a GPU's, depend on where in a tile a row stands.
+    Compared with itself, the backend must give the same bits alone, in company and in other chunks, wherever steps
+    have up to 64 rows. In Triton's interpreter this is only recorded: there, products are numpy's, whose bits depend
+    on the place of a row in a tile.
     """
     length, company = (8, 1) if is_tiny else (96, 15)
     options: dict[str, Any] = {"kv_cache_bytes": 2**22 if is_tiny else 2**30, "max_num_streams": company + 2}
@@ -85,7 +86,7 @@ def check_streams(
 
 
 def _fed(engine: Engine, ids: Sequence[int], pieces: Sequence[int]) -> Logits:
-    """All of a stream's risk and category logits, its tokens appended piece by piece, each labelled."""
+    """All risk and category logits of a stream whose tokens are appended piece by piece and all labelled."""
     stream = engine.open(token_ids=ids[: pieces[0]], role="assistant")
     labels = engine.run()
     start = pieces[0]
@@ -122,7 +123,8 @@ def _crowd(engine: Engine, ids: Sequence[Sequence[int]]) -> Logits:
 
 
 def _in_company(engine: Engine, ids: Sequence[Sequence[int]], pieces: Sequence[int]) -> Logits:
-    """The first stream's logits, the others' tokens in the same steps: one each, so that steps stay small."""
+    """The logits of the first stream, while other streams have tokens in the same steps: one each, so that steps stay
+    small."""
     others = [engine.open(token_ids=row[:1], role="assistant") for row in ids[1:]]
     engine.run()
     stream = engine.open(token_ids=ids[0][: pieces[0]], role="assistant")

@@ -1,9 +1,10 @@
-"""The load of a soak: conversations that come and go as in production, and what is checked on every label.
+"""The load of a soak: conversations that come and go as in production, with a check of every label.
 
-An open loop: conversations arrive as a Poisson process and their tokens come when they come, whatever the engine
-does. A conversation is a prompt (one in three begins with one of a few system prompts; 2% are about 8k tokens), then
-a reply in bursts of 1 to 4 tokens, some of which are rolled back or go on in a fork; one in five is dropped in the
-middle. What is finished stays open, idle, until it is continued with another turn, closed, or left to idle_ttl_s.
+It is an open loop: conversations arrive as a Poisson process, and their tokens arrive on time, whatever the engine
+does. A conversation is a prompt (one in three begins with one of a few system prompts; 2% have about 8k tokens), then
+a reply in bursts of 1 to 4 tokens, some of which are rolled back or continued in a fork; one in five conversations is
+dropped in the middle. A finished conversation stays open and idle, until it continues with another turn, is closed, or
+is closed by idle_ttl_s.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MOST_PROMPT_TOKENS = 1000
 
 @dataclass(slots=True)
 class Counts:
-    """What was done to the engine, and what it refused."""
+    """The operations on the engine, and those that it refused."""
 
     conversations: int = 0
     labels: int = 0
@@ -47,7 +48,7 @@ class Counts:
 
 @dataclass(slots=True, eq=False)
 class Conversation:
-    """One stream of the load, and the labels it is owed: one for each reply token, in order."""
+    """One stream of the load, and the labels that it must still get: one for each reply token, in order."""
 
     stream: Stream
     reply_left: int
@@ -63,7 +64,8 @@ class _Event(NamedTuple):
 
 
 class Load:
-    """Feeds an engine. `arrivals_per_s` conversations, each with `tokens_per_s` reply tokens a second."""
+    """The load on an engine: `arrivals_per_s` conversations a second, each with `tokens_per_s` reply tokens a
+    second."""
 
     def __init__(
         self,
@@ -112,9 +114,10 @@ class Load:
                     self._close(conversation, due)
 
     def deliver(self, labels: Sequence[Label], now: float | None) -> None:
-        """Check labels, and take the time of the bursts that they complete; None: the time of the soak is over.
+        """Check labels, and record the time of the bursts that they complete. With None for the time, nothing is
+        recorded, because the soak is over.
 
-        Raises IntegrityError for one that is doubled, lost, out of order, or nobody's.
+        Raises IntegrityError for a label that came twice, is missing, is out of order, or belongs to no stream.
         """
         self.counts.labels += len(labels)
         for label in labels:

@@ -1,7 +1,7 @@
-"""`python -m guardengine.bench --soak 10m`: hours of a service's life in minutes, with everything checked.
+"""`python -m guardengine.bench --soak 10m`: the load of hours of service in minutes, with everything checked.
 
-The engine's pace is measured first; conversations then arrive at `--load` times it. Every label is checked for being
-the next of its stream, the books every few seconds, the memory every second.
+The pace of the engine is measured first; conversations then arrive at `--load` times that pace. Every label is checked
+to be the next one of its stream, the books are checked every few seconds, and memory is read every second.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]
 
 
 def measure_pace(engine: Engine, vocab_size: int) -> float:
-    """Tokens a second of 64 streams (fewer where the KV cache is small) with a token each."""
+    """Tokens in a second, for 64 streams with one token each (fewer where the KV cache is small)."""
     rng = np.random.default_rng(0)
     stats = engine.stats()
     room = stats["kv_blocks_free"] * stats["block_size"] // (4 * _CALIBRATION_PROMPT)
@@ -140,7 +140,7 @@ def measure_pace(engine: Engine, vocab_size: int) -> float:
 
 
 def soak(engine: Engine, load: Load, duration_s: float) -> list[dict[str, float]]:
-    """Run the load for a time; returns a sample for each second."""
+    """Run the load. Returns a sample for each second."""
     samples: list[dict[str, float]] = []
     start = time.perf_counter()
     next_check = next_sample = 0.0
@@ -212,7 +212,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 0; 2 for options that cannot be run; 1 where labels or books are wrong."""
+    """Run a soak. Returns the exit status: 0; 2 for options that cannot be run; 1 when labels or books are wrong."""
     options = parse(arguments)
 
     def command() -> None:
@@ -236,7 +236,7 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def _by_second(latencies: Sequence[tuple[float, float]]) -> list[dict[str, float]]:
-    """p50 and p99 of the labels that came in each second."""
+    """p50 and p99 of the labels of each second."""
     seconds: dict[int, list[float]] = {}
     for when, took in latencies:
         seconds.setdefault(int(when), []).append(took)
