@@ -50,7 +50,7 @@ def test_nodes_must_have_the_same_release_and_checkpoint(folder: Path) -> None:
     from guardengine._version import __version__
     from guardengine.on_ray.pipeline import _Judge
 
-    with pytest.raises(ConfigError, match=r"guardengine .* and this command is of 0\.0\.1"):
+    with pytest.raises(ConfigError, match=r"guardengine .* and this command has 0\.0\.1"):
         _Judge(str(folder), Options(), "", "0.0.1")
     with pytest.raises(errors.CheckpointError, match="another checkpoint on node"):
         _Judge(str(folder), Options(), "0" * 64, __version__)

@@ -189,9 +189,9 @@ def test_json_lines_and_prompts_are_read(tmp_path: Path) -> None:
     ("line", "pattern"),
     [
         ('{"messages": [', r"line 2 begins like JSON but is not .*one object a line"),
-        ('{"message": "Hi"}', r'line 2: "messages" is None; a list'),
-        ('{"messages": []}', r'line 2: "messages" is \[\]; a list'),
-        ('{"messages": "Hi"}', r'line 2: "messages" is Hi; a list'),
+        ('{"message": "Hi"}', r'line 2: "messages" is None; it must be a list'),
+        ('{"messages": []}', r'line 2: "messages" is \[\]; it must be a list'),
+        ('{"messages": "Hi"}', r'line 2: "messages" is Hi; it must be a list'),
         ('{"messages": [{"role": "robot", "content": "Hi"}]}', r"line 2: .*robot"),
         ('{"messages": [3]}', r"line 2: messages\[0\]"),
     ],
