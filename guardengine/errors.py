@@ -127,7 +127,11 @@ class Blocked(GuardEngineError):
 
     @classmethod
     def by(cls, verdict: typing.Any) -> Blocked:
-        """The error for a verdict."""
+        """The error for a verdict that blocks.
+
+        Args:
+            verdict: A verdict with the action "block".
+        """
         what = "the prompt" if verdict.rule == "prompt" else "the reply"
         category = "" if verdict.category is None else f", {verdict.category}"
         return cls(f"{what} is blocked: {verdict.risk}{category} (rule {verdict.rule})", verdict)
