@@ -27,6 +27,7 @@ _PACKAGES = {
     "records": "audit:audit_log audit_reader snapshot",
     "engine": "async_engine async_stream calls engine_thread garbage:memory loading stream",
     "guarding": "deltas guarded_reply:guarded intervention pull_ahead shown:held",
+    "annotate": "annotate.judging:annotations annotate.assembly:jsonl_out annotate.folders:data_files",
     "verify": "quantization_error:error replay verify_corpus:corpus verify_quantization:quantization "
     "verify_report:report",
     "measuring": "machine",

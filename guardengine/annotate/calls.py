@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from guardengine.annotate.assembly import Columns, Source, first
+from guardengine.annotate.annotations import LONG_CHARS, Item
 from guardengine.annotate.journal import Fault
-from guardengine.annotate.judging import LONG_CHARS, Item
+from guardengine.annotate.jsonl_out import Columns, Source, first
 from guardengine.annotate.layout import BadRow, Layout, Messages, conversation_of
 from guardengine.annotate.rows import Row
 

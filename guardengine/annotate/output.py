@@ -14,8 +14,8 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
-from guardengine.annotate.assembly import BadRows, Columns, Source, write_jsonl
 from guardengine.annotate.journal import Entry, Journal, write_error
+from guardengine.annotate.jsonl_out import BadRows, Columns, Source, write_jsonl
 from guardengine.annotate.layout import Layout
 from guardengine.annotate.parquet_out import GuardColumns, LinesToParquet, write_table
 from guardengine.annotate.rows import JsonlSource

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from guardengine.annotate.assembly import BadRows, Columns, EntryOf, first
 from guardengine.annotate.journal import Entry, Fault
+from guardengine.annotate.jsonl_out import BadRows, Columns, EntryOf, first
 from guardengine.annotate.rows import JsonlSource, Row
 from guardengine.annotate.tables import TableSource, arrow, python_rows
 

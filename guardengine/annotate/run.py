@@ -13,12 +13,12 @@ from typing import Any
 from tqdm import tqdm
 
 from guardengine._version import __version__
-from guardengine.annotate.assembly import Columns, Source, check_columns
+from guardengine.annotate.annotations import Judged, judge_call
 from guardengine.annotate.calls import Rows
+from guardengine.annotate.data_files import data_files
 from guardengine.annotate.digests import Watched, checkpoint_digest, input_digest
-from guardengine.annotate.folders import data_files
 from guardengine.annotate.journal import Journal
-from guardengine.annotate.judging import Judged, judge_call
+from guardengine.annotate.jsonl_out import Columns, Source, check_columns
 from guardengine.annotate.layout import Layout, choose_layout
 from guardengine.annotate.output import Output, write_output
 from guardengine.annotate.response_chars import ResponseChars

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from guardengine._version import __version__
+from guardengine.annotate.annotations import Judged
 from guardengine.annotate.calls import Rows
-from guardengine.annotate.judging import Judged
 from guardengine.annotate.run import Judging, Options
 from guardengine.errors import ConfigError
 from guardengine.on_ray.cluster import check_fits, connected, resources

@@ -21,10 +21,10 @@ from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from guardengine._version import __version__
+from guardengine.annotate.annotations import Item, Judged, judge_call
 from guardengine.annotate.calls import Rows
 from guardengine.annotate.digests import checkpoint_digest
 from guardengine.annotate.journal import Fault, of_line, to_line
-from guardengine.annotate.judging import Item, Judged, judge_call
 from guardengine.annotate.response_chars import ResponseChars
 from guardengine.annotate.run import Options, load_engine
 from guardengine.checkpoint.hub import resolve_checkpoint

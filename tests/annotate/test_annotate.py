@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardengine import ConfigError, Engine, Label, Policy
-from guardengine.annotate.judging import scored_label
+from guardengine.annotate.annotations import scored_label
 from guardengine.annotate.layout import Layout
 from guardengine.annotate.response_chars import ResponseChars
 from guardengine.cli import main

@@ -13,8 +13,8 @@ import pytest
 from annotating import some_rows, write_lines
 
 from guardengine import ConfigError, errors
-from guardengine.annotate.assembly import Columns
 from guardengine.annotate.calls import Rows
+from guardengine.annotate.jsonl_out import Columns
 from guardengine.annotate.layout import Layout
 from guardengine.annotate.rows import JsonlSource
 from guardengine.annotate.run import Options

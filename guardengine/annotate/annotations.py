@@ -1,4 +1,4 @@
-"""Conversations to annotations: what of an engine's answer goes into a data set, and how one bad row fails alone."""
+"""From an engine's answers to the annotations of rows. A row that cannot be judged fails alone."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from guardengine.errors import GuardEngineError
 from guardengine.labels import UNPARSABLE, GenModeration, Label, Moderation
 from guardengine.policy import Policy
 
-# Text of so many characters is judged in a call of its own: where it proves to be too long, only it was tokenized.
+# Longer text (in characters) is judged in a call of its own. If it is too long, only this text was tokenized in vain.
 LONG_CHARS = 1 << 15
 
-Item = tuple[int, Messages | Fault]  # a row's number and what is judged, or why it cannot be
-Judged = tuple[list[tuple[int, Entry]], int]  # rows' entries, and how many tokens were computed
+Item = tuple[int, Messages | Fault]  # the number of a row, and its conversation or why it has none
+Judged = tuple[list[tuple[int, Entry]], int]  # the entries of rows, and how many tokens were computed
 
 
 def judge_call(engine: Moderator, call: Sequence[Item], policy: Policy, chars: ResponseChars) -> Judged:
-    """`judge` for rows by their numbers, of which some may be faults already."""
+    """The entries of rows, by their numbers, and how many tokens were computed. Some of the rows may be faults
+    already."""
     entries: list[tuple[int, Entry]] = [(row, found) for row, found in call if isinstance(found, Fault)]
     left = [(row, found) for row, found in call if not isinstance(found, Fault)]
     found, num_tokens = judge(engine, [messages for _, messages in left], policy, chars)
@@ -32,7 +33,7 @@ def judge(
 ) -> tuple[list[Entry], int]:
     """The entry of each conversation, and how many tokens were computed.
 
-    What the engine refuses is a Fault of the row to blame. Every other error is raised.
+    A conversation that the engine refuses becomes a Fault of its row. Every other error is raised.
     """
     entries: list[Entry] = []
     num_tokens = 0
@@ -49,15 +50,25 @@ def judge(
 def annotation(
     answer: Moderation | GenModeration, messages: Messages, policy: Policy, chars: ResponseChars
 ) -> Annotation:
-    """What of an answer goes into the data set.
+    """The annotation of a row, from the engine's answer.
 
-    risk, category: the policy's verdict on the last message, "Safe" and None while it is no hit. Gen: all categories,
-    as the model lists them; "Unparsable" where the answer has no safety level.
-    scores: probability of each risk. Stream: of a prompt at its label; of a response at the token that `scored_label`
-    chooses. Gen: the answer's; {} where it left the grammar.
-    first_flag_token, first_flag_char: the first of the tokens in a row for which the policy flags the response, counted
-    from the response's first, and where its text begins in the content of the last message. None for prompts, where
-    nothing is flagged, and with Gen.
+    risk and category are the policy's verdict on the last message, "Safe" and None when it is no hit. With a Gen
+    checkpoint category has all categories that the model lists; risk is "Unparsable" when the answer has no safety
+    level.
+
+    scores has the probability of each risk. With a Stream checkpoint it is that of the prompt's label, or for a
+    response that of the label which `scored_label` chooses. With a Gen checkpoint it is the answer's, {} when the
+    answer did not follow the grammar.
+
+    first_flag_token is the first of the tokens in a row for which the policy flags the response, counted from the
+    response's first token; first_flag_char is where its text begins in the content of the last message. Both are None
+    for prompts, when nothing is flagged, and with a Gen checkpoint.
+
+    Args:
+        answer: The engine's answer.
+        messages: The conversation.
+        policy: The policy of the run.
+        chars: Maps tokens to characters.
     """
     if isinstance(answer, GenModeration):
         if answer.safety == UNPARSABLE:
@@ -69,7 +80,7 @@ def annotation(
     if answer.response is None:
         prompt = answer.prompt
         if prompt is None:
-            raise RuntimeError("the engine has computed no label of a prompt")
+            raise RuntimeError("the engine has computed no label for a prompt")
         verdict = policy.judge([prompt])
         return Annotation(verdict.risk, verdict.category, dict(prompt.risk_probs), None, None)
     verdict, labels = answer.response, answer.labels
@@ -82,11 +93,15 @@ def annotation(
 
 
 def scored_label(labels: Sequence[Label], policy: Policy) -> Label:
-    """The label whose probabilities stand for a response: the least unsafe of those `policy.debounce` in a row that
-    are, so taken, the most unsafe.
+    """The label whose probabilities stand for a whole response.
 
-    Its probability of the risks that the policy acts on is the highest threshold that still flags the response, so
-    rows may be ranked, and flagged at other thresholds, by it. A peak at a single token does not count.
+    With u_i the probability of the unsafe risks at token i and d = policy.debounce, it is the label at the token that
+    gives max over i of min(u_i, ..., u_(i+d-1)). That number is the highest threshold at which the response is still
+    flagged, so rows can be ranked by it, and flagged at other thresholds. A peak at a single token does not count.
+
+    Args:
+        labels: The labels of the response, in order.
+        policy: Says which risks are unsafe, and has `debounce`.
     """
     unsafe = [
         sum(p for risk, p in label.risk_probs.items() if risk not in policy.safe_risks) for label in labels
