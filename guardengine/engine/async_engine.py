@@ -20,6 +20,7 @@ from guardengine.engine.calls import Append, Call, Calls, Future
 from guardengine.engine.conversations import Options, Prepared, Whole, check_lengths, fit, in_place
 from guardengine.engine.engine import Engine
 from guardengine.engine.engine_thread import EngineThread
+from guardengine.engine.info import EngineInfo
 from guardengine.engine.moderator import OnUnfit
 from guardengine.engine.opening import Messages, Opening
 from guardengine.errors import ConfigError, Overloaded, StreamClosed
@@ -50,12 +51,23 @@ class AsyncEngine:
     than the first, and StreamClosed once the engine has been closed.
     """
 
-    def __init__(self, engine: Engine, *, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(self, engine: Engine | Callable[[], Engine], *, max_waiting: int = MAX_WAITING) -> None:
+        """Take over an engine, or start to load one.
+
+        Args:
+            engine: The engine, or a function that makes it, which is called in the engine's thread.
+            max_waiting: Number of appends that may wait to be accepted, from 1.
+        """
         _check_max_waiting(max_waiting)
-        engine.core.check_engine_open()
-        engine.core.gate.hand_over()
-        self._start(lambda: engine, max_waiting)
-        self.thread.has_engine.wait()
+        if isinstance(engine, Engine):
+            engine.core.check_engine_open()
+            engine.core.gate.hand_over()
+        self.calls = Calls(max_waiting)
+        self.thread = EngineThread((lambda: engine) if isinstance(engine, Engine) else engine, self.calls)
+        self._health: Future | None = None
+        weakref.finalize(self, self.thread.abort).atexit = False
+        if isinstance(engine, Engine):
+            self.thread.has_engine.wait()
 
     @classmethod
     def from_pretrained(
@@ -66,16 +78,7 @@ class AsyncEngine:
         Use it as `async with AsyncEngine.from_pretrained(...) as engine` or `engine = await
         AsyncEngine.from_pretrained(...)`: both wait until it is loaded, and raise CheckpointError or ConfigError.
         """
-        _check_max_waiting(max_waiting)
-        self = cls.__new__(cls)
-        self._start(lambda: Engine.from_pretrained(path_or_id, **options), max_waiting)
-        return self
-
-    def _start(self, load: Callable[[], Engine], max_waiting: int) -> None:
-        self.calls = Calls(max_waiting)
-        self.thread = EngineThread(load, self.calls)
-        self._health: Future | None = None
-        weakref.finalize(self, self.thread.abort).atexit = False
+        return cls(lambda: Engine.from_pretrained(path_or_id, **options), max_waiting=max_waiting)
 
     async def _loaded(self) -> AsyncEngine:
         await self.calls.call(bool)
@@ -289,12 +292,12 @@ class AsyncEngine:
     @property
     def engine(self) -> Engine:
         """The engine, once it is loaded. Its methods are the thread's."""
-        engine = self.thread.engine
-        if engine is None:
-            raise ConfigError(
-                "the engine is not loaded yet; use `async with` or `await` on the AsyncEngine first"
-            )
-        return engine
+        return self.thread.loaded
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine is, once it is loaded."""
+        return self.engine.info
 
     async def stats(self) -> dict[str, Any]:
         """As `Engine.stats`, and appends_waiting: those that were not accepted yet; lag_s: for how long the append

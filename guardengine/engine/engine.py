@@ -27,6 +27,7 @@ from guardengine.engine.conversations import (
     fit,
     in_place,
 )
+from guardengine.engine.info import EngineInfo, info_of
 from guardengine.engine.loading import choose_backend, load_engine
 from guardengine.engine.moderator import OnUnfit
 from guardengine.engine.opening import Messages, Opening
@@ -218,6 +219,11 @@ class Engine:
         """Of the checkpoint."""
         return "gen" if self._heads is None else "stream"
 
+    @property
+    def info(self) -> EngineInfo:
+        """Limits and names that do not change while the engine is open."""
+        return info_of(self.core, self._heads, reads_text=self.chat is not None)
+
     def moderate(
         self, messages: Messages, policy: Policy | None = None, *, mode: Mode | None = None
     ) -> Moderation | GenModeration:
@@ -237,9 +243,8 @@ class Engine:
         spans: bool = False,
         on_unfit: OnUnfit = "raise",
     ) -> list[Any]:
-        """Moderate finished conversations, as many at a time as fit, in one batch a step.
-
-        Other streams of the engine advance too and their labels come with the next `step`.
+        """Moderate finished conversations, as many at a time as fit. Other streams advance in the same steps and their
+        labels come with the next `step`.
 
         Args:
             conversations: Messages of each, as in `open`.

@@ -22,10 +22,11 @@ from guardengine.core.state import StreamState
 from guardengine.core.text_feeding import check_nothing_held, feed_settled, hold_text, settle
 from guardengine.engine.calls import Append, Call, Calls, Close, Future, Measured, Message, Missed, Result
 from guardengine.engine.engine import Engine
-from guardengine.errors import AuditError, GuardEngineError, Overloaded, StreamClosed
+from guardengine.errors import AuditError, ConfigError, GuardEngineError, Overloaded, StreamClosed
 from guardengine.gen.answering import Answering, Job
 from guardengine.gen.answers import Mode
 from guardengine.gen.prompts import Prompt
+from guardengine.text.chat_template import ChatTemplate
 
 logger = logging.getLogger("guardengine")
 
@@ -38,7 +39,6 @@ class EngineThread:
     """Starts with `load` and ends after `stop` or `abort`; the engine is closed then."""
 
     def __init__(self, load: Callable[[], Engine], calls: Calls) -> None:
-        self.core: EngineCore  # once the engine is loaded
         self.engine: Engine | None = None  # None: being loaded
         self.step_began: float | None = None  # time.monotonic() at the start of the step under way
         self.error: BaseException | None = None  # that ended it
@@ -71,6 +71,25 @@ class EngineThread:
         """Wait until the thread, which has said that it takes no more calls, is gone. A thread that frees tensors while
         the interpreter shuts down takes the process with it."""
         self._thread.join(_LAST_WORDS_S)
+
+    @property
+    def loaded(self) -> Engine:
+        """The engine. Raises ConfigError while it is being loaded."""
+        if self.engine is None:
+            raise ConfigError(
+                "the engine is not loaded yet; use `async with` or `await` on the AsyncEngine first"
+            )
+        return self.engine
+
+    @property
+    def core(self) -> EngineCore:
+        """Its core. Raises as `loaded`."""
+        return self.loaded.core
+
+    @property
+    def chat(self) -> ChatTemplate | None:
+        """Its chat template. Raises as `loaded`."""
+        return self.loaded.chat
 
     # -- for calls that run here ---------------------------------------------------------------------------
 
@@ -125,7 +144,6 @@ class EngineThread:
         reason: Exception = StreamClosed("the engine has been closed; make a new one")
         try:
             engine = self._load()
-            self.core, self.chat = engine.core, engine.chat
             with engine.core.gate:  # from now on no other thread gets in
                 self.engine = engine
                 self.has_engine.set()

@@ -161,3 +161,20 @@ def test_options_that_are_wrong(folder) -> None:
                 engine.moderate_many([[USER]], **options)
         with pytest.raises(InvalidText, match="list of message lists"):
             engine.moderate_many("text", on_unfit="return")  # type: ignore[arg-type]
+
+
+def test_an_engine_says_what_it_is(folder) -> None:
+    with sync_engine(folder) as sync:
+        info, heads = sync.info, sync.core.readout.columns
+        assert (info.kind, info.max_model_len, info.reads_text) == ("stream", 512, True)
+        assert info.risks == tuple(heads["assistant"].risks)
+        assert info.categories == {role: tuple(heads[role].categories) for role in ("user", "assistant")}
+
+    async def use() -> None:
+        engine = AsyncEngine(lambda: sync_engine(folder))
+        with pytest.raises(ConfigError, match="not loaded yet"):
+            _ = engine.info
+        async with engine:
+            assert engine.info == info
+
+    asyncio.run(use())

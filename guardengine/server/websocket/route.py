@@ -189,17 +189,16 @@ class Connection:
             self._is_drained.set()
 
     def _hello(self) -> dict[str, Any]:
-        core, settings = self._engine.engine.core, self._service.settings
-        columns = core.readout.columns
+        info, settings = self._engine.info, self._service.settings
         return {
             "type": "hello",
             "protocol": PROTOCOL,
             "version": __version__,
             "model": settings.model_name,
-            "risks": list(columns["assistant"].risks),
-            "categories": {role: list(columns[role].categories) for role in ("user", "assistant")},
+            "risks": list(info.risks),
+            "categories": {role: list(info.categories[role]) for role in ("user", "assistant")},
             "limits": {
-                "max_model_len": core.max_model_len,
+                "max_model_len": info.max_model_len,
                 "max_frame_bytes": settings.max_frame_bytes,
                 "max_streams_per_connection": settings.max_streams_per_connection,
             },

@@ -271,7 +271,7 @@ class StreamSession:
             chat = self._link.engine.engine.chat
             if chat is None:
                 raise ConfigError("the checkpoint has no tokenizer.json; append token_ids")
-            most = self._link.engine.engine.core.max_model_len
+            most = self._link.engine.info.max_model_len
             ids = await asyncio.to_thread(chat.tokenizer.encode_text, append.text, max_tokens=most)
             await self._stream.append(ids, "user", timeout_s=timeout_s)
 
