@@ -184,7 +184,13 @@ class AsyncEngine:
         the user included; a Gen checkpoint's answer is "Unparsable" then.
 
         Args:
-            conversations, policy, mode, tenant, timeout_s, spans, on_unfit: As in `Engine.moderate_many`.
+            conversations: Messages of each, as in `open`.
+            policy: Policy.strict() by default.
+            mode: Gen checkpoints only: "choice" (the default) or "greedy".
+            tenant: As in `open`. Stream checkpoints only, as the two that follow.
+            timeout_s: Seconds for each conversation, from when there is room for it.
+            spans: Whether to say where the token of each label stands.
+            on_unfit: "raise" the error of an unfit conversation, or "return" it in its place.
 
         Returns:
             A list as of `Engine.moderate_many`, in order.

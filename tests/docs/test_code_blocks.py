@@ -97,6 +97,8 @@ COMMANDS = next(action.choices for action in build_parser()._actions if action.d
 )
 def test_commands_in_blocks_are_accepted(page: Path, arguments: list[str]) -> None:
     build_parser().parse_args(arguments)
+    known = COMMANDS[arguments[0]]._option_string_actions  # a parser also takes the beginnings of options
+    assert {word.partition("=")[0] for word in arguments if word.startswith("--")} <= set(known)
 
 
 def test_options_in_the_text_exist() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def test_every_package_has_its_line() -> None:
     listed = section("## The packages")
     named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", listed, re.MULTILINE))))
     assert named == {path.parent.name for path in (ROOT / "guardengine").glob("*/__init__.py")}
+
+
+def test_the_extras_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = re.findall(r"^\| (`.*?) \|", section("## Install"), re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", "".join(rows)))
+    assert {"engine", "client", "server"} <= named <= set(extras)
 
 
 def test_there_are_nine_doors() -> None:
