@@ -9,9 +9,8 @@ import numpy as np
 
 from guardengine.errors import InvalidTokens
 
-_FEW = (
-    16  # what an LLM appends: up to here Python is faster than numpy, whose calls take longer than the work
-)
+# An LLM appends few ids at a time. Up to so many Python is faster than numpy, whose calls take longer than the work.
+_FEW = 16
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> list[int]:

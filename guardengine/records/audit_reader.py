@@ -93,9 +93,8 @@ class AuditReader:
         vocab_size: int,
         report: Callable[[Difference], None],
     ) -> None:
-        self.num_streams = self.num_labels = self.num_unchecked = (
-            0  # unchecked: labels whose ids are not on record
-        )
+        self.num_streams = self.num_labels = 0
+        self.num_unchecked = 0  # labels whose ids are not in the log
         self._has_ended = False
         self._readout, self._fingerprint, self._vocab_size = readout, fingerprint, vocab_size
         self._report = report
