@@ -225,9 +225,9 @@ def test_rows_of_another_dtype_than_the_weight_are_refused(scheme: str) -> None:
 BROKEN = [math.nan, math.inf, -math.inf]
 
 
-# Pairs of place, value, scheme and dtype, for every instruction set: the ends of a row, of a group and of what a kernel
-# takes at a time.
-@grid(place=[0, 1, 64, 127, 128, 257], value=BROKEN, scheme=SCHEMES, dtype=DTYPES)
+# Triples of place, value, scheme and dtype, for every instruction set: the ends of a row, of a group and of what a
+# kernel takes at a time.
+@grid(3, place=[0, 1, 64, 127, 128, 257], value=BROKEN, scheme=SCHEMES, dtype=DTYPES)
 def test_broken_rows_reach_the_output(place: int, value: float, scheme: str, dtype: torch.dtype) -> None:
     """Alone in their row, whatever else is computed; w8a8 cannot say which way an infinity went: NaN."""
     x, weight = rand(14, 258, dtype=dtype), rand(67, 258, dtype=dtype)
@@ -245,8 +245,8 @@ def test_broken_rows_reach_the_output(place: int, value: float, scheme: str, dty
         assert not ops.linear(broken[4:5], packed).isfinite().any()
 
 
-# Pairs of place, value, scheme and dtype, for every instruction set.
-@grid(place=[0, 127, 128, 257], value=BROKEN, scheme=SCHEMES, dtype=DTYPES)
+# Triples of place, value, scheme and dtype, for every instruction set.
+@grid(3, place=[0, 127, 128, 257], value=BROKEN, scheme=SCHEMES, dtype=DTYPES)
 def test_broken_weights_reach_the_output(place: int, value: float, scheme: str, dtype: torch.dtype) -> None:
     """Every output of that row of weights, even where what it is multiplied with is zero."""
     x, weight = rand(14, 258, dtype=dtype), rand(67, 258, dtype=dtype)

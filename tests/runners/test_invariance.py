@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 from feeding import VOCAB, poison
-from invariance import CHECKS, MakeEngine, Plan
+from invariance import CHECKS, MakeEngine, Plan, any_block_size, any_number_of_threads, any_token_budget
 from pairwise import grid
 
 from guardengine import Engine
 from guardengine.kernels import native
 
 Check = Callable[[MakeEngine, Plan], None]
+# `make check` has the checks that load one engine or two, in every mode.
+MARKED = [
+    pytest.param(check, id=check.__name__, marks=pytest.mark.slow if loads_many else ())
+    for check in CHECKS
+    for loads_many in [check in (any_token_budget, any_block_size, any_number_of_threads)]
+]
 OTHER = {"float32": "bfloat16", "bfloat16": "float32"}
 LIMITS: dict[str, Any] = {"kv_cache_bytes": 2**22, "max_model_len": 512, "block_size": 4}
 
@@ -27,7 +33,7 @@ def folder(checkpoints: Callable[..., Path]) -> Path:
 
 
 # Triples: the kernels of linear differ by (quantization, dtype, isa), those of attention by (kv_dtype, dtype, isa).
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", MARKED)
 @grid(
     3,
     quantization=[None, "int8", "w8a8"],
@@ -59,7 +65,7 @@ def test_cpu(
     check(make, Plan())
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", MARKED)
 def test_reference(check: Check, tiny: Path) -> None:
     """PyTorch's sums depend on how many rows a product has: close, not equal."""
 

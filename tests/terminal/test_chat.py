@@ -126,6 +126,7 @@ def test_nothing_uncleared_is_shown_wherever_deltas_are_cut(chat, seed) -> None:
         assert said.count("blocked: ") == 1
 
 
+@pytest.mark.slow
 def test_hits_that_do_not_decide_are_shown_in_the_end(chat, monkeypatch) -> None:
     hit = Policy.hit
 
@@ -140,6 +141,7 @@ def test_hits_that_do_not_decide_are_shown_in_the_end(chat, monkeypatch) -> None
         assert said.startswith("blocked: the reply is Unsafe")
 
 
+@pytest.mark.slow
 def test_what_a_terminal_would_obey_is_not_passed_on(chat) -> None:
     with upstream(["Red: \x1b[31m", "\x07\r.\n", "Next"], 500) as llm:
         status, shown, said = chat(llm, "One", "Two")
@@ -148,6 +150,7 @@ def test_what_a_terminal_would_obey_is_not_passed_on(chat) -> None:
         assert "it said <no>" in said
 
 
+@pytest.mark.slow
 def test_an_empty_reply_leaves_nothing_behind(chat) -> None:
     with upstream([], ["Fine."]) as llm:
         assert chat(llm, "One", "Two") == (0, "Fine.\n", "m said nothing\n")
@@ -166,6 +169,7 @@ def test_an_empty_reply_leaves_nothing_behind(chat) -> None:
         ([" ", BREAK_OFF], "broke off"),
     ],
 )
+@pytest.mark.servers
 @pytest.mark.parametrize("where", ["url"], indirect=True)
 def test_failures_of_the_llm_have_names(chat, reply, text) -> None:
     with upstream(reply) as llm:
@@ -176,6 +180,7 @@ def test_failures_of_the_llm_have_names(chat, reply, text) -> None:
         assert len(llm.requests) == 1
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("where", ["url"], indirect=True)
 def test_what_cannot_be_reached_or_read_is_said(chat, monkeypatch, tmp_path, folder) -> None:
     status, _, said = chat("http://127.0.0.1:9", "One")
@@ -196,6 +201,7 @@ def test_what_cannot_be_reached_or_read_is_said(chat, monkeypatch, tmp_path, fol
         assert llm.requests == []
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("where", ["url"], indirect=True)
 def test_the_llms_key_comes_from_a_file_or_the_environment_and_is_its_alone(
     chat, monkeypatch, tmp_path
