@@ -4,27 +4,36 @@ value, the limit and what to pass instead."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from guardengine.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def whole_number(name: str, value: Any, smallest: int, largest: int) -> int:
+def is_whole_number(value: Any, smallest: int, largest: int | None = None) -> TypeGuard[int]:
+    """Whether a value is a whole number from `smallest` to `largest`. True and False are no numbers here, nor is 2.0 a
+    whole one. For checks with an error of their own; `whole_number` raises the usual one."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return smallest <= value and (largest is None or value <= largest)
+
+
+def whole_number(name: str, value: Any, smallest: int, largest: int | None = None) -> int:
     """Check a whole number.
 
     Args:
         name: The option, for the error.
         value: Anything. True and False are no numbers here, 2.0 is no whole number.
         smallest: The least value that is allowed.
-        largest: The greatest value that is allowed.
+        largest: The greatest value that is allowed; None where there is none.
 
     Raises:
         ConfigError: It is not a whole number from `smallest` to `largest`.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value <= largest:
-        raise ConfigError(f"{name}={value!r}: pass a whole number from {smallest} to {largest}")
+    if not is_whole_number(value, smallest, largest):
+        to = "" if largest is None else f" to {largest}"
+        raise ConfigError(f"{name}={value!r}: pass a whole number from {smallest}{to}")
     return value
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guardengine import checks
 from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.core.admission import Ticket
 from guardengine.core.engine_core import EngineCore
@@ -224,8 +225,7 @@ class AutoGuard:
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
             shape = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
             raise InvalidTokens(f"input_ids must be a non-empty tensor of shape [B, T], not {shape}")
-        if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ConfigError(f"logits_to_keep={logits_to_keep!r}: pass a whole number, 0 for all positions")
+        checks.whole_number("logits_to_keep", logits_to_keep, 0)
         mask = _padding_mask(input_ids, attention_mask)
         heads = self.config.heads
         if heads is None:

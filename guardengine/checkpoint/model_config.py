@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from guardengine import checks
 from guardengine.errors import CheckpointError
 
 RISKS = ("Safe", "Unsafe", "Controversial")
@@ -133,7 +134,7 @@ class _Reader:
         value = default if value is None else value
         if value is None:
             raise self.fail(key, "is missing", "restore the key from the published config.json")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
+        if not checks.is_whole_number(value, 1, largest):
             raise self.fail(key, f"is {value!r}", f"it must be a whole number from 1 to {largest}")
         return value
 

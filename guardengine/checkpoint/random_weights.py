@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from guardengine import checks
 from guardengine.checkpoint.model_config import QUERY_CATEGORIES, RESPONSE_CATEGORIES, RISKS, ModelConfig
 from guardengine.checkpoint.outliers import EMBEDDING_STD, Outliers, norm_quantiles
 from guardengine.checkpoint.presets import PRESETS, SIZE_KEYS
@@ -97,10 +98,8 @@ def make_checkpoint(
         config = ModelConfig.from_dict(raw, f"preset {preset}")
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ConfigError(f"seed={seed!r}: pass a whole number from 0 to 2**64 - 1")
-    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-        raise ConfigError(f"max_shard_bytes={max_shard_bytes!r}: pass a whole number from 1")
+    checks.whole_number("seed", seed, 0, 2**64 - 1)
+    checks.whole_number("max_shard_bytes", max_shard_bytes, 1)
     if weight_std is not None and not 0 < weight_std < 100:
         raise ConfigError(f"weight_std={weight_std!r}: pass a number above 0 and below 100")
     shapes = tensor_shapes(config)

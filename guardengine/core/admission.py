@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from guardengine import checks
 from guardengine.config import EngineConfig
 from guardengine.core.scheduler import MAX_PRIORITY
 from guardengine.core.state import StreamState
@@ -34,12 +35,7 @@ class Ticket(NamedTuple):
         ):
             if not isinstance(value, str):
                 raise ConfigError(f"{name}={value!r}: a string is needed")
-        is_int = isinstance(priority, int) and not isinstance(priority, bool)
-        if not is_int or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-            raise ConfigError(
-                f"priority={priority!r}: a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY} is needed; higher runs "
-                "sooner"
-            )
+        checks.whole_number("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
 
 
 def check_timeout(timeout_s: float) -> float:

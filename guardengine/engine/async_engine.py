@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from guardengine import checks
 from guardengine.core.admission import Ticket, check_timeout
 from guardengine.core.feeds import Feed
 from guardengine.core.health import describe, report
@@ -23,7 +24,7 @@ from guardengine.engine.engine_thread import EngineThread
 from guardengine.engine.info import EngineInfo
 from guardengine.engine.moderator import OnUnfit
 from guardengine.engine.opening import Messages, Opening
-from guardengine.errors import ConfigError, Overloaded, StreamClosed
+from guardengine.errors import Overloaded, StreamClosed
 from guardengine.gen.answering import Answering, Job
 from guardengine.gen.answers import Mode
 from guardengine.gen.prompts import Prompt
@@ -369,5 +370,4 @@ class AsyncEngine:
 
 
 def _check_max_waiting(max_waiting: int) -> None:
-    if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 1:
-        raise ConfigError(f"max_waiting={max_waiting!r}: a whole number from 1 is needed")
+    checks.whole_number("max_waiting", max_waiting, 1)

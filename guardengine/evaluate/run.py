@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from guardengine import checks
 from guardengine.checkpoint.files import open_checkpoint
 from guardengine.checkpoint.hub import resolve_checkpoint
 from guardengine.engine.engine import Engine
@@ -132,7 +133,6 @@ def _distinct(files: Sequence[str | Path]) -> list[Path]:
 def _check(rules: Sequence[str], allow_bad_rows: int, max_rows: int | None) -> None:
     if isinstance(rules, str) or not rules or not set(rules) <= set(STREAM_RULES):
         raise ConfigError(f"rules={rules!r}: pass a list with one or more of {', '.join(STREAM_RULES)}")
-    if isinstance(allow_bad_rows, bool) or allow_bad_rows < 0:
-        raise ConfigError(f"allow_bad_rows={allow_bad_rows!r}: pass a whole number from 0")
-    if max_rows is not None and (isinstance(max_rows, bool) or max_rows < 1):
-        raise ConfigError(f"max_rows={max_rows!r}: pass a whole number from 1")
+    checks.whole_number("allow_bad_rows", allow_bad_rows, 0)
+    if max_rows is not None:
+        checks.whole_number("max_rows", max_rows, 1)

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, 
 from contextlib import aclosing
 from typing import Any, Literal
 
+from guardengine import checks
 from guardengine.engine.async_stream import AsyncStream
 from guardengine.engine.engine import Engine
 from guardengine.engine.stream import Stream
@@ -82,8 +83,7 @@ def guarded(
         )
     if check_prompt not in ("first", "beside"):
         raise ConfigError(f"check_prompt={check_prompt!r}: choose 'first' or 'beside'")
-    if isinstance(max_ahead, bool) or not isinstance(max_ahead, int) or max_ahead < 1:
-        raise ConfigError(f"max_ahead={max_ahead!r}: a whole number from 1 is needed")
+    checks.whole_number("max_ahead", max_ahead, 1)
     ahead = PullAhead(source, max_ahead)
 
     async def run() -> AsyncGenerator[Any, None]:

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, 
 from contextlib import aclosing
 from typing import Any
 
+from guardengine import checks
 from guardengine.engine.async_stream import AsyncStream
 from guardengine.errors import ConfigError
 from guardengine.guarding.deltas import Extractor, Shape
@@ -89,8 +90,7 @@ def intervene(
         ("max_retries", max_retries, 0),
         ("max_ahead", max_ahead, 1),
     ):
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise ConfigError(f"{name}={count!r}: a whole number from {least} is needed")
+        checks.whole_number(name, count, least)
 
     async def run() -> AsyncGenerator[Any, None]:
         await stream.prompt()

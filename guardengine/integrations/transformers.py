@@ -18,6 +18,7 @@ import torch
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from guardengine import checks
 from guardengine.engine.engine import Engine
 from guardengine.engine.stream import Stream
 from guardengine.errors import ConfigError
@@ -60,12 +61,7 @@ class GuardStoppingCriteria(StoppingCriteria):
             raise ConfigError("streams: a list of streams of an Engine is needed, one for each row")
         if len({id(stream) for stream in streams}) < len(streams):
             raise ConfigError("streams: a stream is named twice; each row needs one of its own")
-        if (
-            isinstance(num_prompt_tokens, bool)
-            or not isinstance(num_prompt_tokens, int)
-            or num_prompt_tokens < 0
-        ):
-            raise ConfigError(f"num_prompt_tokens={num_prompt_tokens!r}: a whole number from 0 is needed")
+        checks.whole_number("num_prompt_tokens", num_prompt_tokens, 0)
         if eos_token_id is None and len(streams) > 1:
             raise ConfigError(
                 "eos_token_id is needed for more than one row: generate pads rows that have ended, and padding is no "

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from guardengine import checks
 from guardengine.proxy.settings import ProxySettings
 from guardengine.proxy.strict_json import read_json, write_json
 from guardengine.server.refusals import Refusal
@@ -65,11 +66,7 @@ def read_call(body: bytes, settings: ProxySettings) -> Call:
     if is_stream is not None and not isinstance(is_stream, bool):
         raise _refusal("stream: true or false is needed", "stream")
     num_choices = 1 if request.get("n") is None else request["n"]
-    if (
-        not isinstance(num_choices, int)
-        or isinstance(num_choices, bool)
-        or not 1 <= num_choices <= settings.max_choices
-    ):
+    if not checks.is_whole_number(num_choices, 1, settings.max_choices):
         raise _refusal(f"n: a whole number from 1 to max_choices={settings.max_choices} is needed", "n")
     model = request.get("model")
     if model is not None and (not isinstance(model, str) or len(model) > 200):

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from guardengine import checks
 from guardengine.proxy.chat_request import write_text
 from guardengine.proxy.choice import ChoiceGuard
 from guardengine.proxy.errors import broken
@@ -130,12 +131,7 @@ def read_parts(chunk: Json, guards: list[ChoiceGuard], key: str) -> list[Part]:
     parts, seen = [], set[int]()
     for choice in choices:
         index = choice.get("index", 0) if isinstance(choice, dict) else None
-        if (
-            not isinstance(index, int)
-            or isinstance(index, bool)
-            or not 0 <= index < len(guards)
-            or index in seen
-        ):
+        if not checks.is_whole_number(index, 0, len(guards) - 1) or index in seen:
             raise broken("a choice that was not asked for, or twice")
         seen.add(index)
         if not isinstance(choice.get(key), dict):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
+from guardengine import checks
 from guardengine.core.readout import Reading, Readout
 from guardengine.core.state import Wanted
 from guardengine.errors import ConfigError
@@ -93,7 +94,7 @@ def read_object(value: Any, name: str, keys: Collection[str]) -> dict[str, Any]:
 
 def read_count(value: Any, name: str, largest: int, least: int = 0) -> int:
     """A whole number from `least` to `largest`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= largest:
+    if not checks.is_whole_number(value, least, largest):
         raise fail(name, value, f"a whole number from {least} to {largest} is needed")
     return value
 

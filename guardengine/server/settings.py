@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from guardengine import checks
 from guardengine.errors import ConfigError
 from guardengine.policy import Policy
 
@@ -211,10 +212,8 @@ def check_numbers(settings: Any) -> None:
     field."""
     for option in fields(settings):
         value = getattr(settings, option.name)
-        if option.type == "int" and (
-            isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**40
-        ):
-            raise ConfigError(f"{option.name}={value!r}: pass a whole number from 1 to 2**40")
+        if option.type == "int":
+            checks.whole_number(option.name, value, 1, 2**40)
         if option.type == "float" and not _is_seconds(value):
             raise ConfigError(f"{option.name}={value!r}: pass a number of seconds above 0 and below 1e9")
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from guardengine import checks
 from guardengine.checkpoint.model_config import ModelConfig
 from guardengine.checkpoint.outliers import FIRST_TOKEN_ID
 from guardengine.core.feeds import Feed, feed_ids, feed_messages
@@ -98,8 +99,8 @@ def load_corpus(
         ConfigError: The file cannot be read, or no conversation fits.
         InvalidText, StreamTooLong, CheckpointError: A conversation cannot be rendered; the message has its place.
     """
-    if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 1):
-        raise ConfigError(f"max_tokens={max_tokens!r}: pass a whole number from 1")
+    if max_tokens is not None:
+        checks.whole_number("max_tokens", max_tokens, 1)
     has_tokenizer = (folder / "tokenizer.json").exists()
     if file is not None and not has_tokenizer:
         raise ConfigError(
