@@ -183,10 +183,16 @@ class EngineCore:
     def accept(
         self, state: StreamState, feed: Feed, timeout_s: float | None = None, *, is_new: bool = False
     ) -> None:
-        """Queue a feed's tokens, with KV blocks for all of them. Raises StreamTooLong or Overloaded.
+        """Queue a feed's tokens, with KV blocks for all of them.
 
-        Tokens that are not computed within `timeout_s` seconds count as unjudged (Policy.on_timeout); they
-        are computed all the same.
+        Args:
+            state: the books of an open stream, or of one that is to be opened with these tokens (`is_new`).
+            feed: tokens, and the labels wanted at them.
+            timeout_s: tokens that are not computed within so many seconds count as unjudged (Policy.on_timeout); they
+                are computed all the same.
+
+        Raises:
+            StreamTooLong, Overloaded, ConfigError, AuditError: nothing has changed.
         """
         self.recorder.check_writable()
         deadline = None if timeout_s is None else self.clock() + check_timeout(timeout_s)
