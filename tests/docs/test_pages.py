@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -93,6 +94,22 @@ def test_the_reference_has_every_public_name(generate: ModuleType) -> None:
     public = {name for name in guardengine.__all__ if name != "__version__" and not hasattr(errors, name)}
     assert len(listed) == len(set(listed))
     assert set(listed) == public
+
+
+def test_arguments_stand_on_a_line_each(generate: ModuleType) -> None:
+    """As the site's generator reads them: it warns of `a, b: ...`, and a warning fails the build."""
+    for name in re.findall(r"^::: ([\w.]+)$", generate.api(), re.MULTILINE):
+        module, _, wanted = name.rpartition(".")
+        tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+        (top,) = (node for node in tree.body if getattr(node, "name", None) == wanted)
+        for node in ast.walk(top):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = re.search(
+                    r"^Args:\n((?: .*\n?|\n)+)", ast.get_docstring(node) or "", re.MULTILINE
+                )
+                assert not arguments or not re.search(r"^ {4}\w+(?:, \w+)+:", arguments[1], re.MULTILINE), (
+                    node.name
+                )
 
 
 def test_the_reference_has_every_option(generate: ModuleType) -> None:
