@@ -69,7 +69,9 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
         ConfigError: It is none of them.
     """
     if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{name}={value!r:.80}: choose {' or '.join(map(repr, allowed))}")
+        *others, last = map(repr, allowed)
+        either = f"{', '.join(others)} or {last}" if others else last
+        raise ConfigError(f"{name}={value!r:.80}: choose {either}")
     return value
 
 

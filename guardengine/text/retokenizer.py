@@ -50,7 +50,8 @@ _Piece = tuple[tuple[int, ...], tuple[Offsets, ...], int, int]
 
 
 class Retokenizer:
-    """Makes ids of text that comes in pieces. It keeps only a cache; for one thread at a time."""
+    """Makes ids of text that comes in pieces. It keeps only caches, and several threads may use it: what
+    one of them adds to a cache or takes out of it changes no result of another."""
 
     def __init__(self, tokenizer: Tokenizer, max_held: int = MAX_HELD) -> None:
         """Takes 0.1 to 0.2 s. Raises CheckpointError for a tokenizer.json that splits text in another way than

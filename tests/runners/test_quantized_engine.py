@@ -270,8 +270,8 @@ def test_closing_frees_memory(make_engine: MakeEngine, quantization: str) -> Non
         ({"quantization": "int3"}, "quantization='int3': choose None or one of int8, w8a8"),
         ({"quantization": "INT8"}, "quantization='INT8': choose None"),
         ({"quantization": ""}, "quantization='': choose None"),
-        ({"kv_dtype": "int3"}, "kv_dtype='int3': 'auto', 'float32', 'bfloat16' or 'int8' is needed"),
-        ({"kv_dtype": None}, "kv_dtype=None: 'auto'"),
+        ({"kv_dtype": "int3"}, "kv_dtype='int3': choose 'auto', 'float32', 'bfloat16' or 'int8'"),
+        ({"kv_dtype": None}, "kv_dtype=None: choose 'auto'"),
         ({"kv_dtype": "int8", "kv_cache_bytes": 1727}, "one block of 4 tokens takes 1728 bytes"),
     ],
 )

@@ -177,7 +177,7 @@ def test_too_many_requests_are_refused_at_once_and_those_that_hang_up_are_droppe
         def __getattr__(self, name: str) -> Any:
             return getattr(engine, name)
 
-        async def open(self, *_: Any, **__: Any) -> Any:
+        async def moderate_many(self, *_: Any, **__: Any) -> Any:
             entered.set()
             try:
                 await asyncio.sleep(60)
