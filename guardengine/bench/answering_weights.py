@@ -110,7 +110,7 @@ def _fit_head(folder: Path, num_learned: int, seed: int) -> None:
             raise ConfigError(f"{folder}: no tokenizer was written; pip install dashscope, and make it again")
         roles: tuple[Role, ...] = get_args(Role)
         grammars = [Grammar(chat.tokenizer.encode_text, role, chat.end_of_turn_id) for role in roles]
-        for prompt in engine.prepare_conversations(
+        for prompt in engine.conversations.prepare(
             conversations(num_learned, seed + 1), None, Options()
         ).items:
             answer = [*chat.tokenizer.encode_text(random_answer(rng, prompt.role)), chat.end_of_turn_id]

@@ -13,7 +13,6 @@ from typing import Any
 from guardengine import checks
 from guardengine.core.admission import Ticket, check_timeout
 from guardengine.core.feeds import Feed
-from guardengine.core.health import describe, report
 from guardengine.core.state import StreamState
 from guardengine.core.whole_streams import moderation, open_feed
 from guardengine.engine.async_stream import AsyncStream
@@ -24,6 +23,7 @@ from guardengine.engine.engine_thread import EngineThread
 from guardengine.engine.info import EngineInfo
 from guardengine.engine.moderator import OnUnfit
 from guardengine.engine.opening import Messages, Opening
+from guardengine.engine.unanswered import report_unanswered
 from guardengine.errors import Overloaded, StreamClosed
 from guardengine.gen.answering import Answering, Job
 from guardengine.gen.answers import Mode
@@ -59,7 +59,7 @@ class AsyncEngine:
             engine: The engine, or a function that makes it, which is called in the engine's thread.
             max_waiting: Number of appends that may wait to be accepted, from 1.
         """
-        _check_max_waiting(max_waiting)
+        checks.whole_number("max_waiting", max_waiting, 1)
         if isinstance(engine, Engine):
             engine.core.check_engine_open()
             engine.core.gate.hand_over()
@@ -74,10 +74,15 @@ class AsyncEngine:
     def from_pretrained(
         cls, path_or_id: str | Path, *, max_waiting: int = MAX_WAITING, **options: Any
     ) -> AsyncEngine:
-        """Load a checkpoint in the engine's thread; the event loop goes on. Options as in `Engine.from_pretrained`.
+        """Load a checkpoint in the engine's thread; the event loop goes on.
 
         Use it as `async with AsyncEngine.from_pretrained(...) as engine` or `engine = await
         AsyncEngine.from_pretrained(...)`: both wait until it is loaded, and raise CheckpointError or ConfigError.
+
+        Args:
+            path_or_id: A folder or a hub id.
+            max_waiting: Number of appends that may wait to be accepted, from 1.
+            **options: The other options of `Engine.from_pretrained`.
         """
         return cls(lambda: Engine.from_pretrained(path_or_id, **options), max_waiting=max_waiting)
 
@@ -109,15 +114,28 @@ class AsyncEngine:
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> AsyncStream:
-        """Open a stream, as `Engine.open` does. Returns before anything is computed: see `AsyncStream.prompt`.
-
-        timeout_s: when what the stream is opened with is not computed by then, counted from this call, it counts as
-        unjudged (Policy.on_timeout); it is computed all the same.
-
-        Raises InvalidText or InvalidTokens, StreamTooLong, ConfigError or StreamClosed, and Overloaded at once when
-        there is no room, or none beside the tenant's appends that wait for it.
+        """Open a stream. Returns before anything is computed: see `AsyncStream.prompt`.
 
         Long messages are rendered beside the engine's thread, while other streams go on.
+
+        Args:
+            messages: As in `Engine.open`, which says more of each.
+            token_ids: Qwen3 ids instead of messages.
+            role: Of token_ids: "user" or "assistant".
+            policy: Policy.strict() by default.
+            stream_id: The name in labels and logs.
+            tenant: Whom the limits for each tenant count.
+            cache_salt: Streams of one salt (by default the tenant) share cached KV blocks.
+            priority: From -3 to 3; a stream of higher priority runs sooner.
+            timeout_s: Seconds from this call. What the stream is opened with and is not computed by then counts as
+                unjudged (Policy.on_timeout); it is computed all the same.
+
+        Returns:
+            The stream's handle.
+
+        Raises:
+            InvalidText, InvalidTokens, StreamTooLong, ConfigError, StreamClosed: As in `Engine.open`.
+            Overloaded: At once, where there is no room, or none beside the tenant's appends that wait for it.
         """
         deadline = None if timeout_s is None else time.monotonic() + check_timeout(timeout_s)
         # The deadline is kept here: the thread's would begin when it comes round to this.
@@ -141,8 +159,16 @@ class AsyncEngine:
         return stream  # type: ignore[no-any-return]
 
     async def restore(self, snapshot: Mapping[str, Any], stream_id: str | None = None) -> AsyncStream:
-        """Go on with a stream of which a snapshot was taken, as `Engine.restore`, and raises as it does. Labels that
-        were owed are computed at once and come into `labels`; so do those that no `step` had returned."""
+        """Go on with a stream of which a snapshot was taken. Labels that were pending are computed at once and come
+        into `labels`; so do those that no `step` had returned.
+
+        Args:
+            snapshot: What `snapshot` of a Stream or AsyncStream returned.
+            stream_id: Another name than the snapshot's.
+
+        Raises:
+            GuardEngineError: As `Engine.restore`.
+        """
         engine, turn = (await self._loaded()).engine, self.calls.new_future()
 
         def run() -> AsyncStream:
@@ -162,7 +188,13 @@ class AsyncEngine:
     async def moderate(
         self, messages: Messages, policy: Policy | None = None, *, mode: Mode | None = None
     ) -> Moderation | GenModeration:
-        """Moderate one finished conversation. See `moderate_many`."""
+        """Moderate one finished conversation. See `moderate_many`.
+
+        Args:
+            messages: As in `open`.
+            policy: Policy.strict() by default.
+            mode: Gen checkpoints only: "choice" (the default) or "greedy".
+        """
         answer: Moderation | GenModeration
         [answer] = await self.moderate_many([messages], policy, mode=mode)
         return answer
@@ -202,7 +234,7 @@ class AsyncEngine:
         """
         await self._loaded()
         engine, options = self.engine, Options(mode, tenant, timeout_s, spans, on_unfit)
-        prepared = await asyncio.to_thread(engine.prepare_conversations, conversations, policy, options)
+        prepared = await asyncio.to_thread(engine.conversations.prepare, conversations, policy, options)
         items = await self.calls.call(
             lambda: check_lengths(engine.core, engine.answering, prepared, on_unfit)
         )
@@ -249,7 +281,7 @@ class AsyncEngine:
         try:
             await calls.call(lambda: self.thread.answer(answering, prompts, prepared.mode, futures))
             jobs: list[Job] = await asyncio.gather(*futures)
-            return [engine.gen_moderation(job, prepared.policy) for job in jobs]
+            return [engine.conversations.outcome(job, prepared.policy) for job in jobs]
         finally:
             for future in futures:
                 future.cancel()  # those that are not done: the thread drops their conversations
@@ -315,8 +347,12 @@ class AsyncEngine:
         return {**stats, "appends_waiting": len(self.calls.unaccepted)}
 
     async def health(self, timeout_s: float = 5.0) -> dict[str, Any]:
-        """As `Engine.health`, answered within `timeout_s`: "stalled" when the engine's thread does not come round to
-        it by then, hanging in a step or loading. "failing" as well when the thread has ended by an error."""
+        """Run one token through the model and report, like `Engine.health`, but in time.
+
+        Args:
+            timeout_s: Seconds until the answer, at most. It is "stalled" when the engine's thread has not come to it by
+                then, because it hangs in a step or is loading; "failing" also when the thread has ended by an error.
+        """
         check_timeout(timeout_s)
         thread = self.thread
         if thread.error is None and (self._health is None or self._health.done()):
@@ -326,18 +362,9 @@ class AsyncEngine:
             await asyncio.wait([self._health], timeout=timeout_s)
             if self._health.done() and self._health.exception() is None:
                 return dict(self._health.result())
-        core = None if thread.engine is None else thread.engine.core
-        if thread.error is not None:
-            return report(core, "failing", f"the engine's thread has ended: {describe(thread.error)}")
-        if self._health is not None and self._health.done():
+        if thread.error is None and self._health is not None and self._health.done():
             self._health.result()  # raises
-        began = thread.step_began
-        where = "is loading" if core is None else "is busy with calls"
-        if began is not None:
-            where = f"has been in a step for {time.monotonic() - began:.1f} s"
-        return report(
-            core, "stalled", f"no answer within timeout_s={timeout_s:g}: the engine's thread {where}"
-        )
+        return report_unanswered(thread, timeout_s)
 
     async def check_integrity(self) -> None:
         """Raise IntegrityError if the engine's books contradict each other. For tests and debugging."""
@@ -346,9 +373,12 @@ class AsyncEngine:
     async def close(self, *, drain: bool = True, timeout_s: float | None = 30.0) -> None:
         """Take no more calls, and close the engine with its streams and its thread.
 
-        drain: first compute all tokens that were accepted or find room, and deliver their labels. Calls that are not
-        done then, or after `timeout_s`, raise StreamClosed. A step that is under way at that time is not waited for any
-        longer: the thread closes the engine after it. Closing twice is fine; when this is cancelled, it goes on.
+        Closing twice is fine; when this is cancelled, closing goes on.
+
+        Args:
+            drain: Whether to compute all tokens first that were accepted or find room, and to deliver their labels.
+            timeout_s: Seconds until calls that are not done raise StreamClosed; None: no limit. A step that is under
+                way at that time is not waited for any longer: the thread closes the engine after it.
         """
         timeout_s = None if timeout_s is None else check_timeout(timeout_s)
         calls = self.calls
@@ -367,7 +397,3 @@ class AsyncEngine:
             self.thread.abort()
         else:
             self.thread.join()
-
-
-def _check_max_waiting(max_waiting: int) -> None:
-    checks.whole_number("max_waiting", max_waiting, 1)

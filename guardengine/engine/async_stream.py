@@ -46,21 +46,28 @@ class AsyncStream(StreamView):
     ) -> list[Label]:
         """Feed more tokens and return their labels: of role "assistant" one for each, of "user" one for the turn.
 
-        What may be fed is as in `Stream.append`. Several appends of one stream may be awaited at once.
-
-        While the engine has no room for the tokens (KV blocks, pending tokens) this waits for it, in order of arrival
-        within a tenant. Cancelled while it waits, it takes the tokens back; those that were accepted are computed, and
-        their labels come into `labels`.
+        Several appends of one stream may be awaited at once. While the engine has no room for the tokens (KV blocks,
+        pending tokens) this waits for it, in order of arrival within a tenant. Cancelled while it waits, it takes the
+        tokens back; those that were accepted are computed, and their labels come into `labels`.
 
         Fewer labels than tokens are returned when
         - `timeout_s` has passed. Tokens that still wait for room then are dropped ("overload"); others are
           computed all the same ("timeout") and their late labels come into `labels`;
         - the model fails on these tokens ("error"). They are tried again with the next append;
         - a rollback drops them.
-        But for the last case the policy has been told, `verdict` says so, and `stats()["failures"]` counts it.
+        But for the last case `verdict` says so, and `stats()["failures"]` counts it.
 
-        Raises InvalidTokens (also while text is held back), StreamTooLong, StreamClosed or ConfigError; the stream is
-        then unchanged. Overloaded only where `max_waiting` appends wait to be accepted already.
+        Args:
+            token_ids: As in `Stream.append`.
+            role: "assistant", or "user" for a further user turn.
+            timeout_s: Seconds from this call; None: no limit.
+
+        Returns:
+            The labels of these tokens, in order.
+
+        Raises:
+            InvalidTokens, StreamTooLong, StreamClosed, ConfigError: As in `Stream.append`; the stream is unchanged.
+            Overloaded: Only where `max_waiting` appends wait to be accepted already.
         """
         ids = self._thread.core.check_token_ids(token_ids)
         check_role(role)
@@ -73,33 +80,53 @@ class AsyncStream(StreamView):
         is_final: bool = False,
         timeout_s: float | None = None,
     ) -> list[Label]:
-        """Feed more of the reply as text, as `Stream.append_text`, and return the labels of the tokens that this fed:
-        [] at once when all of it is held back.
+        """Feed more of the reply as text, and return the labels of the tokens that this fed: [] at once when all of it
+        is held back. See `Stream.append_text`.
 
         Text is never lost: cancelled, or out of time while there is no room, it stays in the reply, held back, and is
         fed with what comes next. `is_final` has not happened then: call `finish_text`. For the rest this waits, fails
-        and is cancelled as `append`. Text is tokenized in the engine's thread; whether a long one can fit is first
-        found out beside it, while other streams go on. Raises as `Stream.append_text`, but Overloaded only as `append`
-        does, and StreamTooLong also when what is held back is too much to be fed at once (`rollback(0)` drops it).
+        and is cancelled as `append`. Text is tokenized in the engine's thread; whether a long text can fit is checked
+        beside it first, while other streams go on.
+
+        Args:
+            delta: The next piece, of any size. Bytes are UTF-8.
+            is_final: Whether the reply ends here, as if `finish_text` followed.
+            timeout_s: Seconds from this call; None: no limit.
+
+        Returns:
+            The labels of the tokens that were fed, in order.
+
+        Raises:
+            InvalidText, ConfigError, StreamClosed: As in `Stream.append_text`.
+            StreamTooLong: Also when what is held back is too much to be fed at once; `rollback(0)` drops it.
+            Overloaded: As in `append`.
         """
-        text = (
-            bytes(delta) if isinstance(delta, bytearray | memoryview) else delta
-        )  # a copy, as it is read later
+        text = bytes(delta) if isinstance(delta, bytearray | memoryview) else delta  # read later: a copy
         return await self._append(timeout_s, piece=Piece(text, is_final=is_final, ends_turn=is_final))
 
     async def append_foreign_ids(
         self, token_ids: Sequence[int], tokenizer: Any, *, timeout_s: float | None = None
     ) -> list[Label]:
-        """`append_text` of what `tokenizer` decodes these ids to, as `Stream.append_foreign_ids`.
+        """Feed more of the reply as ids of another tokenizer. See `Stream.append_foreign_ids` and `append_text`.
 
         Its decode is called in the engine's thread, for which transformers' fast tokenizers are safe unless another
         thread encodes with padding or truncation at the same time: give this one of its own then.
+
+        Args:
+            token_ids: Ids of `tokenizer`.
+            tokenizer: The LLM's, anything with decode(ids) -> str.
+            timeout_s: Seconds from this call; None: no limit.
         """
         return await self._append(timeout_s, piece=Piece.of_foreign(token_ids, tokenizer))
 
     async def finish_text(self, *, end_turn: bool = True, timeout_s: float | None = None) -> list[Label]:
-        """Feed what is held back and the reply's <|im_end|>, as `Stream.finish_text`, and return their labels. What
-        is cancelled or out of time while it waits for room has not happened."""
+        """Feed what is held back and the reply's <|im_end|>, and return their labels. What is cancelled or out of time
+        while it waits for room has not happened. See `Stream.finish_text`.
+
+        Args:
+            end_turn: Whether to feed the <|im_end|>; without it the reply stays open.
+            timeout_s: Seconds from this call; None: no limit.
+        """
         return await self._append(timeout_s, piece=Piece(is_final=True, ends_turn=end_turn))
 
     async def _append(
@@ -152,7 +179,13 @@ class AsyncStream(StreamView):
     async def fork(self, stream_id: str | None = None) -> AsyncStream:
         """Branch off a stream with the same tokens, labels and verdict, sharing the computed KV blocks.
 
-        Labels that are pending will come into `labels` of both. Raises Overloaded, StreamClosed or ConfigError.
+        Labels that are pending will come into `labels` of both.
+
+        Args:
+            stream_id: The branch's name; by default one that is not in use.
+
+        Raises:
+            Overloaded, ConfigError, StreamClosed: As in `Stream.fork`.
         """
         parent, thread, turn = self._state, self._thread, self._calls.new_future()
 
@@ -168,8 +201,14 @@ class AsyncStream(StreamView):
             raise
 
     async def rollback(self, num_tokens: int) -> None:
-        """Drop the last `num_tokens` tokens with their labels, as `Stream.rollback`. It takes place when this is
-        cancelled, too. Raises InvalidTokens or StreamClosed."""
+        """Drop the last `num_tokens` tokens with their labels. It takes place also when this is cancelled.
+
+        Args:
+            num_tokens: As in `Stream.rollback`.
+
+        Raises:
+            InvalidTokens, StreamClosed: As in `Stream.rollback`.
+        """
         thread, state = self._thread, self._state
         await self._calls.call(lambda: thread.rollback(state, num_tokens), state)
 

@@ -8,37 +8,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from guardengine.checkpoint.hub import resolve_checkpoint
-from guardengine.checkpoint.model_config import RISKS, GuardHeadsConfig
+from guardengine.checkpoint.model_config import GuardHeadsConfig
 from guardengine.config import EngineConfig
 from guardengine.core.admission import Ticket, check_timeout
 from guardengine.core.engine_core import EngineCore
 from guardengine.core.feeds import Feed, feed_ids, feed_messages
 from guardengine.core.health import Canary, check_health
 from guardengine.core.state import StreamState
-from guardengine.core.whole_streams import moderation, run_feeds
-from guardengine.engine.conversations import (
-    Options,
-    Prepared,
-    Whole,
-    check_lengths,
-    check_options,
-    each_fit,
-    feed_whole,
-    fit,
-    in_place,
-)
+from guardengine.engine.checked_policies import CheckedPolicies
+from guardengine.engine.conversations import Options
 from guardengine.engine.info import EngineInfo, info_of
 from guardengine.engine.loading import choose_backend, load_engine
+from guardengine.engine.moderation import WholeConversations
 from guardengine.engine.moderator import OnUnfit
-from guardengine.engine.opening import Messages, Opening
+from guardengine.engine.opening import Messages, Opening, require_chat
 from guardengine.engine.stats import stats_of
 from guardengine.engine.stream import Stream
 from guardengine.errors import ConfigError
-from guardengine.gen.answering import Answering, Job, run_prompts
+from guardengine.gen.answering import Answering
 from guardengine.gen.answers import Mode
-from guardengine.gen.moderation import gen_moderation
-from guardengine.gen.parse import CATEGORIES
-from guardengine.gen.prompts import Prompt, render_prompt
 from guardengine.labels import GenModeration, Label, Moderation, Role
 from guardengine.policy import Policy
 from guardengine.records.snapshot import read_snapshot
@@ -46,19 +34,12 @@ from guardengine.text.chat_template import ChatTemplate
 
 logger = logging.getLogger("guardengine")
 
-_MAX_CHECKED = 64  # policies that are remembered
-
-_NO_TOKENIZER = (
-    "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "
-    "add Qwen3's tokenizer.json to it, or pass token ids"
-)
-
 
 class Engine:
-    """Moderates many conversations at once. Make one with `from_pretrained`; also a context manager.
+    """Moderates many conversations at once. Make one with `from_pretrained`. Also a context manager that closes it.
 
-    One thread's: the first that opens a stream or steps. Calls from another one, or from inside another call, raise
-    WrongThread. AsyncEngine is for many tasks.
+    An engine belongs to one thread: the first that opens a stream or steps. Calls from another one, or from inside
+    another call, raise WrongThread. AsyncEngine is for many tasks.
     """
 
     def __init__(
@@ -71,9 +52,9 @@ class Engine:
         self.core, self.answering = core, answering
         self.canary = Canary(core)
         self.chat, self._heads = chat, heads
-        self._default_policy = Policy.strict()
-        # By id: policies do not change, so checks need not be repeated.
-        self._checked_policies: dict[int, Policy] = {}
+        self._policies = CheckedPolicies(heads)
+        is_stream = heads is not None
+        self.conversations = WholeConversations(core, chat, answering, self._policies, is_stream=is_stream)
 
     @staticmethod
     def from_pretrained(
@@ -87,12 +68,22 @@ class Engine:
         progress: bool = False,
         **limits: Any,
     ) -> Engine:
-        """Load a checkpoint folder or hub id. `limits` are the fields of EngineConfig.
+        """Load a Stream or Gen checkpoint.
 
-        dtype "auto" is the checkpoint's own (float32 for float16 ones); a hub id needs a pinned `revision`
-        unless it is one whose revision ships with guardengine.
+        Args:
+            path_or_id: A folder with config.json and safetensors files, or a hub id.
+            device: "auto" (a GPU that can run the model, else the CPU), "cpu", "cuda" or "cuda:N".
+            backend: The operators: "auto", "reference" (plain PyTorch), "cpu" or "triton".
+            dtype: Of weights and activations: "auto" (the checkpoint's own; float32 for float16), "float32" or
+                "bfloat16".
+            quantization: Of the layers' matrices: None, "int8" (weights) or "w8a8" (weights and activations).
+            revision: The full commit of a hub id; may be left out where guardengine has a pinned one.
+            progress: Whether to show a progress bar on stderr.
+            **limits: The fields of EngineConfig, such as kv_cache_bytes and max_num_streams.
 
-        Raises CheckpointError for what is wrong with the files and ConfigError for what is wrong with the options.
+        Raises:
+            CheckpointError: The files cannot be found, read or trusted.
+            ConfigError: An option is unknown, out of range, or not supported by this machine or checkpoint.
         """
         options = EngineConfig.from_options(limits)
         loaded = load_engine(
@@ -122,21 +113,32 @@ class Engine:
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> Stream:
-        """Open a stream, from messages or from raw token ids; nothing is computed before `step`.
+        """Open a stream, from messages or from raw token ids. Nothing is computed before `step`.
 
-        messages: rendered with the checkpoint's chat template, content as plain text whatever it spells. The
-        prompt label is read at the <|im_end|> of the last user turn. A final assistant message is the beginning
-        of the reply: its tokens are labelled, and more may be appended. Where that is text, an empty one lets the
-        template's tokens before the reply be computed with the prompt instead of with the first of it.
-        token_ids: fed as they are. Role "user": one prompt label, at the last of them. Role "assistant": one
-        label for each.
+        Args:
+            messages: Rendered with the checkpoint's chat template, content as plain text whatever it spells. The
+                prompt label is read at the <|im_end|> of the last user turn. A final assistant message is the beginning
+                of the reply: its tokens are labelled, and more may be appended. Where the reply comes as text, an empty
+                one lets the template's tokens before the reply be computed with the prompt.
+            token_ids: Qwen3 ids instead of messages, fed as they are.
+            role: Of token_ids. "user": one prompt label, at the last of them. "assistant": one label for each.
+            policy: What labels mean; Policy.strict() by default.
+            stream_id: The name in labels and logs; by default one that is not in use.
+            tenant: Whom `max_streams_per_tenant` and `max_pending_tokens_per_tenant` count.
+            cache_salt: Streams of one salt (by default the tenant) share cached KV blocks where they begin alike.
+                Streams of different salts share nothing, so that timing tells nothing either.
+            priority: From -3 to 3; a stream of higher priority runs sooner.
+            timeout_s: Seconds until tokens that are not computed count as unjudged, as in `Stream.append`.
 
-        tenant: whom `max_streams_per_tenant` and `max_pending_tokens_per_tenant` count. cache_salt: streams of the
-        same salt (by default the tenant) share cached KV blocks where they begin alike; between others not even
-        timing tells. priority: -3 to 3, higher runs sooner. timeout_s: as in `Stream.append`.
+        Returns:
+            The stream's handle.
 
-        `policy` is Policy.strict() by default. Raises InvalidText or InvalidTokens, StreamTooLong, Overloaded,
-        ConfigError or StreamClosed; nothing is opened then.
+        Raises:
+            InvalidText, InvalidTokens: The messages or ids cannot be fed. Nothing is opened after any error.
+            StreamTooLong: There are more tokens than `max_model_len`, or than the KV cache has room for.
+            Overloaded: There is no free place, block or pending token now.
+            ConfigError: An option is wrong, the stream_id is in use, or this is a Gen checkpoint.
+            StreamClosed: The engine is closed.
         """
         opening = Opening(
             messages, token_ids, role, policy, stream_id, tenant, cache_salt, priority, timeout_s
@@ -144,14 +146,19 @@ class Engine:
         return Stream(self.core, self.chat, self.open_state(opening))
 
     def open_state(self, opening: Opening, feed: Feed | None = None) -> StreamState:
-        """The books of a new stream. feed: what `prepare_opening` came to, where it was called before."""
+        """Open a stream's books, without a handle.
+
+        Args:
+            opening: The arguments of `open`.
+            feed: What `prepare_opening` returned, where it was called before.
+        """
         core = self.core
         with core.gate:
             core.check_engine_open()
             if feed is None:
                 feed = self.prepare_opening(opening)
             ticket = Ticket(
-                self._checked(opening.policy),
+                self._policies.check(opening.policy),
                 opening.stream_id,
                 opening.tenant,
                 opening.cache_salt,
@@ -160,7 +167,11 @@ class Engine:
             return core.open(feed, ticket, opening.timeout_s)
 
     def prepare_opening(self, opening: Opening) -> Feed:
-        """What is fed first. For any thread; raises as `open` does, before anything is computed."""
+        """Render what a stream is opened with. For any thread; raises as `open` does, before anything is computed.
+
+        Args:
+            opening: The arguments of `open`.
+        """
         self._check_kind("stream", "open() and streams are of Stream checkpoints; use moderate()")
         if (opening.messages is None) == (opening.token_ids is None):
             raise ConfigError("open() needs either messages or token_ids")
@@ -169,16 +180,24 @@ class Engine:
         return self._feed_messages(opening.messages, is_complete=False)
 
     def restore(self, snapshot: Mapping[str, Any], stream_id: str | None = None) -> Stream:
-        """Go on with a stream of which `Stream.snapshot` was taken, by another engine or this one.
+        """Go on with a stream of which `Stream.snapshot` was taken, by this engine or another.
 
-        Labels, verdict and turns are what they were. Nothing is computed before the next `append`, which computes
-        the whole stream again; labels that were owed, or that no `step` had returned, come with the next `step`, and
-        none comes twice. stream_id: another one than the snapshot's; labels that were returned keep the old one.
-        `cache_salt`, `tenant` and `priority` are the snapshot's. Deadlines (`timeout_s`) are not part of it.
+        Labels, verdict, turns, tenant, cache_salt and priority are what they were; deadlines are not part of a
+        snapshot. Nothing is computed before the next `append`, which computes the whole stream again. Labels that were
+        pending, or that no `step` had returned, come with the next `step`, and none comes twice.
 
-        Raises CheckpointError for a snapshot of other weights, ConfigError for one of another dtype or quantization,
-        from a version that this one does not read, or that is damaged; and, as `open` does, ConfigError (a stream_id
-        in use), StreamTooLong, Overloaded or StreamClosed. Nothing is opened then.
+        Args:
+            snapshot: What `Stream.snapshot` returned, also after a way through JSON.
+            stream_id: Another name than the snapshot's; labels that were returned before keep the old one.
+
+        Returns:
+            The stream's handle.
+
+        Raises:
+            CheckpointError: The snapshot is of other weights. Nothing is opened after any error.
+            ConfigError: It is of another dtype or quantization, of a version that this one does not read, or damaged;
+                or the stream_id is in use.
+            StreamTooLong, Overloaded, StreamClosed: As in `open`.
         """
         core = self.core
         with core.gate:
@@ -192,7 +211,7 @@ class Engine:
                 chat=self.chat,
                 stream_id=stream_id,
             )
-            self._checked(state.policy)
+            self._policies.check(state.policy)
             ticket = Ticket(state.policy, state.stream_id, state.tenant, None, state.priority)
             core.restore(state, ticket, undelivered)
             return Stream(core, self.chat, state)
@@ -227,7 +246,16 @@ class Engine:
     def moderate(
         self, messages: Messages, policy: Policy | None = None, *, mode: Mode | None = None
     ) -> Moderation | GenModeration:
-        """Moderate one finished conversation. See `moderate_many`."""
+        """Moderate one finished conversation. See `moderate_many`, also for what is raised.
+
+        Args:
+            messages: As in `open`.
+            policy: Policy.strict() by default.
+            mode: Gen checkpoints only: "choice" (the default) or "greedy".
+
+        Returns:
+            A Moderation of a Stream checkpoint, a GenModeration of a Gen checkpoint.
+        """
         answer: Moderation | GenModeration
         [answer] = self.moderate_many([messages], policy, mode=mode)
         return answer
@@ -275,45 +303,7 @@ class Engine:
         options = Options(mode, tenant, timeout_s, spans, on_unfit)
         with self.core.gate:
             self.core.check_engine_open()
-            prepared = self.prepare_conversations(conversations, policy, options)
-            items = check_lengths(self.core, self.answering, prepared, on_unfit)
-            answers: list[Any]
-            if self.answering is not None:
-                jobs = run_prompts(self.core, self.answering, fit(items), prepared.mode)
-                answers = [self.gen_moderation(job, prepared.policy) for job in jobs]
-            else:
-                states = run_feeds(
-                    self.core,
-                    [each.feed for each in fit(items)],
-                    prepared.policy,
-                    tenant=tenant,
-                    timeout_s=timeout_s,
-                )
-                answers = [
-                    moderation(state, prepared.policy, state.verdict, each.spans)
-                    for state, each in zip(states, fit(items), strict=True)
-                ]
-        return in_place(items, answers)
-
-    def prepare_conversations(
-        self, conversations: Sequence[Messages], policy: Policy | None, options: Options
-    ) -> Prepared:
-        """Render what `moderate_many` runs. For any thread; raises as it does, before anything is computed."""
-        check_options(self.kind, conversations, options)
-        chat, max_tokens = self._require_chat(), self.core.max_model_len
-        is_stream = self.kind == "stream"
-
-        def prepare(messages: Messages) -> Whole | Prompt:
-            if is_stream:
-                return feed_whole(chat, messages, max_tokens, spans=options.spans)
-            return render_prompt(chat, messages, max_tokens=max_tokens)
-
-        items = each_fit(conversations, prepare, options.on_unfit)
-        return Prepared(self._checked(policy), items, options.mode or "choice")
-
-    def gen_moderation(self, job: Job, policy: Policy) -> GenModeration:
-        """The outcome of an answer that is complete. For any thread."""
-        return gen_moderation(job, self._require_chat().tokenizer, policy)
+            return self.conversations.run(self.conversations.prepare(conversations, policy, options), options)
 
     # -- the engine itself ---------------------------------------------------------------------------------
 
@@ -325,14 +315,20 @@ class Engine:
             return stats_of(self.core)
 
     def health(self, timeout_s: float | None = None) -> dict[str, Any]:
-        """Run one token through the model, beside all streams, and report as a plain dict.
+        """Run one token through the model, beside all streams, and report.
 
-        status: "ok"; "failing", when that raised, was not finite or, but for the reference backend, differs in a bit
-        from the first time; "stalled", when it took longer than `timeout_s`. note: why, in words. canary_ms: how long
-        it took. last_error: the newest step's, None when that went well. last_step_age_s: since the newest step that
-        went well.
+        Args:
+            timeout_s: Seconds after which the answer is "stalled"; None: never.
 
-        Where no KV block is free nothing is run, the note says so, and the newest step decides. Raises StreamClosed.
+        Returns:
+            A plain dict. status: "ok"; "failing", when the model raised, gave numbers that are not finite or, but for
+            the reference backend, other bits than the first time; "stalled". note: why, in words. canary_ms: how long
+            the token took. last_error: of the newest step, None when it went well. last_step_age_s: seconds since a
+            step went well. Where no KV block is free nothing is run, and the newest step decides.
+
+        Raises:
+            ConfigError: `timeout_s` is no time.
+            StreamClosed: The engine is closed.
         """
         with self.core.gate:
             self.core.check_engine_open()
@@ -367,33 +363,11 @@ class Engine:
 
     # -- internals -----------------------------------------------------------------------------------------
 
-    def _checked(self, policy: Policy | None) -> Policy:
-        policy = self._default_policy if policy is None else policy
-        if self._checked_policies.get(id(policy)) is policy:
-            return policy
-        if not isinstance(policy, Policy):
-            raise ConfigError(f"policy={policy!r}: a Policy is needed, such as Policy.strict()")
-        heads = self._heads
-        if heads is None:
-            policy.check_names(RISKS, CATEGORIES)
-        else:
-            policy.check_names(
-                tuple(dict.fromkeys(heads.response_risks + heads.query_risks)),
-                tuple(dict.fromkeys(heads.response_categories + heads.query_categories)),
-            )
-        if len(self._checked_policies) >= _MAX_CHECKED:
-            self._checked_policies.clear()
-        self._checked_policies[id(policy)] = policy
-        return policy
-
     def _feed_messages(self, messages: Messages | None, *, is_complete: bool) -> Feed:
         max_tokens = self.core.max_model_len
-        return feed_messages(self._require_chat(), messages, is_complete=is_complete, max_tokens=max_tokens)
-
-    def _require_chat(self) -> ChatTemplate:
-        if self.chat is None:
-            raise ConfigError(_NO_TOKENIZER)
-        return self.chat
+        return feed_messages(
+            require_chat(self.chat), messages, is_complete=is_complete, max_tokens=max_tokens
+        )
 
     def _check_kind(self, kind: str, mend: str) -> None:
         if self.kind != kind:

@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from guardengine.core.text_feeding import LONG_CHARS
+from guardengine.errors import ConfigError
 from guardengine.labels import Role
 from guardengine.policy import Policy
+from guardengine.text.chat_template import ChatTemplate
 
 Messages = Sequence[Mapping[str, Any]]
+
+_NO_TOKENIZER = (
+    "the checkpoint folder has no tokenizer.json, so text cannot be rendered; "
+    "add Qwen3's tokenizer.json to it, or pass token ids"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +42,10 @@ class Opening:
             return False
         texts = (text for each in messages if isinstance(each, Mapping) for text in each.values())
         return sum(len(text) for text in texts if isinstance(text, str)) > LONG_CHARS
+
+
+def require_chat(chat: ChatTemplate | None) -> ChatTemplate:
+    """A checkpoint's template. Raises ConfigError where it has none."""
+    if chat is None:
+        raise ConfigError(_NO_TOKENIZER)
+    return chat

@@ -149,16 +149,21 @@ class Stream(StreamView):
     ) -> None:
         """Accept more tokens; `Engine.step` computes them.
 
-        Role "assistant": every token gets a label. Role "user": a further user turn, with one prompt label at its
-        end. On a stream opened from messages the ids are the message's content and the template's tokens around
-        it are added here; an assistant's reply may end with <|im_end|>, which closes it, and may begin with
-        <think> when the LLM reasons. On a stream opened from token ids everything is fed as it is.
+        Args:
+            token_ids: Qwen3 ids. On a stream opened from messages they are a message's content, and the template's
+                tokens around it are added here; an assistant's reply may end with <|im_end|>, which closes it, and may
+                begin with <think> when the LLM reasons. On a stream opened from token ids they are fed as they are.
+            role: "assistant": every token gets a label. "user": a further user turn, with one prompt label at its end.
+            timeout_s: Seconds. Tokens that are not computed by then count as unjudged, which is the policy's
+                `on_timeout`; they are computed and labelled all the same.
 
-        timeout_s: tokens that are not computed by then count as unjudged, which is the policy's `on_timeout`; they
-        are computed and labelled all the same.
-
-        Raises InvalidTokens (also while text is held back: see `append_text`), StreamTooLong, Overloaded, StreamClosed
-        or ConfigError; the stream is then unchanged.
+        Raises:
+            InvalidTokens: An id cannot be fed, or text is still held back (see `append_text`). The stream is unchanged
+                after any error.
+            StreamTooLong: The stream would become longer than `max_model_len`, or than the KV cache.
+            Overloaded: There is no room for the tokens now.
+            ConfigError: The role or the time is wrong.
+            StreamClosed: The stream or the engine is closed.
         """
         core, state = self._core, self._state
         with core.gate:
@@ -172,36 +177,53 @@ class Stream(StreamView):
     ) -> None:
         """Accept more of the assistant's reply as text, from an LLM with any tokenizer, in pieces of any size.
 
-        The ids fed are at any time the first ids of the whole reply's text, and at its end all of them. What more
-        text could still split in another way is held back: as a rule the last word, at most 256 characters (a longer
-        run without a place to cut is cut there; see retokenizer.py). Held text is not judged, so do not show it:
-        `cleared_chars` never counts it. Nothing is fed, and `step` returns no labels, while all of it is held.
+        The ids that are fed are at any time the first ids of the whole reply's text, and at its end all of them. What
+        more text could still split in another way is held back: as a rule the last word, at most 256 characters (a
+        longer run without a place to cut is cut there; see retokenizer.py). Text that is held back is not judged, so do
+        not show it: `cleared_chars` never counts it. Text that follows ids, a message's beginning or a rollback is
+        tokenized as if it began there. Special tokens spelled in text are text.
 
-        bytes: UTF-8, which may be cut within a character; what is not UTF-8 becomes U+FFFD. Special tokens spelled in
-        text are text. is_final: as `finish_text` after it. timeout_s: as in `append`, for what is fed now.
+        Args:
+            delta: The next piece. Bytes are UTF-8 and may be cut within a character; what is not UTF-8 becomes U+FFFD.
+            is_final: Whether the reply ends here, as if `finish_text` followed.
+            timeout_s: Seconds, as in `append`, for what is fed now.
 
-        Text that follows ids, a message's beginning or a rollback is tokenized as if it began there.
-        Raises as `append`, InvalidText (another type, lone surrogates) and ConfigError (no tokenizer in the
-        checkpoint); the stream is then unchanged.
+        Raises:
+            InvalidText: `delta` has another type, or lone surrogates. The stream is unchanged after any error.
+            ConfigError: The checkpoint has no tokenizer, or the time is wrong.
+            StreamTooLong, Overloaded, StreamClosed: As in `append`.
         """
         self._accept(Piece(delta, is_final=is_final, ends_turn=is_final), timeout_s)
 
     def append_foreign_ids(
         self, token_ids: Sequence[int], tokenizer: Any, *, timeout_s: float | None = None
     ) -> None:
-        """`append_text` of what `tokenizer` decodes these ids to; a character that is not complete waits for the next.
+        """Accept more of the reply as ids of another tokenizer: `append_text` of the text that they decode to.
 
-        tokenizer: the LLM's, anything with decode(ids) -> str (`tokenizers.Tokenizer`, transformers'). What its
-        decode leaves out, such as its own end of text, is left out here. Raises as `append_text`; InvalidTokens for
-        ids that it refuses.
+        A character that is not complete waits for the next ids.
+
+        Args:
+            token_ids: Ids of `tokenizer`.
+            tokenizer: The LLM's, anything with decode(ids) -> str (`tokenizers.Tokenizer`, transformers'). What its
+                decode leaves out, such as its own end of text, is left out here.
+            timeout_s: Seconds, as in `append`, for what is fed now.
+
+        Raises:
+            InvalidTokens: The tokenizer refuses the ids. The stream is unchanged after any error.
+            GuardEngineError: For the rest, as `append_text`.
         """
         self._accept(Piece.of_foreign(token_ids, tokenizer), timeout_s)
 
     def finish_text(self, *, end_turn: bool = True, timeout_s: float | None = None) -> None:
         """Feed what `append_text` holds back, and the reply's <|im_end|>: the label there has seen the whole reply.
 
-        Without end_turn the reply stays open. On a stream opened from token ids, whose caller owns the template, no
-        <|im_end|> is fed. Raises as `append_text`.
+        Args:
+            end_turn: Whether to feed the <|im_end|>; without it the reply stays open. On a stream opened from token
+                ids, whose caller owns the template, none is fed.
+            timeout_s: Seconds, as in `append`, for what is fed now.
+
+        Raises:
+            GuardEngineError: As `append_text`.
         """
         self._accept(Piece(is_final=True, ends_turn=end_turn), timeout_s)
 
@@ -213,9 +235,18 @@ class Stream(StreamView):
         """Branch off a stream with the same tokens, labels and verdict, sharing the computed KV blocks.
 
         Labels that the parent has emitted are the branch's too and keep the parent's stream_id; labels that are
-        still pending will be emitted by both. So is text that is held back.
+        still pending will be emitted by both. Text that is held back is held back by both.
 
-        Raises Overloaded, StreamClosed or ConfigError (a stream_id in use).
+        Args:
+            stream_id: The branch's name; by default one that is not in use.
+
+        Returns:
+            The branch's handle.
+
+        Raises:
+            Overloaded: There is no free place or block now.
+            ConfigError: The stream_id is in use.
+            StreamClosed: The stream or the engine is closed.
         """
         with self._core.gate:
             return Stream(self._core, self._chat, self._core.fork(self._state, stream_id))
@@ -223,9 +254,13 @@ class Stream(StreamView):
     def rollback(self, num_tokens: int) -> None:
         """Drop the last `num_tokens` tokens with their labels, and what the policy concluded from them.
 
-        On a stream opened from messages tokens of a reply can be dropped, or whole turns; with a reply's first
-        token its header goes too.
-        Raises InvalidTokens (more than there are, or template tokens) or StreamClosed.
+        Args:
+            num_tokens: How many, from 0. On a stream opened from messages tokens of a reply can be dropped, or whole
+                turns; with a reply's first token its header goes too.
+
+        Raises:
+            InvalidTokens: There are not so many, or the cut would be within the template's tokens.
+            StreamClosed: The stream or the engine is closed.
         """
         with self._core.gate:
             self._core.rollback(self._state, num_tokens)
@@ -233,11 +268,17 @@ class Stream(StreamView):
     def snapshot(self) -> dict[str, Any]:
         """The stream as a small JSON value with which `Engine.restore` goes on, in this process or another.
 
-        It holds ids, labels and what is owed; no keys and values, and no deadlines. The first snapshot of an engine
-        reads the checkpoint's files once for their digest, a second for each GB or less (`Engine.weights_digest`).
+        It has ids, labels and which labels are pending; no keys and values, and no deadlines. The first snapshot of an
+        engine reads the checkpoint's files once for their digest, a second for each GB or less
+        (`Engine.weights_digest`).
 
-        Raises StreamClosed, CheckpointError when the files have changed since they were loaded, and InvalidText while
-        text is held back, which a snapshot does not carry.
+        Returns:
+            A dict for `json.dumps`: a few bytes a token.
+
+        Raises:
+            InvalidText: Text is held back, which a snapshot does not carry.
+            CheckpointError: The checkpoint's files have changed since they were loaded.
+            StreamClosed: The stream or the engine is closed.
         """
         with self._core.gate:
             return snapshot_of(self._core, self._state)

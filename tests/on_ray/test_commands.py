@@ -136,7 +136,7 @@ def test_actors_fit_the_cluster() -> None:
     assert (fitted.num_actors, fitted.num_cpus) == (2, 4)
     assert Actors(num_actors=5).fitted(nodes).num_cpus == 1
     assert Actors(num_actors=3).fitted(nodes).num_cpus == 2
-    with pytest.raises(ConfigError, match=r"--threads 9: .* the most is 8"):
+    with pytest.raises(ConfigError, match=r"--threads 9: .* give at most 8"):
         Actors(num_cpus=9).fitted(nodes)
     with pytest.raises(ConfigError, match=r"--ray-gpus 2: .* the most is 1"):
         Actors(num_gpus=2).fitted(nodes)
