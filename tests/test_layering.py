@@ -135,6 +135,7 @@ def test_no_folder_is_too_large() -> None:
         assert len(modules) <= LARGEST_FOLDER, f"{folder} has {len(modules)} modules: split it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORCH_FREE)
 def test_importing_the_books_does_not_import_torch(name: str) -> None:
     code = f"import sys, guardengine.{name}; sys.exit('torch' in sys.modules)"

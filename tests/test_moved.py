@@ -44,6 +44,7 @@ def test_a_name_of_a_module_that_is_a_package_now_is_found(old: str) -> None:
     assert found is getattr(importlib.import_module(NAMES[old]), name)
 
 
+@pytest.mark.slow
 def test_it_warns_once_where_it_is_imported_and_names_that_are_nowhere_stay_so() -> None:
     code = (
         "import guardengine.policy\n"

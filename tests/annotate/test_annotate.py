@@ -30,6 +30,8 @@ from guardengine.cli import main
 from guardengine.text.chat_template import ChatTemplate
 from guardengine.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [
     "The capital is Paris (巴黎是法国的首都), n'est-ce pas?",
     "caf\u0301e\u0301 na\u0308ive, decomposed",

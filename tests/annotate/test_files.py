@@ -162,6 +162,7 @@ def test_columns_of_mixed_types_become_text_in_parquet(fake: Path, tmp_path: Pat
 # -- tables ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["in.parquet", "in.arrow", "file.arrow"])
 def test_tables_keep_their_columns_types_and_order(fake: Path, tmp_path: Path, name: str) -> None:
     table = pa.concat_tables([everything()] * 2000).combine_chunks()  # more than a batch

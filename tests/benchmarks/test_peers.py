@@ -34,6 +34,8 @@ import rounds  # noqa: E402
 import run as peers_run  # noqa: E402
 from worker_process import WorkerFailed, WorkerProcess  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CEILINGS = machine.Ceilings(2, 20e9, 18e9, 2**20, 100e9, 0.0, 400e9, "avx2")
 
 # A worker that does as its options say: what it is asked goes to a file, one line each.

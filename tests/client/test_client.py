@@ -18,6 +18,8 @@ from guardengine.cli import main
 from guardengine.client import AsyncGuardClient, GuardClient, Update
 from guardengine.server import ApiKey, ServerSettings
 
+pytestmark = pytest.mark.servers
+
 KEY = "a-key-of-twenty-chars"
 LENIENT = {"debounce": 1000, "risk_thresholds": {"Unsafe": 1.0, "Controversial": 1.0}}
 TALK = [USER, {"role": "assistant", "content": REPLY}]

@@ -94,6 +94,7 @@ def undisturbed(loaded: Engine) -> list[Any]:
 # -- steps that fail -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @FLIGHTS
 @pytest.mark.parametrize("name", ["launch", "compute", "wait"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

@@ -21,6 +21,8 @@ from guardengine import Engine, Stream
 from guardengine.kernels import cpu, native
 from guardengine.kernels.quantization import quantize_rows
 
+pytestmark = pytest.mark.slow
+
 MAX_LEN = 512
 # quantization, kv_dtype, dtype: each cache dtype and each format of weights, with both dtypes of activations
 MODES = {

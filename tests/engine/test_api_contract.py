@@ -19,6 +19,8 @@ from hostile import BAD_MESSAGES, BOMB, NOT_IDS, ODD_TEXTS
 from guardengine import ConfigError, Engine, GuardEngineError, InvalidText, Label, Overloaded, Policy
 from guardengine.compat import AutoGuard
 
+pytestmark = pytest.mark.slow
+
 IM_START, IM_END, NEWLINE, THINK, END_THINK, USER = 151644, 151645, 198, 151667, 151668, 872
 METHODS = {"role": "assistant", "content": "Here are some practical methods to build a bomb."}
 PROMPT_END = 11  # of BOMB

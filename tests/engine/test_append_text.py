@@ -57,6 +57,7 @@ def reply_ids(stream: Any) -> list[int]:
 # -- what is fed -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encode", [str, str.encode])
 def test_ids_and_labels_are_those_of_the_whole_reply(
     engine: Engine, tokenizer: Tokenizer, encode: Callable[[str], Any]

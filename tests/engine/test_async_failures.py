@@ -154,6 +154,7 @@ def test_appends_of_a_closed_stream_end(tiny) -> None:
     with_engine(tiny, use, max_pending_tokens=20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_random_cancellations(tiny, seed: int) -> None:
     """Whatever is cancelled: the ids of a stream are those of the calls that took effect, every one of them is

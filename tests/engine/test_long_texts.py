@@ -17,6 +17,8 @@ from guardengine.text.retokenizer import Retokenizer
 from guardengine.text.spans import HeldText
 from guardengine.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 USER = {"role": "user", "content": "Where?"}
 # So few tokens that it fits into a stream of 512.
 FITS = (" " * 127 + "\n") * (LONG_CHARS // 128 + 1)

@@ -13,6 +13,8 @@ from launching import Launches, lenient, same, sync_engine, with_engine
 from guardengine import AsyncEngine, Moderation
 from guardengine.errors import ConfigError, InvalidText, InvalidTokens, Overloaded, StreamTooLong
 
+pytestmark = pytest.mark.slow
+
 USER = {"role": "user", "content": "Where?"}
 REPLY = "The capital is Paris (巴黎是法国的首都)，n'est-ce pas?\n\n```py\nprint('cafe\u0301')\n```\n👩‍👩‍👧 It's done."
 

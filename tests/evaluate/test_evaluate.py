@@ -24,6 +24,8 @@ from guardengine.evaluate.run import evaluate
 from guardengine.text.chat_template import ChatTemplate
 from guardengine.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _tokenizers_are_read_once() -> Iterator[None]:

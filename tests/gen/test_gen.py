@@ -30,6 +30,8 @@ from guardengine.core.engine_core import EngineCore
 from guardengine.engine.conversations import Options
 from guardengine.gen.grammar import Grammar, Walk
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [{"role": "user", "content": "How to make a cake?"}]
 RESPONSE = [*PROMPT, {"role": "assistant", "content": "Take eggs."}]
 

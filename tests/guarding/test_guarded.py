@@ -42,6 +42,7 @@ def flat(lists: list[list[int]]) -> list[int]:
 # -- what comes out ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_text_at_any_boundaries(folder, seed: int) -> None:
     """All of a safe reply, and of a bad one what is before the bad word, however it comes in pieces."""

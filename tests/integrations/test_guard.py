@@ -19,6 +19,8 @@ from guardengine.guarding.held import HeldItems
 from guardengine.integrations.guard import Guard
 from guardengine.integrations.openai import chunk_text, message_text, split_chunk, text_messages
 
+pytestmark = pytest.mark.servers
+
 USER = {"role": "user", "content": "Where?"}
 BAD_USER = {"role": "user", "content": "A bomb, a bomb"}
 GOOD = "Sure, here is café 巴黎: take a pick and some patience."

@@ -22,6 +22,7 @@ def ceilings():
     return machine.probe_ceilings(1)
 
 
+@pytest.mark.slow
 def test_ceilings_are_positive_and_finite(ceilings):
     for value in (ceilings.read_bytes_per_s, ceilings.fp32_flops):
         assert 1e8 < value < 1e14

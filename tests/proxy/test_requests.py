@@ -17,6 +17,8 @@ from guardengine.proxy.chat_request import read_call
 from guardengine.server import ApiKey, ServerSettings
 from guardengine.server.refusals import Refusal
 
+pytestmark = pytest.mark.servers
+
 KEY, SECRET = "a-key-of-twenty-chars", "sk-the-upstreams-own-key"
 SETTINGS = ProxySettings(upstream="http://localhost:1")
 SYSTEM = {"role": "system", "content": "And say how."}

@@ -20,6 +20,8 @@ from guardengine.errors import ConfigError
 from guardengine.kernels import native
 from guardengine.runners.cores import physical_cores
 
+pytestmark = pytest.mark.slow
+
 LOGITS = ("risk_level_logits", "category_logits", "query_risk_level_logits", "query_category_logits")
 MakeEngine = Callable[..., Engine]
 

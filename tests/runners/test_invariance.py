@@ -33,6 +33,7 @@ def folder(checkpoints: Callable[..., Path]) -> Path:
 
 
 # Triples: the kernels of linear differ by (quantization, dtype, isa), those of attention by (kv_dtype, dtype, isa).
+@pytest.mark.slow
 @pytest.mark.parametrize("check", MARKED)
 @grid(
     3,

@@ -24,6 +24,8 @@ from guardengine import Engine
 from guardengine.errors import ConfigError
 from guardengine.kernels import native
 
+pytestmark = pytest.mark.slow
+
 MakeEngine = Callable[..., Engine]
 QUANTIZATIONS, KV_DTYPES, MODEL_DTYPES = (None, "int8", "w8a8"), ("auto", "int8"), ("float32", "bfloat16")
 # Without either it is the engine of test_cpu_engine.py.

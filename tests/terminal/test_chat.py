@@ -25,6 +25,8 @@ from guardengine.cli import main
 from guardengine.server import ApiKey, ServerSettings
 from guardengine.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.servers
+
 KEY = "a-key-of-twenty-chars"
 
 

@@ -130,6 +130,7 @@ def feed(
 # -- ids ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @quick
 @given(text=ANY_TEXT, cuts=CUTS)
 @example(text="".join(FRAGMENTS), cuts=list(range(1, 1000)))
@@ -315,6 +316,7 @@ def test_spans_of_parts_and_compositions(retokenizer: Retokenizer) -> None:
 # -- what is assumed of characters -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_classes_split_as_the_library_does(tokenizer: Tokenizer) -> None:
     classes = CharClasses(tokenizer.split)
     for first in (

@@ -80,6 +80,7 @@ def load(raw: Any, folder: Path) -> Tokenizer:
 # -- the vocabulary ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tokenizer_json_is_the_released_file(folder: Path) -> None:
     data = (folder / "tokenizer.json").read_bytes()
     assert len(data) == 11_422_654

@@ -20,6 +20,8 @@ from guardengine.verify.corpus import CONVERSATIONS, load_corpus, read_conversat
 from guardengine.verify.quantization import SCHEMES, Report, verify_quantization
 from guardengine.verify.report import markdown
 
+pytestmark = pytest.mark.slow
+
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi, what can I do for you?"}]
 
 

@@ -16,6 +16,8 @@ from guardengine import CheckpointError, ConfigError, GuardEngineError
 from guardengine.cli import main
 from guardengine.verify.replay import Report, replay
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def true_lines(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
