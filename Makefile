@@ -56,7 +56,10 @@ types: install
 
 # While working: most properties, in under a minute on two cores.
 check: lint types
-	$(PYTEST) -m "not slow and not servers and not soak"
+	$(PYTEST) -m "not slow and not servers and not soak" $(MARKED_FILES:%=--ignore=%)
+
+# Files that are marked as a whole: not even imported, which takes as long as many tests.
+MARKED_FILES = $(shell grep -lrE '^pytestmark = pytest.mark.(slow|servers|soak)' tests --include='test_*.py')
 
 test: lint types
 	$(PYTEST)
