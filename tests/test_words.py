@@ -30,12 +30,13 @@ def docstrings(path: Path) -> Iterator[str]:
 
 
 def public_functions(name: str) -> Iterator[tuple[str, Any]]:
-    """A function of the public API; or the public methods that a class has itself, and how it is made."""
+    """A function of the public API; or the public methods of a class, inherited ones included."""
     value = getattr(guardengine, name)
     if not inspect.isclass(value):
         yield name, value
         return
-    for method, raw in vars(value).items():
+    ours = [kind for kind in value.__mro__ if kind.__module__.startswith("guardengine.")]
+    for method, raw in (item for kind in ours for item in vars(kind).items()):
         function = raw.__func__ if isinstance(raw, staticmethod | classmethod) else raw
         if inspect.isfunction(function) and not method.startswith("_"):
             yield f"{name}.{method}", function

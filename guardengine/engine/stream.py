@@ -73,7 +73,11 @@ class StreamView:
         return len(self._state.labels)
 
     def labels_from(self, start: int) -> list[Label]:
-        """`labels[start:]`, without a copy of those before."""
+        """`labels[start:]`, without a copy of those before.
+
+        Args:
+            start: Index of the first, from 0.
+        """
         return self._state.labels[start:]
 
     @property
@@ -87,8 +91,15 @@ class StreamView:
         return self._state.verdict
 
     def span(self, at: Label | int) -> Span | None:
-        """Where the token of a label, or at a position, stands in the text of its reply; None if it was not fed as
-        text. The <|im_end|> of `finish_text` has an empty span at the end."""
+        """Where a token stands in the text of its reply.
+
+        Args:
+            at: The token's label, or its position in the stream.
+
+        Returns:
+            Characters and bytes from the beginning of the reply; None for a token that was not fed as text. The
+            <|im_end|> of `finish_text` has an empty span at the end.
+        """
         return span_of(self._state, at)
 
     @property
@@ -98,12 +109,18 @@ class StreamView:
         return cleared_chars(self._state, self.verdict.cleared)
 
     def chars_within(self, num_tokens: int) -> int:
-        """How many characters of the latest reply's text are wholly in the stream's first `num_tokens` assistant
-        tokens."""
+        """How many characters of the latest reply's text are wholly in the stream's first assistant tokens.
+
+        Args:
+            num_tokens: How many of these tokens.
+        """
         return cleared_chars(self._state, num_tokens)
 
     def cut_before(self, num_tokens: int) -> tuple[int, int]:
-        """Where to cut the latest reply's text so that at most `num_tokens` assistant tokens of the stream stay.
+        """Where to cut the latest reply's text.
+
+        Args:
+            num_tokens: How many assistant tokens of the stream may stay.
 
         Returns:
             How many assistant tokens stay, the last of which ends with a character, and how many characters of the
