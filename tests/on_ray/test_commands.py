@@ -138,7 +138,7 @@ def test_actors_fit_the_cluster() -> None:
     assert Actors(num_actors=3).fitted(nodes).num_cpus == 2
     with pytest.raises(ConfigError, match=r"--threads 9: .* give at most 8"):
         Actors(num_cpus=9).fitted(nodes)
-    with pytest.raises(ConfigError, match=r"--ray-gpus 2: .* the most is 1"):
+    with pytest.raises(ConfigError, match=r"--ray-gpus 2: .* give at most 1"):
         Actors(num_gpus=2).fitted(nodes)
     for option in ({"num_actors": 0}, {"num_cpus": 0}, {"num_gpus": -1}):
         with pytest.raises(ConfigError, match="from"):
