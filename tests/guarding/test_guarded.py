@@ -20,7 +20,7 @@ from guardengine.errors import Blocked, ConfigError, InvalidText, InvalidTokens,
 from guardengine.integrations import openai, vllm
 from guardengine.text.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("bombs_are_unsafe")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("bombs_are_unsafe")]
 
 SAFE = "The capital is Paris (巴黎是法国的首都)，n'est-ce pas?\n\nprint('cafe\u0301') 👩‍👩‍👧 It's done."
 BAD = SAFE[:30] + " bomb" + SAFE[30:]
