@@ -177,7 +177,8 @@ class Engine:
             raise ConfigError("open() needs either messages or token_ids")
         if opening.token_ids is not None:
             return feed_ids(self.core.check_token_ids(opening.token_ids), opening.role)
-        return self._feed_messages(opening.messages, is_complete=False)
+        chat, max_tokens = require_chat(self.chat), self.core.max_model_len
+        return feed_messages(chat, opening.messages, is_complete=False, max_tokens=max_tokens)
 
     def restore(self, snapshot: Mapping[str, Any], stream_id: str | None = None) -> Stream:
         """Go on with a stream of which `Stream.snapshot` was taken, by this engine or another.
@@ -362,12 +363,6 @@ class Engine:
         self.close()
 
     # -- internals -----------------------------------------------------------------------------------------
-
-    def _feed_messages(self, messages: Messages | None, *, is_complete: bool) -> Feed:
-        max_tokens = self.core.max_model_len
-        return feed_messages(
-            require_chat(self.chat), messages, is_complete=is_complete, max_tokens=max_tokens
-        )
 
     def _check_kind(self, kind: str, mend: str) -> None:
         if self.kind != kind:

@@ -11,9 +11,8 @@ from guardengine.policy import Policy
 
 Conversation = Sequence[Mapping[str, Any]]
 Answer = Moderation | GenModeration
-Unfit = (
-    InvalidTokens | StreamTooLong
-)  # what a conversation itself is to blame for; InvalidText is one of them
+# What a conversation itself is to blame for. InvalidText is a kind of InvalidTokens.
+Unfit = InvalidTokens | StreamTooLong
 OnUnfit = Literal["raise", "return"]
 
 
